@@ -1,0 +1,21 @@
+"""What a user is told: one line for bad input, one line for a warning."""
+
+from __future__ import annotations
+
+import warnings
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what was found, what was expected and the way out.
+
+    The command line prints the message and exits with status 2; from Python it is an ordinary `ValueError`.
+    """
+
+
+class SeddWarning(UserWarning):
+    """Something that a user should know and that does not stop the work."""
+
+
+def warn_user(message: str) -> None:
+    """Emit `message` once as a `SeddWarning` that points at the caller's caller."""
+    warnings.warn(message, SeddWarning, stacklevel=3)
