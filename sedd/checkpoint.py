@@ -1,0 +1,184 @@
+"""What is on disk after training, and how it is read back safely.
+
+A checkpoint is one file of tensors and plain containers: the model, its averaged weights, the optimizer, the position in
+the data, and everything a user of the model needs (genes, binning, split). It appears under its name only when complete,
+and loading it executes nothing: `torch.load(weights_only=True)` on a zip archive whose checksums were verified first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sedd.errors import UserError, warn_user
+
+FORMAT = 1
+_NUMBERED = re.compile(r"(epoch|step)_(\d+)\.pt$")
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path`, whole or not at all.
+
+    Parameters
+    ----------
+    path
+        The file; an existing one is replaced in one rename.
+    state
+        Tensors, numbers, strings, None, and lists and dicts of them.
+
+    Raises
+    ------
+    OSError
+        If the disk is full or the directory cannot be written; the old file is then still whole and no part is left.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        # torch reports a failed write of the archive as RuntimeError; to the caller it is the disk's error.
+        if isinstance(error, RuntimeError):
+            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file onto the CPU, verifying every checksum and executing nothing.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged, not a checkpoint of `sedd`, or holds anything but tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; expected a .pt file or an experiment directory.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path}: the checkpoint is damaged (checksum of {damaged}); use another one of the run.")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: holds objects that are not plain data and was not loaded ({reason[:200]}).") from error
+    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: the checkpoint is damaged or not one ({reason[:200]}).") from error
+    if not isinstance(state, dict) or state.get("sedd_format") != FORMAT:
+        found = state.get("sedd_format") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path}: is not a sedd checkpoint of format {FORMAT} (found {found!r}).")
+    return state
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint that `path` names: a file, or of an experiment directory the best, else the final, else the newest.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or directory; expected a checkpoint or an experiment directory.")
+    for name in ("best.pt", "final.pt"):
+        if (path / name).is_file():
+            return path / name
+    numbered = numbered_checkpoints(path)
+    if not numbered:
+        raise UserError(f"{path}: holds no checkpoint (best.pt, final.pt or epoch_N.pt); train a model there first.")
+    return numbered[-1]
+
+
+def numbered_checkpoints(directory: str | Path, kind: str | None = None) -> list[Path]:
+    """`epoch_N.pt` and `step_N.pt` files (or one `kind` of them), oldest first."""
+    found = [p for p in Path(directory).glob("*.pt") if (m := _NUMBERED.match(p.name)) and kind in (None, m[1])]
+    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name))
+
+
+def find_newest(directory: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, passing over damaged ones with a warning; None if there is none."""
+    directory = Path(directory)
+    found = [p for p in directory.glob("*.pt") if p.name in ("best.pt", "final.pt") or _NUMBERED.match(p.name)]
+    progress = []
+    for path in found:
+        try:
+            state = load(path)
+        except UserError as error:
+            warn_user(f"passed over {error}")
+            continue
+        # best.pt is a copy of an epoch's end: of equal progress the others are as good.
+        progress.append(((state["step"], state["epoch"], path.name != "best.pt"), path))
+    return max(progress)[1] if progress else None
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, so that training goes on meanwhile; one write at a time.
+
+    The state handed to `submit` must not change afterwards (`snapshot` copies it). An error of a write is raised by the
+    next `submit` or `wait`.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def submit(self, paths: list[Path], state: dict[str, Any], *, drop: list[Path] | None = None) -> None:
+        """Write `state` to each of `paths`, then delete `drop`."""
+        self.wait()
+
+        def work() -> None:
+            try:
+                for path in paths:
+                    save(path, state)
+                for path in drop or []:
+                    path.unlink(missing_ok=True)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="sedd-checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of nested containers whose tensors lie in memory of their own on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: snapshot(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [snapshot(v) for v in value]
+    return value

@@ -1,0 +1,266 @@
+"""What a training run is told: frozen dataclasses, one per concern, checked on construction.
+
+The command line of `train.py` is made from these classes (a field is a flag, the string under it is its help), and
+`args.json` is `TrainConfig.to_flat`, so a setting, its default, its meaning and its check exist once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sedd.errors import UserError
+
+MODEL_SIZES: dict[str, dict[str, int]] = {
+    "small": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4},
+    "medium": {"hidden_dim": 256, "num_layers": 6, "num_heads": 8},
+    "large": {"hidden_dim": 512, "num_layers": 12, "num_heads": 16},
+}
+
+
+def _require(ok: bool, flag: str, value: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"--{flag} is {value!r}; expected {expected}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which counts, and how they become tokens."""
+
+    data_path: str
+    """An .h5ad file (converted once into a store and reused while it is unchanged) or a .zarr store."""
+    cache_dir: str | None = None
+    """Where a converted .h5ad is kept; beside the file if not given."""
+    layer: str | None = None
+    """Take counts from this layer instead of X."""
+    genes: str | None = "2000"
+    """The genes to model: a number N (the N most variable, seurat_v3 on the training cells), a file with one name a
+    line, or `all`."""
+    binning: Literal["auto", "identity", "counts", "linear", "log", "quantile"] = "auto"
+    """How a value becomes a token. auto: integers as they are, those of --num_bins and more share the last bin."""
+    num_bins: int = 100
+    """Number of value bins; the mask is a token of its own beside them."""
+    val_fraction: float = 0.1
+    """Share of the cells held out for validation."""
+    limit_cells: int | None = None
+    """Use only this many cells (a random subset), for a quick look."""
+    memory_budget: str = "2GiB"
+    """Memory for the loader's windows of decoded cells, per process."""
+    loader_threads: int = 2
+    """Threads that read, decode and tokenise ahead of the model, per process."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_bins >= 2, "num_bins", self.num_bins, "at least 2")
+        _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "a share between 0 and 1")
+        _require(self.limit_cells is None or self.limit_cells >= 2, "limit_cells", self.limit_cells, "at least 2")
+        _require(self.loader_threads >= 1, "loader_threads", self.loader_threads, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network and the diffusion it is trained for."""
+
+    model: Literal["small", "medium", "large"] = "small"
+    """Preset of width, depth and heads: small 128/4/4, medium 256/6/8, large 512/12/16."""
+    hidden_dim: int | None = None
+    """Width of the network; from --model if not given (small: 128)."""
+    num_layers: int | None = None
+    """Number of layers; from --model if not given (small: 4)."""
+    num_heads: int | None = None
+    """Number of attention heads; from --model if not given (small: 4)."""
+    dropout: float = 0.1
+    """Dropout probability."""
+    attention: Literal["latent", "full"] = "latent"
+    """latent: learned latents read the genes, cost linear in genes. full: attention over all gene tokens, quadratic."""
+    num_latents: int = 8
+    """Number of latents (latent attention only)."""
+    head: Literal["softmax", "nb"] = "softmax"
+    """Distribution over the bins of a gene: free (softmax) or a discretised negative binomial (nb)."""
+    graph: Literal["absorbing", "uniform"] = "absorbing"
+    """Forward process: genes are masked (absorbing) or replaced by random values (uniform)."""
+    noise: Literal["loglinear", "geometric"] = "loglinear"
+    """Noise schedule sigma(t)."""
+    objective: Literal["score_entropy", "masked"] = "score_entropy"
+    """score_entropy: the diffusion bound over all noise levels. masked: cross-entropy with --mask_ratio genes hidden."""
+    mask_ratio: float = 0.15
+    """Share of a cell's genes hidden in the `masked` objective and in validation's recovery metric."""
+    condition: tuple[str, ...] = ()
+    """Categorical obs columns to condition on, such as cell_type or donor."""
+    condition_library_size: bool = False
+    """Condition on the log of a cell's total count over the panel."""
+    condition_dropout: float = 0.1
+    """Probability of hiding a cell's conditions in training, for classifier-free guidance."""
+    gene_embeddings: str | None = None
+    """Pretrained gene vectors, projected into the model: a .npz with `genes` and `vectors`, or a .csv/.tsv of gene, values."""
+
+    def __post_init__(self) -> None:
+        for name, value in MODEL_SIZES[self.model].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        assert self.hidden_dim is not None and self.num_heads is not None
+        if self.hidden_dim % self.num_heads:
+            fits = [h for h in range(1, self.hidden_dim + 1) if self.hidden_dim % h == 0 and h <= 2 * self.num_heads]
+            raise UserError(
+                f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}; "
+                f"expected a whole number of channels per head. Use --num_heads {fits[-1]} or another --hidden_dim."
+            )
+        _require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "a share between 0 and 1, such as 0.15")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
+        _require(0 <= self.condition_dropout < 1, "condition_dropout", self.condition_dropout, "a probability below 1")
+        _require(self.num_latents >= 1, "num_latents", self.num_latents, "at least 1")
+        if self.objective == "masked" and self.graph != "absorbing":
+            raise UserError(f"--objective masked needs --graph absorbing; found --graph {self.graph}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the weights are fitted."""
+
+    num_epochs: int = 100
+    """Passes over the training cells."""
+    batch_size: int = 32
+    """Cells per step and process."""
+    learning_rate: float = 1e-4
+    """Learning rate of AdamW after the warm-up; constant from there, so a run can be continued at any length."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW, on matrices only."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    ema_decay: float = 0.999
+    """Decay per step of the averaged weights that are validated and used; 0 turns averaging off."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are added up before a step."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Arithmetic of the network; weights and loss stay float32."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "batch_size", "gradient_accumulation_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a decay between 0 and 1, such as 0.999")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how it is followed."""
+
+    checkpoint_dir: str = "experiments/rnaseq_diffusion"
+    """Directory of the run: checkpoints, args.json, history.json, metrics.jsonl."""
+    resume: str | None = None
+    """Continue from this checkpoint file or experiment directory; `auto` finds the newest whole one in --checkpoint_dir."""
+    overwrite: bool = False
+    """Start anew in a directory that holds a run, deleting that run."""
+    seed: int = 0
+    """Seed of the split, the order of cells, the masks and the weights."""
+    num_threads: int = 0
+    """CPU threads for the network, per process; 0 leaves torch's choice."""
+    checkpoint_every: str | None = None
+    """Also save every so many steps (`500`) or minutes (`10min`)."""
+    keep_checkpoints: int = 3
+    """How many of the checkpoints of --checkpoint_every to keep."""
+    early_stopping: int = 0
+    """Stop after this many epochs without a better validation loss; 0 never stops early."""
+    log_with: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
+    """Where the curves go besides history.json; auto: tensorboard if it is installed."""
+    dry_run: bool = False
+    """Say parameters, memory, steps and time, and train nothing."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_threads >= 0, "num_threads", self.num_threads, "0 or more")
+        _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        _require(self.early_stopping >= 0, "early_stopping", self.early_stopping, "0 or more")
+        self.checkpoint_interval()
+
+    def checkpoint_interval(self) -> tuple[int | None, float | None]:
+        """`checkpoint_every` as (steps, seconds), one of which is None, or both."""
+        text = self.checkpoint_every
+        if text is None:
+            return None, None
+        try:
+            if text.endswith("min") and float(text[:-3]) > 0:
+                return None, 60 * float(text[:-3])
+            if int(text) > 0:
+                return int(text), None
+        except ValueError:
+            pass
+        raise UserError(f"--checkpoint_every is {text!r}; expected steps such as 500 or minutes such as 10min.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a score-entropy diffusion model on single-cell counts."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_flat(self) -> dict[str, Any]:
+        """All settings as one dictionary of flag name to plain value, as in args.json."""
+        return {k: v for part in dataclasses.asdict(self).values() for k, v in part.items()}
+
+    @classmethod
+    def from_flat(cls, flat: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_flat`; missing settings take their defaults.
+
+        Raises
+        ------
+        UserError
+            If a name is not a setting.
+        """
+        parts: dict[str, dict[str, Any]] = {}
+        left = dict(flat)
+        for name, section in SECTIONS.items():
+            fields = [f.name for f in dataclasses.fields(section)]
+            parts[name] = {k: left.pop(k) for k in fields if k in left}
+        if left:
+            raise UserError(f"unknown settings {sorted(left)}; `sedd train --help` lists those there are.")
+        if "condition" in parts["model"]:
+            parts["model"]["condition"] = tuple(parts["model"]["condition"])
+        return cls(**{name: section(**parts[name]) for name, section in SECTIONS.items()})
+
+
+SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
+
+
+def config_file_arguments(path: str) -> list[str]:
+    """The settings of a YAML (or JSON, such as args.json) file as command-line arguments.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, is not a mapping or names a setting that does not exist.
+    """
+    try:
+        text = Path(path).read_text()
+        flat = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        detail = str(error).replace("\n", " ")
+        raise UserError(f"{path}: cannot be read as a settings file ({detail}); expected YAML.") from error
+    if not isinstance(flat, dict):
+        raise UserError(f"{path}: holds a {type(flat).__name__}; expected a mapping such as `batch_size: 64`.")
+    known = {f.name for section in SECTIONS.values() for f in dataclasses.fields(section)}
+    arguments: list[str] = []
+    for key, value in flat.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UserError(f"{path}: unknown setting {key!r}; `sedd train --help` lists those there are.")
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list | tuple):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments += [f"--{name}", str(value)]
+    return arguments

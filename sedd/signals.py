@@ -1,0 +1,54 @@
+"""Being asked to stop: signals become a request that the training loop honours at the next step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, run the same command again (with --resume auto)
+EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class TrainingInterrupted(Exception):
+    """A run stopped on a signal after its state was saved.
+
+    Attributes
+    ----------
+    exit_code
+        75 after SIGTERM or SIGUSR1 (queue the job again), 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = EXIT_INTERRUPTED if signal_number == signal.SIGINT else EXIT_PREEMPTED
+
+
+class StopRequest:
+    """Context in which SIGTERM, SIGUSR1 and Ctrl-C set `signal_number` instead of ending the process.
+
+    A second Ctrl-C ends the process at once. Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
