@@ -1,0 +1,286 @@
+"""SEDDTransformer: the network that tells, for every masked gene of a cell, how likely each bin is.
+
+Genes are a set: a gene is known by its embedding, never by its place, so permuting genes together with what belongs to
+them permutes the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sedd.errors import UserError
+from sedd.nn.backbones import FullBackbone, GeneEmbedding, LatentBackbone
+from sedd.nn.blocks import Conditioner
+from sedd.nn.heads import NegativeBinomialHead, SoftmaxHead
+
+HEADS: dict[str, type[SoftmaxHead] | type[NegativeBinomialHead]] = {"softmax": SoftmaxHead, "nb": NegativeBinomialHead}
+# Logits of this many (position, bin) pairs exist at a time, in the loss and its gradient alike.
+CHUNK = 1 << 21
+
+
+class SEDDTransformer(nn.Module):
+    """Posterior of the masked genes of a cell given its visible ones.
+
+    Parameters
+    ----------
+    n_vars, n_bins
+        Genes and value tokens; `mask_token == n_bins`.
+    hidden_dim, num_layers, num_heads, dropout
+        Size of the transformer.
+    attention
+        "latent": `num_latents` latents sum up the genes and the layers run among them, at a cost linear in the genes.
+        "full": every gene attends to every gene.
+    head
+        "softmax": free probabilities over bins. "nb": a negative binomial whose tail falls into the top bin.
+    rank
+        Numbers per gene from which its logits are made.
+    log_marginals : (n_vars, n_bins), optional
+        Smoothed log-marginals of the genes over the training cells, where the output starts. Uniform when left out.
+    bin_values : (n_bins,), optional
+        The count each bin stands for; the bin's index when left out.
+    condition_sizes
+        Number of categories of each condition column.
+    condition_library
+        Whether the log total count of a cell can be given.
+    gene_embeddings : (n_vars, p), optional
+        Pretrained gene vectors to project instead of learning one per gene.
+
+    Raises
+    ------
+    UserError
+        If the sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        n_vars: int,
+        n_bins: int,
+        *,
+        hidden_dim: int = 128,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        dropout: float = 0.1,
+        attention: str = "latent",
+        num_latents: int = 1,
+        head: str = "softmax",
+        rank: int = 16,
+        log_marginals: Any = None,
+        bin_values: Any = None,
+        condition_sizes: Sequence[int] = (),
+        condition_library: bool = False,
+        gene_embeddings: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "n_vars": int(n_vars),
+            "n_bins": int(n_bins),
+            "hidden_dim": int(hidden_dim),
+            "num_layers": int(num_layers),
+            "num_heads": int(num_heads),
+            "dropout": float(dropout),
+            "attention": attention,
+            "num_latents": int(num_latents),
+            "head": head,
+            "rank": int(rank),
+            "condition_sizes": [int(size) for size in condition_sizes],
+            "condition_library": bool(condition_library),
+        }
+        _check(self.config)
+        self.n_vars, self.n_bins, self.mask_token = int(n_vars), int(n_bins), int(n_bins)
+        marginals = _table(log_marginals, (n_vars, n_bins), "log_marginals", torch.zeros(n_vars, n_bins))
+        values = _table(bin_values, (n_bins,), "bin_values", torch.arange(n_bins))
+        pretrained = None if gene_embeddings is None else _table(gene_embeddings, (n_vars, -1), "gene_embeddings", None)
+
+        self.conditioner = Conditioner(hidden_dim, condition_sizes, condition_library)
+        genes = GeneEmbedding(n_vars, hidden_dim, pretrained)
+        size = (genes, hidden_dim, num_layers, num_heads, dropout, values, rank)
+        self.backbone: FullBackbone | LatentBackbone
+        self.backbone = FullBackbone(*size) if attention == "full" else LatentBackbone(*size, num_latents)
+        self.head = HEADS[head](marginals, values, rank)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        sigma: Tensor,
+        *,
+        condition: Tensor | None = None,
+        library: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Log scores of all states, or, given `targets`, the log-probability of those alone.
+
+        Parameters
+        ----------
+        tokens : (B, n_vars) integer, `mask_token` where masked
+        sigma : (B,) total noise
+        condition : (B, columns) int64, optional
+            Category c of a column as c + 1; 0 is null.
+        library : (B,) float, optional
+            Log total count; NaN is null.
+        targets : (B, n_vars) integer, optional
+            The clean tokens. Training calls the module with them, so that wrappers of `forward` see every call.
+
+        Returns
+        -------
+        log_score : (B, n_vars, n_bins + 1) float32
+            At a masked gene `log mu + log r`, `r = 1 / expm1(sigma)`, and 0 for the mask token. A visible gene is settled:
+            0 for its own token and -inf for any other.
+        log_mu : (B, n_vars) float32, when `targets` are given
+            As `log_mu_of`.
+        """
+        if targets is not None:
+            return self.log_mu_of(tokens, sigma, targets, condition=condition, library=library)
+        tokens = tokens.long()
+        readout = self.readout(tokens, sigma, condition=condition, library=library)
+        score = torch.full((*tokens.shape, self.n_bins + 1), -torch.inf, device=tokens.device)
+        score.scatter_(-1, tokens.unsqueeze(-1), 0.0)
+        log_r = -torch.log(torch.expm1(sigma.float()))
+        cells, genes = (tokens == self.mask_token).nonzero(as_tuple=True)
+        log_mu = self.log_mu(readout, cells, genes) + log_r[cells].unsqueeze(-1)
+        return score.index_put((cells, genes), F.pad(log_mu, (0, 1)))
+
+    def readout(
+        self, tokens: Tensor, sigma: Tensor, *, condition: Tensor | None = None, library: Tensor | None = None
+    ) -> Tensor:
+        """Run the trunk once; `log_mu` makes distributions of what it returns, (B, n_vars, rank)."""
+        return self.backbone(tokens.long(), self.conditioner(sigma, condition, library))
+
+    def log_mu(self, readout: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
+        """Log-probabilities of all bins at the positions asked for.
+
+        Parameters
+        ----------
+        readout : (B, n_vars, rank), from `readout`
+        cells, genes : (N,) int64
+
+        Returns
+        -------
+        log_mu : (N, n_bins) float32
+        """
+        return self.head.log_mu(readout[cells, genes], genes)
+
+    def log_mu_of(
+        self,
+        tokens: Tensor,
+        sigma: Tensor,
+        targets: Tensor,
+        *,
+        condition: Tensor | None = None,
+        library: Tensor | None = None,
+    ) -> Tensor:
+        """Log-probability of `targets` at the masked genes, 0 elsewhere, (B, n_vars) float32.
+
+        Logits exist for `CHUNK` (position, bin) pairs at a time and are made again for the gradient.
+        """
+        tokens = tokens.long()
+        readout = self.readout(tokens, sigma, condition=condition, library=library)
+        cells, genes = (tokens == self.mask_token).nonzero(as_tuple=True)
+        picked, wanted = readout[cells, genes], targets[cells, genes].long()
+        parts = [
+            checkpoint(self.head.log_mu_of, picked[part], genes[part], wanted[part], use_reentrant=False)
+            for part in self._chunks(len(genes))
+        ]
+        out = torch.zeros(tokens.shape, device=tokens.device)
+        return out.index_put((cells, genes), torch.cat(parts)) if parts else out + 0 * readout.sum(-1)
+
+    @torch.no_grad()
+    def expectation(
+        self,
+        tokens: Tensor,
+        sigma: Tensor,
+        values: Tensor,
+        *,
+        condition: Tensor | None = None,
+        library: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance of the decoded counts.
+
+        Parameters
+        ----------
+        tokens, sigma, condition, library
+            As in `forward`.
+        values : (n_bins,) float
+            What each bin decodes to.
+
+        Returns
+        -------
+        mean, var : (B, n_vars) float32
+            A visible gene has its own value and variance 0.
+        """
+        tokens = tokens.long()
+        values = values.to(device=tokens.device, dtype=torch.float32)
+        readout = self.readout(tokens, sigma, condition=condition, library=library)
+        masked = tokens == self.mask_token
+        mean = values[tokens.masked_fill(masked, 0)]
+        var = torch.zeros_like(mean)
+        cells, genes = masked.nonzero(as_tuple=True)
+        for part in self._chunks(len(genes)):
+            at = (cells[part], genes[part])
+            p = self.log_mu(readout, *at).exp()
+            mean[at] = p @ values
+            # Around the mean: the difference of two large moments would cancel.
+            var[at] = (p * (values - mean[at].unsqueeze(-1)).square()).sum(-1)
+        return mean, var
+
+    def embed(
+        self, tokens: Tensor, sigma: Tensor, *, condition: Tensor | None = None, library: Tensor | None = None
+    ) -> Tensor:
+        """State of the trunk, averaged over its tokens, (B, hidden_dim)."""
+        return self.backbone.trunk(tokens.long(), self.conditioner(sigma, condition, library)).mean(1)
+
+    def _chunks(self, n: int) -> Iterator[slice]:
+        step = max(1, CHUNK // self.n_bins)
+        return (slice(start, start + step) for start in range(0, n, step))
+
+
+class SEDDTransformerSmall(SEDDTransformer):
+    """128 wide, 4 layers, 4 heads."""
+
+    def __init__(self, n_vars: int, n_bins: int, **kwargs: Any) -> None:
+        super().__init__(n_vars, n_bins, **{"hidden_dim": 128, "num_layers": 4, "num_heads": 4, **kwargs})
+
+
+class SEDDTransformerMedium(SEDDTransformer):
+    """256 wide, 6 layers, 8 heads."""
+
+    def __init__(self, n_vars: int, n_bins: int, **kwargs: Any) -> None:
+        super().__init__(n_vars, n_bins, **{"hidden_dim": 256, "num_layers": 6, "num_heads": 8, **kwargs})
+
+
+class SEDDTransformerLarge(SEDDTransformer):
+    """512 wide, 12 layers, 16 heads."""
+
+    def __init__(self, n_vars: int, n_bins: int, **kwargs: Any) -> None:
+        super().__init__(n_vars, n_bins, **{"hidden_dim": 512, "num_layers": 12, "num_heads": 16, **kwargs})
+
+
+def _check(config: dict[str, Any]) -> None:
+    for name in ("n_vars", "hidden_dim", "num_layers", "num_heads", "num_latents", "rank"):
+        if config[name] < 1:
+            raise UserError(f"{name} is {config[name]}; expected at least 1.")
+    if config["n_bins"] < 2:
+        raise UserError(f"n_bins is {config['n_bins']}; a gene needs at least 2 bins to have a distribution.")
+    if config["hidden_dim"] % config["num_heads"]:
+        raise UserError(
+            f"hidden_dim {config['hidden_dim']} is not divisible by num_heads {config['num_heads']}; "
+            "choose a multiple, such as 32 per head."
+        )
+    if not 0 <= config["dropout"] < 1:
+        raise UserError(f"dropout is {config['dropout']}; expected 0 <= dropout < 1.")
+    if config["attention"] not in ("latent", "full"):
+        raise UserError(f"attention is {config['attention']!r}; expected 'latent' or 'full'.")
+    if config["head"] not in HEADS:
+        raise UserError(f"head is {config['head']!r}; expected 'softmax' or 'nb'.")
+
+
+def _table(given: Any, shape: tuple[int, ...], name: str, default: Tensor | None) -> Tensor:
+    table = torch.as_tensor(default if given is None else given).float()
+    if table.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, table.shape, strict=True)):
+        raise UserError(f"{name} has shape {tuple(table.shape)}; expected {shape}.")
+    return table

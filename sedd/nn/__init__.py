@@ -1,0 +1,1 @@
+"""The parts `sedd.model.SEDDTransformer` is built from."""

@@ -1,0 +1,134 @@
+"""What reads a partly masked cell: full attention over genes, or a few latents at a cost linear in the genes.
+
+Both map tokens to a readout, `rank` numbers per gene, from which a head of `sedd.nn.heads` makes a distribution over bins.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sedd.nn.blocks import Block
+
+
+class GeneEmbedding(nn.Module):
+    """A vector per gene: learned, or projected from pretrained ones.
+
+    Parameters
+    ----------
+    n_vars, dim
+        Number of genes and width.
+    pretrained : (n_vars, p) or None
+        Vectors known beforehand; only their projection is learned, so that it applies to genes never trained on.
+    """
+
+    def __init__(self, n_vars: int, dim: int, pretrained: Tensor | None) -> None:
+        super().__init__()
+        self.pretrained: Tensor | None
+        if pretrained is None:
+            self.register_buffer("pretrained", None)
+            self.weight = nn.Parameter(torch.randn(n_vars, dim) / dim**0.5)
+        else:
+            self.register_buffer("pretrained", pretrained.float(), persistent=False)
+            self.projection = nn.Linear(pretrained.shape[1], dim)
+
+    def forward(self) -> Tensor:
+        """Return the vectors of all genes, (n_vars, dim)."""
+        return self.weight if self.pretrained is None else self.projection(self.pretrained)
+
+
+class BinEmbedding(nn.Module):
+    """A vector per bin that starts out smooth in the bin's count; the mask token's is 0 and stays 0.
+
+    Parameters
+    ----------
+    dim
+        Width, at least 3.
+    bin_values : (n_bins,)
+        The count each bin stands for.
+    """
+
+    def __init__(self, dim: int, bin_values: Tensor) -> None:
+        super().__init__()
+        seen = torch.ones_like(bin_values)
+        basis = torch.stack([seen, (bin_values > 0).float(), bin_values.log1p()], dim=1)
+        mix = torch.cat([torch.eye(3), torch.randn(3, dim - 3) / 3**0.5], dim=1)
+        self.weight = nn.Parameter(basis @ mix)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, n_vars) to vectors (B, n_vars, dim)."""
+        return F.embedding(tokens, F.pad(self.weight, (0, 0, 0, 1)))
+
+
+class FullBackbone(nn.Module):
+    """Every gene is a token and attends to every other."""
+
+    def __init__(
+        self, genes: GeneEmbedding, dim: int, num_layers: int, num_heads: int, dropout: float, bin_values: Tensor, rank: int
+    ) -> None:
+        super().__init__()
+        self.genes = genes
+        self.bins = BinEmbedding(dim, bin_values)
+        self.mask = nn.Parameter(torch.randn(dim) / dim**0.5)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(num_layers))
+        self.readout = nn.Linear(dim, rank)
+        nn.init.zeros_(self.readout.weight)
+        nn.init.zeros_(self.readout.bias)
+
+    def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """Map tokens (B, n_vars) and conditioning (B, dim) to states (B, n_vars, dim)."""
+        masked = (tokens == self.bins.weight.shape[0]).unsqueeze(-1)
+        x = self.genes() + self.bins(tokens) + masked * self.mask
+        for block in self.blocks:
+            x = block(x, c)
+        return F.layer_norm(x, x.shape[-1:])
+
+    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """Map tokens (B, n_vars) and conditioning (B, dim) to readouts (B, n_vars, rank)."""
+        return self.readout(self.trunk(tokens, c))
+
+
+class LatentBackbone(nn.Module):
+    """Latents sum up the visible genes, the blocks run among latents, each gene reads its answer back.
+
+    The visible genes enter as `sum_j bin(x_j) (outer) gene_j`, a linear attention: its cost, and that of reading back, is
+    linear in the genes and takes two matrix products.
+    """
+
+    VALUE_DIM = 4
+
+    def __init__(
+        self,
+        genes: GeneEmbedding,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        dropout: float,
+        bin_values: Tensor,
+        rank: int,
+        num_latents: int,
+    ) -> None:
+        super().__init__()
+        self.genes = genes
+        self.dim, self.rank, self.num_latents = dim, rank, num_latents
+        self.bins = BinEmbedding(self.VALUE_DIM, bin_values)
+        self.read = nn.Linear(self.VALUE_DIM * dim, num_latents * dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, attend=num_latents > 1) for _ in range(num_layers))
+        self.write = nn.Linear(num_latents * dim, dim * rank)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """Map tokens (B, n_vars) and conditioning (B, dim) to latents (B, num_latents, dim)."""
+        values = self.bins(tokens).transpose(1, 2)
+        pooled = (values @ self.genes()).flatten(1)
+        x = self.read(pooled).view(-1, self.num_latents, self.dim)
+        for block in self.blocks:
+            x = block(x, c)
+        return F.layer_norm(x, x.shape[-1:])
+
+    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """Map tokens (B, n_vars) and conditioning (B, dim) to readouts (B, n_vars, rank)."""
+        factors = self.write(self.trunk(tokens, c).flatten(1)).view(-1, self.dim, self.rank)
+        return self.genes() @ factors

@@ -1,0 +1,118 @@
+"""Transformer block with AdaLN-zero conditioning, and the vector it is conditioned on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def fourier(x: Tensor, n: int, period: float) -> Tensor:
+    """Cosines and sines of `x` at the frequencies 1..n of `period`, preceded by `x / period` itself.
+
+    Parameters
+    ----------
+    x : (B,) any real dtype
+    n : number of frequencies
+    period : the range of `x` over which the slowest wave runs once
+
+    Returns
+    -------
+    features : (B, 2 n + 1) float32
+    """
+    scaled = x.float().unsqueeze(-1) / period
+    angle = 2 * math.pi * scaled * torch.arange(1, n + 1, device=x.device)
+    return torch.cat([scaled, angle.cos(), angle.sin()], dim=-1)
+
+
+class Conditioner(nn.Module):
+    """One vector per cell from the noise level, the categorical conditions and the library size.
+
+    Parameters
+    ----------
+    hidden_dim
+        Width of the vector.
+    condition_sizes
+        Number of categories of each condition column; code 0 is null and category c is coded c + 1.
+    condition_library
+        Whether log total counts are taken; NaN is null.
+    """
+
+    FREQUENCIES = 8
+    LIBRARY_PERIOD = 16.0  # log total counts lie in (0, 16)
+
+    def __init__(self, hidden_dim: int, condition_sizes: Sequence[int], condition_library: bool) -> None:
+        super().__init__()
+        n_features = 2 * self.FREQUENCIES + 1
+        self.noise = nn.Sequential(nn.Linear(n_features, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
+        self.columns = nn.ModuleList(nn.Embedding(size + 1, hidden_dim) for size in condition_sizes)
+        self.library = nn.Linear(n_features + 1, hidden_dim) if condition_library else None
+
+    def forward(self, sigma: Tensor, condition: Tensor | None, library: Tensor | None) -> Tensor:
+        """Return the conditioning vectors, (B, hidden_dim)."""
+        # The share of genes that are masked, not sigma, which grows without bound as t -> 1.
+        masked_share = -torch.expm1(-sigma)
+        # Half a period, since a wave that closes on itself could not tell "all masked" from "none".
+        out = self.noise(fourier(masked_share, self.FREQUENCIES, 2.0))
+        if condition is None:
+            condition = torch.zeros(sigma.shape[0], len(self.columns), dtype=torch.int64, device=sigma.device)
+        for column, embedding in enumerate(self.columns):
+            out = out + embedding(condition[:, column])
+        if self.library is not None:
+            if library is None:
+                library = torch.full_like(sigma, math.nan)
+            known = ~library.isnan()
+            waves = fourier(library.nan_to_num(), self.FREQUENCIES, self.LIBRARY_PERIOD)
+            features = torch.cat([waves, torch.ones_like(waves[:, :1])], dim=-1)
+            out = out + self.library(features * known.unsqueeze(-1))
+        return F.silu(out)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose norms and residual gates are set by the conditioning (AdaLN-zero).
+
+    With one token there is nothing to attend to and the block is a residual MLP.
+
+    Parameters
+    ----------
+    dim, num_heads, dropout
+        Width, attention heads and dropout on both branches.
+    attend
+        Whether the block has an attention branch.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float, attend: bool = True, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.branches = 2 if attend else 1
+        self.modulation = nn.Linear(dim, 3 * self.branches * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        if attend:
+            self.qkv = nn.Linear(dim, 3 * dim)
+            self.proj = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_ratio * dim, dim)
+        )
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Map tokens (B, N, dim), given conditioning (B, dim), to tokens (B, N, dim)."""
+        shift, scale, gate, *attention = self.modulation(c).unsqueeze(1).chunk(3 * self.branches, dim=-1)
+        if attention:
+            x = x + attention[2] * self._attend(_modulate(x, attention[0], attention[1]))
+        return x + gate * F.dropout(self.mlp(_modulate(x, shift, scale)), self.dropout, self.training)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, n, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, n, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = self.proj(out.transpose(1, 2).reshape(batch, n, dim))
+        return F.dropout(out, self.dropout, self.training)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift

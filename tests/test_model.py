@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from sedd.errors import UserError
+from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
+from sedd.nn.heads import NegativeBinomialHead
+
+N_VARS, N_BINS, CELLS = 23, 7, 5
+DESIGNS = pytest.mark.parametrize(
+    ("attention", "head", "num_latents"),
+    [("full", "softmax", 1), ("full", "nb", 1), ("latent", "softmax", 1), ("latent", "softmax", 3), ("latent", "nb", 1)],
+)
+
+
+def marginals(n_vars: int = N_VARS, n_bins: int = N_BINS) -> torch.Tensor:
+    return torch.randn(n_vars, n_bins, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+
+
+def build(stir: float = 0.2, **kwargs: object) -> SEDDTransformer:
+    """A small model whose zero-initialised weights have been moved away from zero."""
+    torch.manual_seed(0)
+    settings = {"hidden_dim": 16, "num_layers": 2, "num_heads": 4, "rank": 4, "log_marginals": marginals(), **kwargs}
+    model = SEDDTransformer(N_VARS, N_BINS, **settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(stir * torch.randn_like(parameter))
+    return model
+
+
+def cells(share: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    clean = torch.randint(0, N_BINS, (CELLS, N_VARS), generator=generator)
+    masked = torch.rand(CELLS, N_VARS, generator=generator) < share
+    return clean, clean.masked_fill(masked, N_BINS), torch.linspace(0.1, 3, CELLS)
+
+
+@DESIGNS
+def test_permuting_genes_with_what_belongs_to_them_permutes_the_output(attention, head, num_latents):
+    model = build(attention=attention, head=head, num_latents=num_latents)
+    _, tokens, sigma = cells()
+    order = torch.randperm(N_VARS, generator=torch.Generator().manual_seed(3))
+    before = model(tokens, sigma)
+    with torch.no_grad():
+        model.backbone.genes.weight.copy_(model.backbone.genes.weight[order])
+        model.head.bias.copy_(model.head.bias[order])
+    torch.testing.assert_close(model(tokens[:, order], sigma), before[:, order], atol=1e-5, rtol=1e-5)
+
+
+@DESIGNS
+def test_masked_scores_are_probabilities_times_r_and_visible_genes_are_settled(attention, head, num_latents):
+    model = build(attention=attention, head=head, num_latents=num_latents)
+    _, tokens, sigma = cells()
+    score = model(tokens, sigma)
+    masked = tokens == N_BINS
+    r = 1 / torch.expm1(sigma)
+    total = score[..., :N_BINS].exp().sum(-1) / r.unsqueeze(-1)
+    torch.testing.assert_close(total[masked], torch.ones(int(masked.sum())), atol=1e-4, rtol=0)
+    own = score.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert (own == 0).all()
+    assert (score[~masked].exp().sum(-1) == 1).all()
+
+
+@DESIGNS
+def test_log_mu_of_targets_is_the_full_output_at_masked_genes(attention, head, num_latents, monkeypatch):
+    model = build(attention=attention, head=head, num_latents=num_latents)
+    clean, tokens, sigma = cells()
+    r = 1 / torch.expm1(sigma)
+    full = model(tokens, sigma).gather(-1, clean.unsqueeze(-1)).squeeze(-1) - r.log().unsqueeze(-1)
+    want = torch.where(tokens == N_BINS, full, 0.0)
+    monkeypatch.setattr("sedd.model.CHUNK", 11 * N_BINS)
+    got = model(tokens, sigma, targets=clean)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", ["full", "latent"])
+def test_an_untrained_model_gives_the_marginals(attention):
+    model = build(stir=0, attention=attention)
+    clean, tokens, sigma = cells(share=0.9)
+    want = marginals().expand(CELLS, -1, -1).gather(-1, clean.unsqueeze(-1)).squeeze(-1)
+    got = model(tokens, sigma, targets=clean)
+    torch.testing.assert_close(got, torch.where(tokens == N_BINS, want, 0.0))
+
+
+@pytest.mark.parametrize("attention", ["full", "latent"])
+def test_every_parameter_learns_and_the_loss_falls(attention):
+    model = build(attention=attention).train()
+    clean, tokens, sigma = cells()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = -model(tokens, sigma, targets=clean).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_chunks_change_neither_loss_nor_gradient(monkeypatch):
+    clean, tokens, sigma = cells()
+
+    def gradients(chunk: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("sedd.model.CHUNK", chunk)
+        model = build()
+        loss = model(tokens, sigma, targets=clean).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for one, many in zip(gradients(1 << 20), gradients(5 * N_BINS), strict=True):
+        torch.testing.assert_close(many, one, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cell_with_nothing_masked_costs_nothing_and_has_a_gradient():
+    model = build()
+    clean, _, sigma = cells()
+    out = model(clean, sigma, targets=clean)
+    assert (out == 0).all()
+    out.sum().backward()
+
+
+@DESIGNS
+def test_expectation_is_the_moments_of_the_output(attention, head, num_latents, monkeypatch):
+    monkeypatch.setattr("sedd.model.CHUNK", 9 * N_BINS)
+    model = build(attention=attention, head=head, num_latents=num_latents)
+    _, tokens, sigma = cells()
+    values = torch.tensor([0.0, 1, 2, 3, 4, 5, 8.5])
+    mean, var = model.expectation(tokens, sigma, values)
+    p = (model(tokens, sigma)[..., :N_BINS] + torch.expm1(sigma).log()[:, None, None]).exp()
+    masked = tokens == N_BINS
+    torch.testing.assert_close(mean[masked], (p @ values)[masked], atol=1e-4, rtol=1e-4)
+    want = (p.double() @ values.double().square() - mean.double().square())[masked]
+    torch.testing.assert_close(var[masked].double(), want, atol=1e-2, rtol=1e-2)
+    assert (mean[~masked] == values[tokens[~masked]]).all()
+    assert (var[~masked] == 0).all()
+
+
+def test_conditions_and_library_matter_and_null_means_not_given():
+    model = build(condition_sizes=[3, 2], condition_library=True)
+    clean, tokens, sigma = cells()
+    codes = torch.ones(CELLS, 2, dtype=torch.int64)
+    bare = model(tokens, sigma, targets=clean)
+    null = model(
+        tokens, sigma, targets=clean, condition=torch.zeros_like(codes), library=torch.full((CELLS,), torch.nan)
+    )
+    torch.testing.assert_close(null, bare)
+    assert not torch.allclose(model(tokens, sigma, targets=clean, condition=codes), bare)
+    assert not torch.allclose(model(tokens, sigma, targets=clean, library=torch.full((CELLS,), 8.0)), bare)
+
+
+@pytest.mark.parametrize("n_bins", [7, 100])
+def test_the_top_bin_of_the_negative_binomial_holds_its_tail(n_bins):
+    head = NegativeBinomialHead(torch.zeros(4, n_bins), torch.arange(n_bins).float(), 2)
+    mean, dispersion = torch.tensor([0.5, 9.0, 80.0, 400.0]), torch.tensor([0.2, 2.0, 60.0, 5.0])
+    with torch.no_grad():
+        head.bias.copy_(torch.stack([mean.log(), dispersion.log()], dim=1))
+    genes = torch.arange(4)
+    log_mu = head.log_mu(torch.zeros(4, 2), genes)
+    law = scipy.stats.nbinom(dispersion.numpy(), (dispersion / (mean + dispersion)).numpy())
+    np.testing.assert_allclose(log_mu[:, :-1].detach(), law.logpmf(np.arange(n_bins - 1)[:, None]).T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_mu[:, -1].detach(), law.logsf(n_bins - 2), rtol=2e-4, atol=1e-12)
+    targets = torch.tensor([0, n_bins - 1, n_bins - 1, n_bins - 1])
+    torch.testing.assert_close(head.log_mu_of(torch.zeros(4, 2), genes, targets), log_mu[genes, targets])
+
+
+def test_config_rebuilds_the_model_from_json():
+    model = build(condition_sizes=[3], head="nb", attention="full")
+    again = SEDDTransformer(**json.loads(json.dumps(model.config))).eval()
+    again.load_state_dict(model.state_dict())
+    _, tokens, sigma = cells()
+    torch.testing.assert_close(again(tokens, sigma), model(tokens, sigma), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(SEDDTransformerSmall, (128, 4, 4)), (SEDDTransformerMedium, (256, 6, 8)), (SEDDTransformerLarge, (512, 12, 16))],
+)
+def test_named_sizes(kind, size):
+    with torch.device("meta"):
+        model = kind(N_VARS, N_BINS)
+    assert (model.config["hidden_dim"], model.config["num_layers"], model.config["num_heads"]) == size
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden_dim": 30, "num_heads": 4}, "hidden_dim 30 is not divisible by num_heads 4"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"attention": "sparse"}, "'latent' or 'full'"),
+        ({"head": "zinb"}, "'softmax' or 'nb'"),
+        ({"log_marginals": torch.zeros(2, 3)}, r"log_marginals has shape \(2, 3\); expected \(23, 7\)"),
+        ({"bin_values": torch.zeros(3)}, "bin_values has shape"),
+        ({"gene_embeddings": torch.zeros(4, 8)}, "gene_embeddings has shape"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(settings, words):
+    with pytest.raises(UserError, match=words):
+        SEDDTransformer(N_VARS, N_BINS, **settings)
