@@ -163,7 +163,7 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str
             cells = [format_value(scores.get(name)) + ("*" if name == best else " ") for name in ("sedd", *rivals)] + [
                 format_value(row.get("anchors", {}).get(name)) + " " for name in anchors
             ]
-            lines.append([_label(metric), *cells, better_text(metric)])
+            lines.append([metric_label(metric), *cells, better_text(metric)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         last = len(widths) - 1
         text = [
@@ -177,7 +177,8 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str
     return "\n\n".join(blocks)
 
 
-def _label(metric: str) -> str:
+def metric_label(metric: str) -> str:
+    """The title and unit of a metric, or its key if it is not known."""
     info = METRICS.get(metric)
     if info is None:
         return metric
