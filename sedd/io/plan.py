@@ -1,0 +1,434 @@
+"""Which cells, in which order, at which noise: pure functions of (seed, epoch), computed anywhere, never replayed.
+
+Every function here maps a position (or a rank within a split) to its answer in constant time and memory, by keyed
+permutations (Feistel networks with cycle walking) instead of shuffled lists. So a run is resumed at any position of any
+epoch at once, and each rank computes the cells of its own positions alone, of a billion cells too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numba
+import numpy as np
+
+from ..errors import UserError
+from ..kernels.mask import GOLDEN64, mix64, stream_key
+
+LANES = 192
+"""Lanes of a window: rank r of W reads only its own lanes when W divides this (1, 2, 3, 4, 6, 8, 12, 16, 24, .. 64, 96)."""
+BLOCK = 64
+"""Consecutive cells of a split that are read together."""
+LANE_WINDOW = 128
+"""Cells of a lane that are shuffled together; LANES * LANE_WINDOW cells are in memory at once."""
+FULL_SHUFFLE_BYTES = 1 << 30
+"""Stores whose non-zeros take up to this much memory are permuted as a whole; half the default memory budget."""
+
+_SPLIT_GROUP = 64  # cells among which a split draws its share: small, so that the k-th cell of a split is found quickly
+_ORDER, _BLOCKS, _SPLIT, _NOISE, _WEIGHTS = 0x6F726465, 0x626C6F63, 0x73706C69, 0x6E6F6973, 0x77656967
+_ROUNDS = 5
+
+
+@numba.njit(cache=True, nogil=True)
+def _permute(i: Any, n: Any, key: Any) -> Any:
+    """Image of `i` under the permutation of [0, n) that `key` names."""
+    if n <= 1:
+        return np.int64(0)
+    bits = 0
+    while (np.int64(1) << bits) < n:
+        bits += 1
+    low_bits = np.uint64((bits + 1) // 2)
+    high_bits = np.uint64(bits // 2)
+    low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
+    high_mask = (np.uint64(1) << high_bits) - np.uint64(1)
+    x = np.uint64(i)
+    while True:
+        low, high = x & low_mask, x >> low_bits
+        for step in range(_ROUNDS):  # each half is altered by a hash of the other: a bijection whatever the hash
+            salt = key + np.uint64(2 * step + 1) * np.uint64(GOLDEN64)
+            high ^= (mix64(low ^ salt) >> np.uint64(20)) & high_mask
+            salt += np.uint64(GOLDEN64)
+            low ^= (mix64(high ^ salt) >> np.uint64(20)) & low_mask
+        x = (high << low_bits) | low
+        if x < np.uint64(n):  # walk the cycle until it is back inside
+            return np.int64(x)
+
+
+@numba.njit(cache=True, nogil=True)
+def _permute_many(items: Any, n: Any, key: Any, out: Any) -> None:
+    for i in range(items.shape[0]):
+        out[i] = _permute(items[i], n, key)
+
+
+def permute(items: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Map items of [0, n) by the permutation that `key` names.
+
+    Parameters
+    ----------
+    items : (k,) int64 in [0, n)
+    n : int
+    key : int in [0, 2**64)
+
+    Returns
+    -------
+    images : (k,) int64 in [0, n)
+    """
+    items = np.ascontiguousarray(items, dtype=np.int64)
+    if items.size and (items.min() < 0 or items.max() >= n):
+        raise UserError(f"items run from {items.min()} to {items.max()}; expected 0 to {n - 1}")
+    out = np.empty_like(items)
+    _permute_many(items, n, np.uint64(key), out)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _val_before(cell: Any, n_obs: Any, n_val: Any, phase: Any) -> Any:
+    return (cell * n_val + phase) // n_obs
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_val(cell: Any, n_obs: Any, n_val: Any, phase: Any, key: Any) -> Any:
+    start = cell // _SPLIT_GROUP * _SPLIT_GROUP
+    stop = min(start + _SPLIT_GROUP, n_obs)
+    share = _val_before(stop, n_obs, n_val, phase) - _val_before(start, n_obs, n_val, phase)
+    return _permute(cell - start, stop - start, mix64(key + np.uint64(start))) < share
+
+
+@numba.njit(cache=True, nogil=True)
+def _are_val(cells: Any, n_obs: Any, n_val: Any, phase: Any, key: Any, out: Any) -> None:
+    for i in range(cells.shape[0]):
+        out[i] = _is_val(cells[i], n_obs, n_val, phase, key)
+
+
+@numba.njit(cache=True, nogil=True)
+def _split_cells(ranks: Any, n_obs: Any, n_val: Any, phase: Any, key: Any, want_val: Any, out: Any) -> None:
+    """Find the `ranks[i]`-th cell of a split, by the closed form of the cells before each group and a search inside it."""
+    total = n_val if want_val else n_obs - n_val
+    n_groups = (n_obs + _SPLIT_GROUP - 1) // _SPLIT_GROUP
+    members = np.empty(_SPLIT_GROUP, np.int64)
+    current, first, count = np.int64(-1), np.int64(0), np.int64(0)
+    for i in range(ranks.shape[0]):
+        rank = ranks[i]
+        if not (current >= 0 and first <= rank < first + count):
+            group = min(np.int64(np.float64(rank) / total * n_obs) // _SPLIT_GROUP, n_groups - 1)
+            while True:
+                start = group * _SPLIT_GROUP
+                stop = min(start + _SPLIT_GROUP, n_obs)
+                before = _val_before(start, n_obs, n_val, phase)
+                after = _val_before(stop, n_obs, n_val, phase)
+                if not want_val:
+                    before, after = start - before, stop - after
+                if rank < before:
+                    group -= 1
+                elif rank >= after:
+                    group += 1
+                else:
+                    break
+            current, first, count = group, before, np.int64(0)
+            for cell in range(start, stop):
+                if _is_val(cell, n_obs, n_val, phase, key) == want_val:
+                    members[count] = cell
+                    count += 1
+        out[i] = members[rank - first]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A set of cells that is described, not listed.
+
+    The validation cells are exactly `round(val_fraction * n_obs)`, spread evenly: each run of 64 cells of the store gives
+    its share of them, chosen by a keyed permutation, so that a store sorted by label is also split within each label.
+
+    Attributes
+    ----------
+    n_obs : int
+        Cells in the store.
+    val_fraction : float in [0, 1)
+    seed : int
+    part : {"train", "val", "all"}
+    limit : int or None
+        Keep only this many cells, evenly spaced over the part.
+    """
+
+    n_obs: int
+    val_fraction: float = 0.1
+    seed: int = 0
+    part: str = "train"
+    limit: int | None = None
+    n_val: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.part not in ("train", "val", "all"):
+            raise UserError(f"unknown split '{self.part}'; expected train, val, all or an array of cell numbers")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction is {self.val_fraction}; expected a share from 0 to below 1")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit_cells is {self.limit}; expected at least 1")
+        object.__setattr__(self, "n_val", int(np.floor(self.val_fraction * self.n_obs + 0.5)))
+
+    @property
+    def _key(self) -> int:
+        return stream_key(_SPLIT, self.seed)
+
+    @property
+    def _phase(self) -> int:
+        return self._key % max(self.n_obs, 1)
+
+    @property
+    def _n_part(self) -> int:
+        return {"train": self.n_obs - self.n_val, "val": self.n_val, "all": self.n_obs}[self.part]
+
+    @property
+    def n_cells(self) -> int:
+        """Cells in this part."""
+        return self._n_part if self.limit is None else min(self.limit, self._n_part)
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def cells(self, ranks: np.ndarray | None = None) -> np.ndarray:
+        """Cell numbers of the given ranks (the k-th cell of the part, in the store's order); of all ranks by default."""
+        ranks = np.arange(self.n_cells) if ranks is None else np.ascontiguousarray(ranks, dtype=np.int64)
+        if ranks.size and (ranks.min() < 0 or ranks.max() >= self.n_cells):
+            raise UserError(f"ranks run from {ranks.min()} to {ranks.max()}; the split has {self.n_cells} cells")
+        if self.n_cells < self._n_part:
+            ranks = ranks * self._n_part // self.n_cells
+        if self.part == "all" or ranks.size == 0:
+            return ranks.copy()
+        out = np.empty_like(ranks)
+        want_val = self.part == "val"
+        _split_cells(ranks, self.n_obs, self.n_val, self._phase, np.uint64(self._key), want_val, out)
+        return out
+
+    def contains(self, cells: np.ndarray) -> np.ndarray:
+        """Tell of each cell whether it is in this part; `limit` is not looked at."""
+        cells = np.ascontiguousarray(cells, dtype=np.int64)
+        out = np.ones(cells.shape, np.bool_)
+        if self.part != "all":
+            _are_val(cells, self.n_obs, self.n_val, self._phase, np.uint64(self._key), out)
+        return ~out if self.part == "train" else out
+
+
+def split_cells(n_obs: int, val_fraction: float, seed: int) -> tuple[Split, Split]:
+    """Divide cells into a training and a validation part.
+
+    Parameters
+    ----------
+    n_obs : int
+    val_fraction : float in [0, 1)
+        Exactly `round(val_fraction * n_obs)` cells are for validation.
+    seed : int
+
+    Returns
+    -------
+    train, val : Split
+    """
+    return Split(n_obs, val_fraction, seed, "train"), Split(n_obs, val_fraction, seed, "val")
+
+
+@dataclass(frozen=True)
+class CellList:
+    """A split given as a list of cells."""
+
+    numbers: np.ndarray
+
+    @property
+    def n_cells(self) -> int:
+        """Cells in the list."""
+        return int(self.numbers.size)
+
+    def cells(self, ranks: np.ndarray | None = None) -> np.ndarray:
+        """Cell numbers of the given ranks, of all by default."""
+        return self.numbers if ranks is None else self.numbers[ranks]
+
+
+@numba.njit(cache=True, nogil=True)
+def _window_ranks(positions: Any, n: Any, block_key: Any, order_key: Any, rotation: Any, out: Any) -> None:
+    n_blocks = n // BLOCK
+    for i in range(positions.shape[0]):
+        lane, step = positions[i] % LANES, positions[i] // LANES
+        length = n // LANES + (1 if lane < n % LANES else 0)
+        base = step // LANE_WINDOW * LANE_WINDOW
+        key = mix64(order_key + np.uint64(lane) * np.uint64(GOLDEN64) + np.uint64(base))
+        place = lane * (n // LANES) + min(lane, n % LANES)
+        place += base + _permute(step - base, min(np.int64(LANE_WINDOW), length - base), key)
+        if place < n_blocks * BLOCK:
+            place = _permute(place // BLOCK, n_blocks, block_key) * BLOCK + place % BLOCK
+        out[i] = (place + rotation) % n
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The sequence of an epoch: position -> rank within the split.
+
+    `full`: a permutation of all cells. `window`: the split is cut into blocks of 64 consecutive cells (from a starting
+    point that is new in every epoch), the blocks are permuted and dealt to 192 lanes, position p is the next cell of lane
+    `p mod 192`, and within a lane each run of 128 cells is permuted. `none`: the store's order.
+
+    Attributes
+    ----------
+    n_cells : int
+    seed, epoch : int
+    mode : {"full", "window", "none"}
+    """
+
+    n_cells: int
+    seed: int
+    epoch: int
+    mode: str
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("full", "window", "none"):
+            raise UserError(f"unknown shuffle '{self.mode}'; expected full, window or none")
+
+    def ranks(self, positions: np.ndarray) -> np.ndarray:
+        """Ranks within the split at the given positions of the epoch.
+
+        Parameters
+        ----------
+        positions : (k,) int64 in [0, n_cells)
+
+        Returns
+        -------
+        ranks : (k,) int64
+        """
+        positions = np.ascontiguousarray(positions, dtype=np.int64)
+        if positions.size and (positions.min() < 0 or positions.max() >= self.n_cells):
+            raise UserError(f"positions run to {positions.max()}; the epoch has {self.n_cells} cells")
+        if self.mode == "none":
+            return positions.copy()
+        order_key = stream_key(_ORDER, self.seed, self.epoch)
+        if self.mode == "full":
+            return permute(positions, self.n_cells, order_key)
+        block_key = stream_key(_BLOCKS, self.seed, self.epoch)
+        out = np.empty_like(positions)
+        rotation = block_key % max(self.n_cells, 1)
+        _window_ranks(positions, self.n_cells, np.uint64(block_key), np.uint64(order_key), rotation, out)
+        return out
+
+    @property
+    def window(self) -> int:
+        """Positions whose cells are shuffled together; reads that end at its multiples read nothing twice."""
+        return LANES * LANE_WINDOW if self.mode == "window" else 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _times(positions: Any, key: Any, out: Any) -> None:
+    masks = (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F, 0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF)
+    for i in range(positions.shape[0]):
+        x = np.uint64(positions[i])
+        for step in range(6):  # bit i of the result: parity of the bits j of x with i a subset of j, Pascal's matrix mod 2
+            keep = np.uint64(masks[step]) if step < 5 else np.uint64(0x00000000FFFFFFFF)
+            x ^= (x >> (np.uint64(1) << np.uint64(step))) & keep
+        x += key  # nested scrambling: sums and products carry upwards only, so a bit depends on the lower ones alone
+        x ^= x * np.uint64(0x6C50B47C)
+        x ^= x * np.uint64(0xB82F1E52)
+        x ^= x * np.uint64(0xC7AFE638)
+        x ^= x * np.uint64(0x8D22F6E6)
+        reverse = np.uint64(0)
+        for _ in range(53):
+            reverse = (reverse << np.uint64(1)) | (x & np.uint64(1))
+            x >>= np.uint64(1)
+        out[i] = 1.0 - np.float64(reverse) * 2.0**-53
+
+
+def noise_times(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
+    """Noise times of the cells at the given positions of an epoch.
+
+    The second coordinate of Sobol's sequence with a nested (Owen) scrambling of its own per epoch. Every aligned run of
+    `2**k` positions has exactly one time in each `1/2**k` of (0, 1], and so have the positions that one of `2**w` ranks
+    takes of it; the plain base-2 radical inverse would give rank 0 of 2 only one half of the times.
+
+    Parameters
+    ----------
+    seed, epoch : int
+    positions : (k,) int64
+
+    Returns
+    -------
+    t : (k,) float64 in (0, 1]
+    """
+    positions = np.ascontiguousarray(positions, dtype=np.int64)
+    out = np.empty(positions.shape, np.float64)
+    _times(positions, np.uint64(stream_key(_NOISE, seed, epoch)), out)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _uniforms(positions: Any, key: Any, out: Any) -> None:
+    for i in range(positions.shape[0]):
+        bits = mix64(key + np.uint64(positions[i]) * np.uint64(GOLDEN64))
+        out[i] = np.float64(bits >> np.uint64(11)) * 2.0**-53
+
+
+def weighted_ranks(seed: int, epoch: int, positions: np.ndarray, cumulative: np.ndarray) -> np.ndarray:
+    """Draw ranks with replacement, in proportion to weights.
+
+    Parameters
+    ----------
+    seed, epoch : int
+    positions : (k,) int64
+    cumulative : (n_cells,) float64
+        Running sum of the weights.
+
+    Returns
+    -------
+    ranks : (k,) int64
+    """
+    positions = np.ascontiguousarray(positions, dtype=np.int64)
+    draws = np.empty(positions.shape, np.float64)
+    _uniforms(positions, np.uint64(stream_key(_WEIGHTS, seed, epoch)), draws)
+    ranks = np.searchsorted(cumulative, draws * cumulative[-1], side="right")
+    return np.minimum(ranks, cumulative.size - 1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The positions that one rank takes of an epoch, cut into steps.
+
+    Attributes
+    ----------
+    n_positions : int
+        Positions of the epoch.
+    batch_size, rank, world_size : int
+    start : int
+        First position that is still to be seen.
+    drop_last, pad : bool
+        A last step that not all ranks can fill is dropped, or filled with positions from the start of the epoch, so that
+        all ranks have as many cells; without either it is as short as it is, on some ranks empty.
+    """
+
+    n_positions: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
+    drop_last: bool = False
+    pad: bool = False
+
+    @property
+    def n_steps(self) -> int:
+        """Steps from `start` on, the same on every rank."""
+        left = max(self.n_positions - self.start, 0)
+        span = self.batch_size * self.world_size
+        return left // span if self.drop_last else -(-left // span)
+
+    @property
+    def first(self) -> int:
+        """First position of this rank."""
+        return self.start + (self.rank - self.start) % self.world_size
+
+    @property
+    def n_mine(self) -> int:
+        """Cells of this rank from `start` on, padding included."""
+        left = max(self.n_positions - self.start, 0)
+        if self.drop_last:
+            return self.n_steps * self.batch_size
+        if self.pad:
+            return -(-left // self.world_size)
+        return max(-(-(self.n_positions - self.first) // self.world_size), 0)
+
+    def positions(self, low: int, high: int) -> np.ndarray:
+        """Positions of this rank's cells `low .. high - 1`; those at or above `n_positions` are padding."""
+        return self.first + self.world_size * np.arange(low, min(high, self.n_mine), dtype=np.int64)

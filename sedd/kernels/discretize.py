@@ -1,0 +1,370 @@
+"""Counts -> bin tokens, and back.
+
+Tokens are `0 .. n_bins - 1`. The mask is no token here: it travels as a separate boolean array, so that 256 bins fit in
+one byte and the mask can never be taken for the top bin.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import scipy.sparse as sp
+
+from ..errors import UserError
+
+KINDS = ("identity", "counts", "linear", "log", "quantile")
+MAX_BINS = 1 << 16
+MAX_TABLE = 1 << 22  # counts looked up in a table; rarer, larger ones take the last entry, which is right for every kind
+
+
+def token_dtype(n_bins: int) -> np.dtype:
+    """Return the narrowest unsigned type that holds the tokens `0 .. n_bins - 1`."""
+    if not 1 <= n_bins <= MAX_BINS:
+        raise UserError(f"n_bins is {n_bins}; expected 1 to {MAX_BINS}")
+    return np.dtype(np.uint8 if n_bins <= 256 else np.uint16)
+
+
+def _check_edges(edges: np.ndarray) -> np.ndarray:
+    edges = np.ascontiguousarray(edges, dtype=np.float64)
+    if edges.ndim != 1 or edges.size == 0 or not bool(np.all(np.diff(edges) > 0)) or not np.isfinite(edges).all():
+        raise UserError("edges must be one strictly increasing row of finite numbers; check for duplicated edges")
+    return edges
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def digit(value: Any, edges: Any) -> Any:
+    """Count the edges <= `value`: `np.digitize` of one number, by bisection."""
+    low, high = 0, edges.shape[0]
+    while low < high:
+        middle = (low + high) >> 1
+        if edges[middle] <= value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@numba.njit(cache=True, nogil=True)
+def _bin_counts(counts: Any, edges: Any, tokens: Any) -> int:
+    bad = -1
+    for i in range(counts.shape[0]):
+        if not counts[i] >= 0:
+            bad = i
+        tokens[i] = digit(np.float64(counts[i]), edges)
+    return bad
+
+
+def bin_counts(counts: np.ndarray, *, edges: np.ndarray) -> np.ndarray:
+    """Map counts to bin tokens, as `np.digitize(counts, edges)` does.
+
+    Parameters
+    ----------
+    counts : any shape and real dtype, >= 0
+    edges : (n_bins - 1,) float64, strictly increasing; bin k holds edges[k-1] <= count < edges[k]
+
+    Returns
+    -------
+    tokens : shape of `counts`, uint8 if n_bins <= 256, else uint16
+
+    Raises
+    ------
+    ValueError
+        If `edges` does not increase or a count is negative or NaN.
+    """
+    edges = _check_edges(edges)
+    counts = np.ascontiguousarray(counts)
+    tokens = np.empty(counts.shape, token_dtype(edges.size + 1))
+    bad = _bin_counts(counts.reshape(-1), edges, tokens.reshape(-1))
+    if bad >= 0:
+        raise UserError(f"value {counts.reshape(-1)[bad]} at position {bad} cannot be binned; expected numbers >= 0")
+    return tokens
+
+
+def unbin_tokens(tokens: np.ndarray, *, values: np.ndarray) -> np.ndarray:
+    """Map bin tokens to the counts that they stand for.
+
+    Parameters
+    ----------
+    tokens : any shape, integers in [0, n_bins)
+    values : (n_bins,) the count that each bin stands for
+
+    Returns
+    -------
+    counts : shape of `tokens`, float32
+
+    Raises
+    ------
+    ValueError
+        If a token is outside the bins, the mask token included.
+    """
+    tokens = np.asarray(tokens)
+    values = np.asarray(values, dtype=np.float32)
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= values.size):
+        raise UserError(
+            f"tokens run from {tokens.min()} to {tokens.max()}; expected 0 to {values.size - 1} (is one still masked?)"
+        )
+    return values[tokens]
+
+
+@numba.njit(cache=True, nogil=True)
+def quantile_edges(values: Any, edges: Any) -> None:
+    """Write the quantiles 0, 1/(k-1) .. 1 of sorted float64 `values` to `edges` (k,), rounded as `np.quantile` rounds."""
+    last = values.shape[0] - 1
+    step = 1.0 / (edges.shape[0] - 1) if edges.shape[0] > 1 else 0.0
+    for k in range(edges.shape[0]):
+        share = 1.0 if k == edges.shape[0] - 1 and k > 0 else k * step
+        virtual = share * last
+        low = min(max(int(np.floor(virtual)), 0), last)
+        high = min(low + 1, last)
+        weight = virtual - np.floor(virtual)
+        span = values[high] - values[low]
+        if weight >= 0.5:
+            edges[k] = values[high] - span * (1 - weight)
+        else:
+            edges[k] = values[low] + span * weight
+
+
+@dataclass(frozen=True, eq=False)
+class Binning:
+    """How counts become tokens and tokens become counts.
+
+    Attributes
+    ----------
+    kind : {"identity", "counts", "linear", "log", "quantile"}
+    n_bins : int
+        Tokens are 0 .. n_bins - 1.
+    edges : (n_bins - 1,) float64 or None
+        `np.digitize(count, edges)` is the token. None for integers that are their own token and for per-cell quantiles.
+    values : (n_bins,) float32
+        The mean training count of each bin: what a token decodes to.
+    """
+
+    kind: str
+    n_bins: int
+    edges: np.ndarray | None
+    values: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"unknown binning '{self.kind}'; expected auto, {', '.join(KINDS)}")
+        token_dtype(self.n_bins)
+        object.__setattr__(self, "values", np.ascontiguousarray(self.values, dtype=np.float32))
+        if self.values.shape != (self.n_bins,):
+            raise UserError(f"binning has {self.values.shape[0]} bin values; expected {self.n_bins}")
+        if self.edges is not None:
+            object.__setattr__(self, "edges", _check_edges(self.edges))
+            if self.edges.size != self.n_bins - 1:
+                raise UserError(f"binning has {self.edges.size} edges; expected {self.n_bins - 1}")
+        elif self.kind in ("linear", "log"):
+            raise UserError(f"binning '{self.kind}' needs edges; fit it with Binning.fit")
+
+    @classmethod
+    def fit(
+        cls,
+        kind: str,
+        num_bins: int,
+        *,
+        hist: sp.csr_array | None = None,
+        values: np.ndarray | None = None,
+    ) -> Binning:
+        """Learn a binning from training data.
+
+        Parameters
+        ----------
+        kind : {"auto", "identity", "counts", "linear", "log", "quantile"}
+            `auto` keeps integers as they are: `identity` when the largest is below `num_bins`, else `counts`.
+        num_bins : int
+            `linear` has one bin more than this: `np.digitize` against `num_bins` points starts at 1 for values >= 0.
+        hist : (n_vars, max_count + 1) sparse, optional
+            How often each gene has each count in the training cells, zeros in column 0.
+        values : (n,) real, optional
+            A sample of the training values with their zeros, for data that are not counts.
+
+        Returns
+        -------
+        binning : Binning
+        """
+        if (hist is None) == (values is None):
+            raise UserError("pass either hist= (of counts) or values= (a sample of real values) to Binning.fit")
+        if hist is not None:
+            weight = np.asarray(hist.sum(axis=0), dtype=np.float64).reshape(-1)
+            points = np.arange(weight.size, dtype=np.float64)
+            points, weight = points[weight > 0], weight[weight > 0]
+        else:
+            sample = np.asarray(values)
+            if kind == "auto":
+                raise UserError("values are real numbers, not counts; pass binning linear, log or quantile")
+            points, repeats = np.unique(sample.reshape(-1).astype(np.float64), return_counts=True)
+            weight = repeats.astype(np.float64)
+        if points.size == 0:
+            raise UserError("there is no training value to fit a binning to; the training split is empty")
+        if not (points[0] >= 0 and np.isfinite(points[-1])):
+            raise UserError(f"values run from {points[0]} to {points[-1]}; expected finite numbers >= 0")
+        top = float(points[-1])
+        if kind == "auto":
+            kind = "identity" if top < num_bins else "counts"
+        if kind == "identity" and top >= num_bins:
+            raise UserError(
+                f"the largest count is {top:.0f}, which is no token of {num_bins} bins; "
+                f"pass --num_bins {int(top) + 1} or --binning counts"
+            )
+        edges: np.ndarray | None = None
+        n_bins = num_bins
+        if kind == "linear":
+            edges = np.linspace(0, top if top > 0 else 1.0, num_bins)
+            n_bins = num_bins + 1
+        elif kind == "log":
+            edges = np.expm1(np.linspace(0, np.log1p(top if top > 0 else 1.0), num_bins + 1))[1:-1]
+        elif kind not in KINDS:
+            raise UserError(f"unknown binning '{kind}'; expected auto, {', '.join(KINDS)}")
+        draft = cls(kind, n_bins, edges, np.zeros(n_bins, np.float32))
+        return draft.with_values(points, weight)
+
+    def with_values(self, points: np.ndarray, weight: np.ndarray) -> Binning:
+        """Return this binning with `values` set to the weighted mean of the `points` in each bin.
+
+        An empty bin takes the value that a straight line between its neighbours gives it.
+        """
+        if self.kind == "quantile":
+            tokens = np.zeros(points.size, np.int64)
+            nonzero = points > 0
+            if nonzero.any():  # per cell the edges differ; over all cells the quantiles of the non-zeros stand in
+                order = np.cumsum(weight[nonzero]) - weight[nonzero] / 2
+                share = order / weight[nonzero].sum()
+                tokens[nonzero] = 1 + np.minimum((share * (self.n_bins - 1)).astype(np.int64), self.n_bins - 2)
+        else:
+            tokens = self.tokens(points).astype(np.int64)
+        mass = np.bincount(tokens, weights=weight, minlength=self.n_bins)
+        total = np.bincount(tokens, weights=weight * points, minlength=self.n_bins)
+        seen = mass > 0
+        bins = np.arange(self.n_bins)
+        means = np.interp(bins, bins[seen], total[seen] / mass[seen])
+        if self.kind in ("identity", "counts"):  # an unseen count is itself
+            means[:-1] = np.where(seen[:-1], means[:-1], bins[:-1])
+            means[-1] = means[-1] if seen[-1] else bins[-1]
+        return Binning(self.kind, self.n_bins, self.edges, means.astype(np.float32))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the tokens."""
+        return token_dtype(self.n_bins)
+
+    def clipped(self, hist: sp.csr_array) -> int:
+        """Count the entries of `hist` above the last bin that share the last bin (0 unless counts are their tokens)."""
+        if self.edges is not None or self.kind == "quantile":
+            return 0
+        return int(hist[:, self.n_bins :].sum()) if hist.shape[1] > self.n_bins else 0
+
+    def table(self, max_count: int) -> np.ndarray:
+        """Tokens of the counts 0 .. max_count: the lookup table of the kernel, at least 256 entries long."""
+        if self.kind == "quantile":
+            raise UserError("quantile bins differ from cell to cell; there is no table of them")
+        size = min(max(int(max_count) + 1, 256), MAX_TABLE)
+        if self.edges is None:
+            return np.minimum(np.arange(size), self.n_bins - 1).astype(self.dtype)
+        return np.digitize(np.arange(size, dtype=np.float64), self.edges).astype(self.dtype)
+
+    def tokens(self, counts: np.ndarray) -> np.ndarray:
+        """Bin counts of any shape; for `quantile` the last axis is a cell.
+
+        Parameters
+        ----------
+        counts : (..., n_vars) real, >= 0
+
+        Returns
+        -------
+        tokens : shape of `counts`, `dtype`
+        """
+        counts = np.asarray(counts)
+        if self.kind == "quantile":
+            out = np.zeros(counts.shape, self.dtype)
+            rows = counts.reshape(-1, counts.shape[-1]) if counts.ndim > 1 else counts.reshape(1, -1)
+            flat = out.reshape(rows.shape)
+            for source, target in zip(rows, flat, strict=True):
+                nonzero = np.flatnonzero(source)
+                if nonzero.size:
+                    edges = np.empty(self.n_bins - 1)
+                    present = source[nonzero].astype(np.float64)
+                    quantile_edges(np.sort(present), edges)
+                    target[nonzero] = np.digitize(present, edges)
+            return out
+        if self.edges is not None:
+            return bin_counts(counts, edges=self.edges)
+        if counts.size:
+            low = counts.min()
+            if not low >= 0:
+                raise UserError(f"value {low} cannot be binned; expected counts >= 0")
+            if counts.dtype.kind == "f" and not bool(np.all(counts == np.floor(counts))):
+                raise UserError("values are not integers; bin real values with --binning linear, log or quantile")
+        return np.minimum(counts, self.n_bins - 1).astype(self.dtype)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Mean training count of each token; see `unbin_tokens`."""
+        return unbin_tokens(tokens, values=self.values)
+
+    def log_marginals(self, hist: sp.csr_array, n_cells: int, *, pseudocount: float = 0.5) -> np.ndarray:
+        """Log share of each token, per gene, over the training cells.
+
+        Parameters
+        ----------
+        hist : (n_vars, max_count + 1) sparse
+            How often each gene has each count; column 0 is ignored and follows from `n_cells`.
+        n_cells : int
+        pseudocount : float
+            Spread over a gene's bins in the proportions that all genes share, so that no token is impossible and a rare
+            gene leans on the others.
+
+        Returns
+        -------
+        log_marginals : (n_vars, n_bins) float32, each row sums to one when exponentiated
+        """
+        entries = hist.tocoo()
+        if self.kind == "quantile":
+            raise UserError("quantile bins differ from cell to cell; take marginals from a token histogram")
+        tokens = self.table(hist.shape[1] - 1).astype(np.int64)
+        mass = np.zeros((hist.shape[0], self.n_bins))
+        above = entries.coords[1] > 0
+        rows, columns = entries.coords[0][above], entries.coords[1][above]
+        np.add.at(mass, (rows, tokens[np.minimum(columns, tokens.size - 1)]), entries.data[above])
+        nonzeros = np.bincount(rows, weights=entries.data[above], minlength=hist.shape[0])
+        mass[:, tokens[0]] += n_cells - nonzeros
+        return smoothed_log_shares(mass, pseudocount)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that `json` and `torch.save(weights_only=True)` take."""
+        edges = None if self.edges is None else self.edges.tolist()
+        return {"kind": self.kind, "n_bins": self.n_bins, "edges": edges, "values": self.values.tolist()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Binning:
+        """Rebuild a binning from `to_dict`, bit for bit."""
+        edges = None if data["edges"] is None else np.asarray(data["edges"], dtype=np.float64)
+        return cls(str(data["kind"]), int(data["n_bins"]), edges, np.asarray(data["values"], dtype=np.float32))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Binning) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict()))
+
+
+def smoothed_log_shares(mass: np.ndarray, pseudocount: float = 0.5) -> np.ndarray:
+    """Log of the shares of a table's rows, smoothed towards the shares of the whole table.
+
+    Parameters
+    ----------
+    mass : (n_vars, n_bins) counts
+    pseudocount : float
+        Total mass added to each row.
+
+    Returns
+    -------
+    log_shares : (n_vars, n_bins) float32
+    """
+    prior = mass.sum(axis=0) + 1.0  # one more in each bin: a token that no gene has stays possible
+    smoothed = mass + pseudocount * prior / prior.sum()
+    return np.log(smoothed / smoothed.sum(axis=1, keepdims=True)).astype(np.float32)

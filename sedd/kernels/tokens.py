@@ -1,0 +1,336 @@
+"""CSR rows -> dense token rows in one pass over the non-zeros, masks included, into memory that the caller owns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+
+from ..errors import UserError
+from .discretize import Binning, digit, quantile_edges
+from .mask import BUCKETS, exact_row, mask_row, mask_stream, thresholds
+
+_EDGES, _QUANTILE, _VALUE = 0, 1, 2
+_NO_MASK, _RANDOM, _EXACT = 0, 1, 2
+_BAD_INDEX, _BAD_VALUE = -1.0, -2.0
+
+
+@numba.njit(cache=True, nogil=True)
+def _check_row(indices: Any, data: Any, start: Any, stop: Any, n_store: Any) -> float:
+    """Return 0, or a negative code: an index out of range would write over memory that is not the row's."""
+    bad_index, bad_value = False, False
+    for i in range(start, stop):  # no early exit, so that the loop is vectorised; for unsigned types half of it vanishes
+        bad_index |= (np.int64(indices[i]) >= n_store) | (np.int64(indices[i]) < 0)
+        bad_value |= not data[i] >= 0
+    if bad_index:
+        return _BAD_INDEX
+    return _BAD_VALUE if bad_value else 0.0
+
+
+@numba.njit(cache=True, nogil=True)
+def _table_row(indices: Any, data: Any, start: Any, stop: Any, columns: Any, table: Any, out: Any) -> float:
+    """Scatter `table[count]`; return the sum of the counts inside the panel."""
+    out[:] = table[0]
+    last = np.int64(table.shape[0] - 1)
+    total = np.int64(0)
+    if columns.shape[0] == 0:
+        for i in range(start, stop):
+            count = np.int64(data[i])
+            total += count
+            out[np.int64(indices[i])] = table[min(count, last)]
+    else:
+        for i in range(start, stop):
+            gene = columns[np.int64(indices[i])]
+            if gene >= 0:
+                count = np.int64(data[i])
+                total += count
+                out[gene] = table[min(count, last)]
+    return np.float64(total)
+
+
+@numba.njit(cache=True, nogil=True)
+def _real_row(
+    indices: Any, data: Any, start: Any, stop: Any, columns: Any, mode: Any, edges: Any, scratch: Any, out: Any
+) -> float:
+    """Scatter the bins of real values, or (`_VALUE`) the values themselves; return their sum inside the panel."""
+    own_edges = edges
+    if mode == _QUANTILE:
+        present = np.empty(stop - start, np.float64)
+        count = 0
+        for i in range(start, stop):
+            gene = np.int64(indices[i])
+            if columns.shape[0] > 0:
+                gene = np.int64(columns[gene])
+            if gene >= 0 and data[i] > 0:
+                present[count] = data[i]
+                count += 1
+        if count > 0:
+            quantile_edges(np.sort(present[:count]), scratch)
+        own_edges = scratch
+    zero = digit(0.0, edges) if mode == _EDGES else 0
+    out[:] = zero
+    total = 0.0
+    for i in range(start, stop):
+        gene = np.int64(indices[i])
+        if columns.shape[0] > 0:
+            gene = np.int64(columns[gene])
+        if gene >= 0:
+            total += data[i]
+            if mode == _VALUE:
+                out[gene] = data[i]
+            elif data[i] > 0:
+                out[gene] = digit(np.float64(data[i]), own_edges)
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _mask(mask_mode: Any, stream: Any, cell: Any, limit: Any, out: Any) -> None:
+    if mask_mode == _RANDOM:
+        mask_row(stream, cell, limit, out)
+    elif mask_mode == _EXACT:
+        exact_row(stream, cell, np.int64(limit), np.empty(out.shape[0], np.uint32), np.empty(BUCKETS, np.int64), out)
+
+
+def _table_rows(
+    indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, table: Any, out: Any, library: Any,
+    mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
+) -> None:  # fmt: skip
+    for row in numba.prange(starts.shape[0]):
+        library[row] = _check_row(indices, data, starts[row], stops[row], n_store)
+        if library[row] == 0:
+            library[row] = _table_row(indices, data, starts[row], stops[row], columns, table, out[row])
+            if mask_mode != _NO_MASK:
+                _mask(mask_mode, stream, cells[row], limits[row], masked[row])
+
+
+def _real_rows(
+    indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, mode: Any, edges: Any, out: Any,
+    library: Any, mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
+) -> None:  # fmt: skip
+    for row in numba.prange(starts.shape[0]):
+        library[row] = _check_row(indices, data, starts[row], stops[row], n_store)
+        if library[row] == 0:
+            scratch = np.empty(edges.shape[0], np.float64)
+            library[row] = _real_row(indices, data, starts[row], stops[row], columns, mode, edges, scratch, out[row])
+            if mask_mode != _NO_MASK:
+                _mask(mask_mode, stream, cells[row], limits[row], masked[row])
+
+
+_KERNELS = {
+    False: (numba.njit(cache=True, nogil=True)(_table_rows), numba.njit(cache=True, nogil=True)(_real_rows)),
+    True: (
+        numba.njit(cache=True, nogil=True, parallel=True)(_table_rows),
+        numba.njit(cache=True, nogil=True, parallel=True)(_real_rows),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """Which genes a batch hides.
+
+    Attributes
+    ----------
+    seed, epoch : int
+    count : int or None
+        Hide exactly this many genes of each cell; None hides each gene with the probability given per cell.
+    """
+
+    seed: int
+    epoch: int
+    count: int | None = None
+
+
+def panel_columns(n_store: int, genes: np.ndarray | None) -> np.ndarray:
+    """Column of each gene of the store in the panel.
+
+    Parameters
+    ----------
+    n_store : int
+        Genes in the store.
+    genes : (n_panel,) int64 or None
+        The panel's genes, as columns of the store, in the panel's order; None for all of them as they are.
+
+    Returns
+    -------
+    columns : (n_store,) int32, -1 for genes outside the panel; of length 0 when the panel is the store
+    """
+    if genes is None:
+        return np.empty(0, np.int32)
+    genes = np.asarray(genes, dtype=np.int64)
+    if genes.size == 0:
+        raise UserError("the gene panel is empty; name at least one gene")
+    if genes.min() < 0 or genes.max() >= n_store or np.unique(genes).size != genes.size:
+        raise UserError(f"the gene panel must name distinct columns from 0 to {n_store - 1} of the store")
+    if genes.size == n_store and bool(np.all(genes == np.arange(n_store))):
+        return np.empty(0, np.int32)
+    columns = np.full(n_store, -1, np.int32)
+    columns[genes] = np.arange(genes.size, dtype=np.int32)
+    return columns
+
+
+class RowFiller:
+    """Fill dense rows from CSR rows: one binning, one panel, any number of calls and threads.
+
+    Parameters
+    ----------
+    n_store : int
+        Genes in the store; every index must be below it.
+    genes : (n_panel,) int64 or None
+        Panel; see `panel_columns`.
+    binning : Binning or None
+        None writes the values themselves as float32.
+    max_count : int
+        Largest value in the store: the length of the lookup table. Unused for real values.
+    """
+
+    def __init__(self, n_store: int, *, genes: np.ndarray | None, binning: Binning | None, max_count: int = 0) -> None:
+        self.n_store = n_store
+        self.columns = panel_columns(n_store, genes)
+        self.n_panel = n_store if genes is None else len(genes)
+        self.binning = binning
+        self.dtype = np.dtype(np.float32) if binning is None else binning.dtype
+        self._table = np.empty(0, self.dtype)
+        self._edges = np.empty(0)
+        if binning is None:
+            self._mode = _VALUE
+        elif binning.kind == "quantile":
+            self._mode = _QUANTILE
+            self._edges = np.zeros(binning.n_bins - 1)
+        else:
+            self._mode = _EDGES
+            self._table = binning.table(max_count)
+            if binning.edges is not None:
+                self._edges = binning.edges
+
+    def fill(
+        self,
+        indices: np.ndarray,
+        data: np.ndarray,
+        starts: np.ndarray,
+        stops: np.ndarray,
+        out: np.ndarray,
+        *,
+        library: np.ndarray | None = None,
+        mask: MaskRule | None = None,
+        cells: np.ndarray | None = None,
+        probability: np.ndarray | None = None,
+        masked: np.ndarray | None = None,
+        parallel: bool = False,
+    ) -> np.ndarray:
+        """Write rows; row `i` has the non-zeros `starts[i] .. stops[i] - 1` of `indices` and `data`.
+
+        Parameters
+        ----------
+        indices : (nnz,) integers, columns of the store
+        data : (nnz,) counts or real values, >= 0
+        starts, stops : (B,) int64
+        out : (B, n_panel), `dtype`; overwritten
+        library : (B,) float64, optional
+            Overwritten with the sums of each row over the panel.
+        mask : MaskRule, optional
+            Needs `cells` (B,) int64 and `masked` (B, n_panel) bool, and `probability` (B,) unless its count is set.
+        parallel : bool
+            Spread the rows over numba's threads.
+
+        Returns
+        -------
+        library : (B,) float64
+
+        Raises
+        ------
+        ValueError
+            If an index is outside the store, a value is negative or NaN, or the arrays do not fit together.
+        """
+        n_rows = starts.shape[0]
+        if out.shape != (n_rows, self.n_panel) or out.dtype != self.dtype:
+            raise UserError(f"out is {out.dtype} {out.shape}; expected {self.dtype} {(n_rows, self.n_panel)}")
+        if indices.shape != data.shape or stops.shape != starts.shape:
+            raise UserError(f"{indices.size} indices, {data.size} values, {n_rows} starts, {stops.size} stops disagree")
+        if n_rows and not (int(starts.min()) >= 0 and int(stops.max()) <= data.size):
+            raise UserError(f"rows reach from {starts.min()} to {stops.max()} in an array of {data.size} values")
+        if library is None:
+            library = np.empty(n_rows)
+        mode, stream, limits = _NO_MASK, np.uint64(0), np.empty(0, np.uint64)
+        if mask is not None:
+            if cells is None or masked is None or masked.shape != out.shape or masked.dtype != np.bool_:
+                raise UserError(f"a mask needs the cells' numbers and bool memory of shape {out.shape} to write to")
+            stream = np.uint64(mask_stream(mask.seed, mask.epoch))
+            if mask.count is not None:
+                mode, limits = _EXACT, np.full(n_rows, mask.count, np.uint64)
+            elif probability is not None:
+                mode, limits = _RANDOM, thresholds(probability)
+            else:
+                raise UserError("a random mask needs the probability of hiding a gene, one per cell")
+        tail = (
+            out,
+            library,
+            mode,
+            stream,
+            np.empty(0, np.int64) if cells is None else cells,
+            limits,
+            np.empty((0, 0), np.bool_) if masked is None else masked,
+        )
+        by_table, by_value = _KERNELS[parallel]
+        if self._mode == _EDGES and data.dtype.kind in "ui":
+            by_table(indices, data, starts, stops, self.n_store, self.columns, self._table, *tail)
+        else:
+            by_value(indices, data, starts, stops, self.n_store, self.columns, self._mode, self._real_edges(), *tail)
+        if n_rows and float(library.min()) < 0:
+            row = int(np.argmin(library))
+            at = f"row {row}" if cells is None else f"cell {cells[row]}"
+            if library[row] == _BAD_INDEX:
+                raise UserError(f"{at}: a gene index is outside the store's {self.n_store} genes; the store is damaged")
+            raise UserError(f"{at}: a value is negative or NaN; expected counts >= 0")
+        return library
+
+    def _real_edges(self) -> np.ndarray:
+        if self._mode == _EDGES and self._edges.size == 0:
+            assert self.binning is not None
+            raise UserError(f"binning '{self.binning.kind}' is for counts; bin real values with linear, log or quantile")
+        return self._edges
+
+
+def rows_to_tokens(
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    *,
+    n_vars: int,
+    binning: Binning | None,
+    rows: np.ndarray | None = None,
+    genes: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+    parallel: bool = False,
+) -> np.ndarray:
+    """Turn rows of a CSR matrix into dense tokens.
+
+    Parameters
+    ----------
+    indptr, indices, data : a CSR matrix with `n_vars` columns, values >= 0
+    n_vars : int
+    binning : Binning or None
+        None gives the values themselves as float32.
+    rows : (B,) int64, optional
+        Rows to take, in this order; all of them by default.
+    genes : (n_panel,) int64, optional
+        Columns to take, in this order; all of them by default.
+    out : (B, n_panel), optional
+        Memory to write to.
+    parallel : bool
+        Spread the rows over numba's threads.
+
+    Returns
+    -------
+    tokens : (B, n_panel), `binning.dtype` or float32
+    """
+    top = int(data.max()) if data.size and data.dtype.kind in "ui" else 0
+    filler = RowFiller(n_vars, genes=genes, binning=binning, max_count=top)
+    picked = np.arange(indptr.size - 1) if rows is None else np.asarray(rows, dtype=np.int64)
+    bounds = np.asarray(indptr, dtype=np.int64)
+    if out is None:
+        out = np.empty((picked.size, filler.n_panel), filler.dtype)
+    filler.fill(indices, data, bounds[picked], bounds[picked + 1], out, parallel=parallel)
+    return out
