@@ -1,0 +1,258 @@
+"""Bounds on the log-likelihood of cells, on fixed masks, so that two models compare on the same draws.
+
+For the absorbing graph the time integral of the score entropy can be written without time (Ou et al. 2024,
+arXiv 2406.03736; Uria et al. 2014, arXiv 1310.1757): with L genes,
+`L E_{k ~ U{1..L}} E_{|S| = k} [ (1/k) sum_{i in S} -log mu_i(x_i | x_{not S}) ]`. With the exact conditionals both are the
+entropy of the data. Baselines that know no other gene are in `sedd.metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sedd.draws import random_subsets, uniforms
+from sedd.errors import UserError
+from sedd.graph import AbsorbingGraph, Graph
+from sedd.loss import hide, masked_weight, score_entropy
+from sedd.noise import Noise
+
+FORMS = ("time_free", "time_integral")
+_GOLDEN = 0.6180339887498949
+# Streams of draws: one per purpose, and one per mask within a purpose.
+_SHIFT, _MASKS, _NOISED, _START = 0, 1_000, 1_000_000, 999
+
+
+class CellBatch(NamedTuple):
+    """Cells to evaluate.
+
+    Parameters
+    ----------
+    tokens : (B, n_vars) integer
+    condition, library
+        As in `SEDDTransformer.forward`.
+    cell : (B,) int64, optional
+        What names the cells: equal numbers get equal masks, in whatever batch. Their place in the sequence if not given.
+    """
+
+    tokens: Tensor
+    condition: Tensor | None = None
+    library: Tensor | None = None
+    cell: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Negative log-likelihoods (or bounds on them) of cells, in nats.
+
+    Attributes
+    ----------
+    per_cell : (n_cells,) float64
+    n_vars : int
+        Genes per cell.
+    """
+
+    per_cell: np.ndarray
+    n_vars: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per cell."""
+        return float(self.per_cell.mean())
+
+    @property
+    def per_gene(self) -> float:
+        """Nats per gene."""
+        return self.mean / self.n_vars
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of `mean`: over cells and the masks drawn for them."""
+        return confidence_interval(self.per_cell)
+
+    def minus(self, other: Likelihood) -> tuple[float, float, float]:
+        """Mean of the paired difference to another model on the same cells, and its 95 % confidence interval.
+
+        Raises
+        ------
+        UserError
+            If the two are of different numbers of cells.
+        """
+        if self.per_cell.shape != other.per_cell.shape:
+            raise UserError(
+                f"cannot pair {self.per_cell.size} cells with {other.per_cell.size}; evaluate both models on the same cells."
+            )
+        difference = self.per_cell - other.per_cell
+        return (float(difference.mean()), *confidence_interval(difference))
+
+
+def confidence_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % confidence interval of a mean by Student's t; unbounded for a single value.
+
+    Parameters
+    ----------
+    values : (n,) float
+
+    Returns
+    -------
+    low, high : float
+    """
+    from scipy.stats import t as student
+
+    n = values.size
+    if n < 2:
+        return -float("inf"), float("inf")
+    half = float(student.ppf(0.975, n - 1)) * float(values.std(ddof=1)) / n**0.5
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+@torch.no_grad()
+def nelbo(
+    model: nn.Module,
+    graph: Graph,
+    noise: Noise,
+    batches: Iterable[CellBatch | Tensor],
+    *,
+    form: str = "time_free",
+    n_masks: int = 8,
+    seed: int = 0,
+) -> Likelihood:
+    """Estimate a bound on each cell's negative log-likelihood.
+
+    Parameters
+    ----------
+    model
+        Is put into evaluation mode and back.
+    batches
+        Cells, or their tokens alone, on the model's device.
+    form
+        "time_free": masks of sizes k ~ U{1..L}, the bound of an absorbing process that ends with every gene masked;
+        needs the absorbing graph. "time_integral": the score entropy at times t ~ U(0, 1] of the given schedule, plus what
+        the schedule leaves out at its ends.
+    n_masks
+        Masks per cell. Their sizes (or times) are stratified within a cell and evenly spread over cells.
+    seed
+        Of the masks.
+
+    Returns
+    -------
+    Likelihood
+        Each cell's estimate is unbiased; the mean over cells is a bound up to its confidence interval.
+
+    Raises
+    ------
+    UserError
+        On an unknown form, one that does not go with the graph, `n_masks < 1`, or no cells.
+    """
+    if form not in FORMS:
+        raise UserError(f"unknown form of the bound {form!r}; expected one of {', '.join(FORMS)}.")
+    if form == "time_free" and not isinstance(graph, AbsorbingGraph):
+        raise UserError("the time-free bound is of the absorbing graph; use form='time_integral' for the uniform one.")
+    if n_masks < 1:
+        raise UserError(f"n_masks is {n_masks}; expected at least 1.")
+    estimate = _time_free if form == "time_free" else _time_integral
+    training = model.training
+    model.eval()
+    try:
+        parts, n_vars = [], 0
+        for batch in _with_cells(batches):
+            n_vars = batch.tokens.shape[1]
+            parts.append(estimate(model, graph, noise, batch, n_masks, seed).cpu())
+    finally:
+        model.train(training)
+    if not parts:
+        raise UserError("there are no cells to evaluate; expected at least one batch.")
+    return Likelihood(torch.cat(parts).numpy(), n_vars)
+
+
+def _with_cells(batches: Iterable[CellBatch | Tensor]) -> Iterator[CellBatch]:
+    seen = 0
+    for given in batches:
+        batch = CellBatch(given) if isinstance(given, Tensor) else given
+        n = len(batch.tokens)
+        if batch.cell is None:
+            batch = batch._replace(cell=torch.arange(seen, seen + n, device=batch.tokens.device))
+        else:
+            batch = batch._replace(cell=batch.cell.to(batch.tokens.device))
+        seen += n
+        yield batch
+
+
+def _strata(batch: CellBatch, n_masks: int, seed: int) -> Tensor:
+    """Return (B, n_masks) float64 in (0, 1]: one in each of n_masks strata; over cells a golden-ratio sequence."""
+    assert batch.cell is not None
+    start = uniforms(seed, _SHIFT, torch.zeros(1, dtype=torch.int64, device=batch.cell.device), 1)[0]
+    shift = 1 - torch.frac(start + batch.cell.double() * _GOLDEN)
+    return (torch.arange(n_masks, device=batch.cell.device) + shift[:, None]) / n_masks
+
+
+def _log_mu_of(model: nn.Module, batch: CellBatch, masked: Tensor, sigma: Tensor, mask_token: int) -> Tensor:
+    hidden = hide(batch.tokens, masked, mask_token)
+    given: dict[str, Any] = {"condition": batch.condition, "library": batch.library}
+    return model(hidden, sigma.float(), targets=batch.tokens, **given).double()
+
+
+def _time_free(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, n_masks: int, seed: int) -> Tensor:
+    assert batch.cell is not None
+    n_vars = batch.tokens.shape[1]
+    sizes = torch.ceil(_strata(batch, n_masks, seed) * n_vars).long().clamp(1, n_vars)
+    total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
+    for m in range(n_masks):
+        k = sizes[:, m]
+        masked = random_subsets(seed, _MASKS + m, batch.cell, n_vars, k)
+        log_mu = _log_mu_of(model, batch, masked, noise.sigma_at(k / n_vars), graph.mask_token)
+        total -= log_mu.sum(1) * n_vars / k
+    return total / n_masks
+
+
+def _time_integral(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, n_masks: int, seed: int) -> Tensor:
+    assert batch.cell is not None
+    n_cells, n_vars = batch.tokens.shape
+    t = _strata(batch, n_masks, seed)
+    total = torch.zeros(n_cells, dtype=torch.float64, device=batch.tokens.device)
+    for m in range(n_masks):
+        total += _rate_at(model, graph, noise, batch, t[:, m], seed, _NOISED + 2 * m) / n_masks
+    # What a schedule leaves out: the noise it starts with, and how far from the limit it ends.
+    if float(noise.sigma(0.0)) > 0:
+        total += _reconstruction(model, graph, noise, batch, seed)
+    return total + n_vars * float(graph.limit_divergence(noise.sigma(1.0)))
+
+
+def _rate_at(
+    model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, t: Tensor, seed: int, stream: int
+) -> Tensor:
+    """Return the score entropy of each cell at times t, (B,) float64."""
+    sigma = noise.sigma(t)
+    if isinstance(graph, AbsorbingGraph):
+        masked = _noised(graph, batch, sigma, seed, stream) == graph.mask_token
+        return -_log_mu_of(model, batch, masked, sigma, graph.mask_token).sum(1) * masked_weight(noise, t)
+    noised = _noised(graph, batch, sigma, seed, stream)
+    log_mu = model(noised, sigma.float(), everywhere=True, condition=batch.condition, library=batch.library).double()
+    return score_entropy(graph, noise, graph.log_score(log_mu, noised, sigma), noised, batch.tokens.long(), t).sum(1)
+
+
+def _reconstruction(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, seed: int) -> Tensor:
+    """Return `-log p(clean | noised)` at the schedule's smallest noise, (B,) float64."""
+    sigma = noise.sigma(torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device))
+    noised = _noised(graph, batch, sigma, seed, _START)
+    if isinstance(graph, AbsorbingGraph):
+        return -_log_mu_of(model, batch, noised == graph.mask_token, sigma, graph.mask_token).sum(1)
+    log_mu = model(noised, sigma.float(), everywhere=True, condition=batch.condition, library=batch.library).double()
+    p = graph.posterior(log_mu, noised, sigma, torch.zeros_like(sigma))
+    return -p.gather(-1, batch.tokens.long()[..., None]).log().sum((1, 2))
+
+
+def _noised(graph: Graph, batch: CellBatch, sigma: Tensor, seed: int, stream: int) -> Tensor:
+    """Apply the forward process with draws that belong to the cells."""
+    assert batch.cell is not None
+    n_vars = batch.tokens.shape[1]
+    moved = uniforms(seed, stream, batch.cell, n_vars) < -torch.expm1(-sigma)[:, None]
+    if isinstance(graph, AbsorbingGraph):
+        return hide(batch.tokens, moved, graph.mask_token)
+    other = (uniforms(seed, stream + 1, batch.cell, n_vars) * graph.n_bins).long()
+    return torch.where(moved, other, batch.tokens.long())

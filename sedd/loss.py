@@ -1,0 +1,123 @@
+"""The training objectives: denoising score entropy, and cross-entropy at a fixed share of masked genes.
+
+Score entropy: Lou, Meng and Ermon (2024, arXiv 2310.16834), with its constants, so that its value is a bound on the
+likelihood in nats. For the absorbing graph and normalised probabilities mu of the clean bin it is
+`dsigma r (-log mu_clean)` at a masked gene, which for log-linear noise is `-log mu_clean / t`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedd.errors import UserError
+from sedd.graph import Graph, UniformGraph, inverse_expm1
+from sedd.noise import Noise
+
+OBJECTIVES = ("score_entropy", "masked")
+
+
+def score_entropy(graph: Graph, noise: Noise, log_score: Tensor, tokens: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+    """Denoising score entropy of each gene, constants included.
+
+    Parameters
+    ----------
+    log_score : (B, n_vars, n_bins + 1)
+        Any log scores; they need not come from normalised probabilities.
+    tokens, clean : (B, n_vars) integer
+        The noised and the clean cells.
+    t : (B,) in (0, 1]
+
+    Returns
+    -------
+    nats : (B, n_vars), of the dtype of `log_score`
+        Its expectation over noised cells, integrated over t, bounds the negative log-likelihood. Given t and the noised
+        cell, its expectation over clean cells is at least 0, and least at the true scores.
+    """
+    t = t.double()
+    dsigma = noise.dsigma(t).to(log_score.dtype)
+    return dsigma[:, None] * graph.score_entropy(log_score, tokens, clean, noise.sigma(t))
+
+
+def masked_weight(noise: Noise, t: Tensor) -> Tensor:
+    """Return `dsigma r`, the weight of a masked gene's cross-entropy in the score entropy; 1 / t for log-linear noise."""
+    t = t.double()
+    return noise.dsigma(t) * inverse_expm1(noise.sigma(t))
+
+
+def hide(tokens: Tensor, masked: Tensor, mask_token: int) -> Tensor:
+    """Return the tokens as int64 with `mask_token` where `masked`; the loader's uint8 may be too narrow for it."""
+    return tokens.long().masked_fill(masked, mask_token)
+
+
+def diffusion_loss(
+    model: nn.Module,
+    graph: Graph,
+    noise: Noise,
+    tokens: Tensor,
+    masked: Tensor | None,
+    t: Tensor,
+    *,
+    condition: Tensor | None = None,
+    library: Tensor | None = None,
+    objective: str = "score_entropy",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of one batch.
+
+    Parameters
+    ----------
+    model
+        Called once, through its `forward`, so that wrappers such as DistributedDataParallel see the call.
+    tokens : (B, n_vars) integer
+        Clean tokens.
+    masked : (B, n_vars) bool
+        The genes to hide, drawn with probability `noise.mask_probability(t)`, or of a fixed number for the objective
+        "masked". The uniform graph has no use for it (None): it corrupts the tokens itself.
+    t : (B,) in (0, 1]
+        Of no use to the objective "masked".
+    condition, library
+        As in `SEDDTransformer.forward`.
+    objective
+        "score_entropy" or "masked".
+    generator
+        Of the uniform graph's corruption; torch's global one if not given.
+
+    Returns
+    -------
+    loss : scalar float32
+        What to minimise, in nats per gene.
+    per_cell : (B,) float32, detached
+        Nats per cell: an unbiased estimate of each cell's bound for "score_entropy"; for "masked" the mean
+        cross-entropy of the hidden genes times the number of genes.
+
+    Raises
+    ------
+    UserError
+        If the objective is unknown or does not go with the graph.
+    """
+    given: dict[str, Any] = {"condition": condition, "library": library}
+    if objective not in OBJECTIVES:
+        raise UserError(f"unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}.")
+    if isinstance(graph, UniformGraph):
+        if objective == "masked":
+            raise UserError("objective 'masked' needs the absorbing graph; found the uniform one.")
+        sigma = noise.sigma(t.double())
+        noised = graph.sample_transition(tokens.long(), sigma, generator=generator)
+        log_mu = model(noised, sigma.float(), everywhere=True, **given)
+        log_score = graph.log_score(log_mu.float(), noised, sigma)
+        per_cell = score_entropy(graph, noise, log_score, noised, tokens.long(), t).sum(1)
+    else:
+        if masked is None:
+            raise UserError("the absorbing graph needs to know which genes are masked; found masked=None.")
+        if objective == "masked":
+            share = masked.double().mean(1)
+            sigma, weight = noise.sigma_at(share), 1 / share.clamp(min=1 / masked.shape[1])
+        else:
+            sigma, weight = noise.sigma(t.double()), masked_weight(noise, t)
+        hidden = hide(tokens, masked, graph.mask_token)
+        log_mu = model(hidden, sigma.float(), targets=tokens, **given)
+        per_cell = -log_mu.float().sum(1) * weight.float()
+    return per_cell.mean() / tokens.shape[1], per_cell.detach()
