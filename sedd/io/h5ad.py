@@ -1,0 +1,371 @@
+"""Read an `.h5ad` of any age and layout, a block of rows (or columns) at a time.
+
+`H5ad(path)` opens the file and finds its matrices; `Matrix` reads blocks of one of them. Frames and mappings (`obs`, `var`,
+`obsm`, `uns`) are read by anndata, those of anndata 0.6 (compound datasets) here.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import anndata as ad
+import h5py
+import hdf5plugin  # noqa: F401  (registers the HDF5 filters that people's files use)
+import numpy as np
+import pandas as pd
+
+from sedd.errors import UserError
+from sedd.io import hdf5
+
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
+"""What h5py raises when the file is damaged."""
+
+
+@contextmanager
+def reading(path: str, what: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes h5py raise into one line that names the file and the place."""
+    try:
+        yield
+    except UserError:
+        raise
+    except HDF5_ERRORS as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot read {what} ({detail}). Is the file complete? Copy it again.") from error
+
+
+class Matrix:
+    """One matrix of an h5ad: `layout` is "csr", "csc" or "dense"; `shape` is (cells, genes).
+
+    Attributes
+    ----------
+    name : where it is, `X`, `layers/counts` or `raw/X`
+    dtype : of the values as stored
+    nnz : stored values, None when dense
+    """
+
+    def __init__(self, path: str, node: h5py.Group | h5py.Dataset, name: str, fd: int | None) -> None:
+        self.path, self.name = path, name
+        self.data: hdf5.Reader
+        if isinstance(node, h5py.Dataset):
+            self._open_dense(node, fd)
+        else:
+            self._open_sparse(node, fd)
+
+    def _open_dense(self, node: h5py.Dataset, fd: int | None) -> None:
+        if node.ndim != 2:
+            raise UserError(f"{self.path}: {self.name} has {node.ndim} dimensions, expected 2 (cells x genes).")
+        self.layout, self.nnz = "dense", None
+        self.shape = (int(node.shape[0]), int(node.shape[1]))
+        self.data = self._reader(node, fd)
+        self.dtype = self.data.dtype
+
+    def _open_sparse(self, node: h5py.Group, fd: int | None) -> None:
+        encoding = str(node.attrs.get("encoding-type", "") or node.attrs.get("h5sparse_format", "") + "_matrix")
+        shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+        missing = [key for key in ("data", "indices", "indptr") if not isinstance(node.get(key), h5py.Dataset)]
+        if encoding not in ("csr_matrix", "csc_matrix") or shape is None or missing:
+            found = f"encoding {encoding!r}" + (f" without {', '.join(missing)}" if missing else "")
+            raise UserError(f"{self.path}: {self.name} is not a matrix ({found}); expected csr, csc or a dense array.")
+        self.layout = encoding[:3]
+        if np.size(shape) != 2 or min(int(n) for n in shape) < 0:
+            raise UserError(f"{self.path}: {self.name} has the shape {shape}, expected (cells, genes).")
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.data, self.indices = self._reader(node["data"], fd), self._reader(node["indices"], fd)
+        self._indptr = self._reader(node["indptr"], fd)
+        self.dtype = self.data.dtype
+        if any(array.dtype.kind not in "iu" for array in (self.indices, self._indptr)):
+            raise UserError(f"{self.path}: {self.name} has indices that are not integers.")
+        if any(len(array.shape) != 1 for array in (self.data, self.indices, self._indptr)):
+            raise UserError(f"{self.path}: the arrays of {self.name} are not one-dimensional.")
+        self.nnz = self.data.shape[0]
+        if self.indices.shape[0] != self.nnz:
+            raise UserError(
+                f"{self.path}: {self.name} has {self.nnz} values but {self.indices.shape[0]} indices. Copy it again."
+            )
+
+    def _reader(self, node: h5py.Dataset, fd: int | None) -> hdf5.Reader:
+        if node.dtype.kind not in "iufb":
+            raise UserError(f"{self.path}: {self.name} holds {node.dtype}, expected numbers.")
+        return hdf5.Reader(node, fd)
+
+    @property
+    def n_major(self) -> int:
+        """Rows of CSR and dense, columns of CSC: what `read_major` counts in."""
+        return self.shape[1] if self.layout == "csc" else self.shape[0]
+
+    @cached_property
+    def indptr(self) -> np.ndarray:
+        """Row (CSR) or column (CSC) pointers, int64, checked to increase from 0 to the number of values."""
+        with reading(self.path, f"{self.name}/indptr"):
+            raw = self._indptr.read(0, self._indptr.shape[0])
+        indptr = raw.astype(np.int64)
+        axis = "genes" if self.layout == "csc" else "cells"
+        if indptr.size != self.n_major + 1:
+            raise UserError(
+                f"{self.path}: {self.name} has {self.n_major} {axis} but {indptr.size} row pointers. Copy it again."
+            )
+        steps = np.diff(indptr)
+        if indptr[0] != 0 or indptr[-1] != self.nnz or (steps < 0).any():
+            at = int(np.argmax(steps < 0)) if (steps < 0).any() else 0 if indptr[0] else indptr.size - 1
+            raise UserError(
+                f"{self.path}: {self.name}/indptr does not increase from 0 to {self.nnz} (see position {at}). Copy it again."
+            )
+        return indptr
+
+    def read_major(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of CSR, or columns of CSC, `lo:hi` as `(indptr, indices, data)`, dtypes as stored, `indptr` from 0."""
+        start, stop = int(self.indptr[lo]), int(self.indptr[hi])
+        with reading(self.path, f"{self.name}/indices [{start}:{stop}]"):
+            indices = self.indices.read(start, stop)
+        with reading(self.path, f"{self.name}/data [{start}:{stop}]"):
+            data = self.data.read(start, stop)
+        return self.indptr[lo : hi + 1] - start, indices, data
+
+    def read_dense(self, lo: int, hi: int) -> np.ndarray:
+        """Rows `lo:hi` of a dense matrix."""
+        with reading(self.path, f"{self.name} rows [{lo}:{hi}]"):
+            return self.data.read(lo, hi)
+
+    def read_rows(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows `lo:hi` of any layout as CSR. For CSC this reads the whole matrix, in bounded steps."""
+        if self.layout == "csr":
+            return self.read_major(lo, hi)
+        if self.layout == "dense":
+            block = self.read_dense(lo, hi)
+            rows, cols = np.nonzero(block)
+            indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=hi - lo))])
+            return indptr.astype(np.int64), cols, block[rows, cols]
+        pieces = [self._rows_of_columns(lo, hi, *span) for span in self.spans(1 << 22)]
+        rows, cols, data = (np.concatenate(part) for part in zip(*pieces, strict=True))
+        order = np.argsort(rows, kind="stable")
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=hi - lo))])
+        return indptr.astype(np.int64), cols[order], data[order]
+
+    def _rows_of_columns(self, lo: int, hi: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        indptr, rows, data = self.read_major(first, last)
+        wanted = (rows >= lo) & (rows < hi)
+        cols = np.repeat(np.arange(first, last), np.diff(indptr))
+        return rows[wanted].astype(np.int64) - lo, cols[wanted], data[wanted]
+
+    def spans(self, n_values: int) -> list[tuple[int, int]]:
+        """Cut the rows (columns for CSC) into runs of about `n_values` stored values, at least one row each."""
+        if self.layout == "dense":
+            step = max(1, n_values // max(1, self.shape[1]))
+            edges = np.arange(0, self.n_major, step)
+        else:
+            marks = np.arange(0, max(1, self.nnz or 0), max(1, n_values))
+            edges = np.unique(np.searchsorted(self.indptr[:-1], marks, side="right") - 1)
+            edges[:1] = 0
+        stops = np.append(edges[1:], self.n_major)
+        return [(int(lo), int(hi)) for lo, hi in zip(edges, stops, strict=True) if hi > lo]
+
+
+class H5ad:
+    """An open `.h5ad`; a context manager.
+
+    Parameters
+    ----------
+    path : a local path, or a URL that fsspec opens (`s3://bucket/file.h5ad`)
+
+    Raises
+    ------
+    UserError
+        If there is no such file, it is not HDF5, is cut short, or holds no matrix.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path = str(path)
+        self._fd: int | None = None
+        self._remote: Any = None
+        if "://" in path:
+            self._remote = _open_remote(path)
+        elif not os.path.exists(path):
+            raise UserError(f"{path}: there is no such file.")
+        elif os.path.isdir(path):
+            raise UserError(f"{path}: is a directory, expected an .h5ad file.")
+        try:
+            self.h5 = h5py.File(self._remote or path, "r")
+        except OSError as error:
+            raise UserError(_why_not_hdf5(path, error)) from error
+        if self._remote is None:
+            self._fd = os.open(path, os.O_RDONLY)
+        if not isinstance(self.h5.get("obs"), h5py.Group | h5py.Dataset) or "var" not in self.h5:
+            found = ", ".join(list(self.h5)[:8]) or "nothing"
+            self.close()
+            raise UserError(f"{path}: is HDF5 but not an h5ad (found {found}; expected X, obs and var).")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.h5.close()
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        if self._remote is not None:
+            self._remote.close()
+
+    def __enter__(self) -> H5ad:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers."""
+        group = self.h5.get("layers")
+        return list(group) if isinstance(group, h5py.Group) else []
+
+    @property
+    def has_raw(self) -> bool:
+        """Whether the file keeps a `.raw` matrix."""
+        return "raw/X" in self.h5 or "raw.X" in self.h5
+
+    def matrix(self, layer: str | None = None, raw: bool = False) -> Matrix:
+        """Open `X`, a layer or `.raw.X`.
+
+        Raises
+        ------
+        UserError
+            If it is not there (the message lists what is), or its shape disagrees with `obs` and `var`.
+        """
+        if layer is not None and raw:
+            raise UserError("give --layer or --raw, not both.")
+        name = f"layers/{layer}" if layer is not None else "X"
+        if raw:
+            name = "raw/X" if "raw/X" in self.h5 else "raw.X"
+        with reading(self.path, name):
+            node = self.h5.get(name)
+        if node is None:
+            raise UserError(f"{self.path}: has no {name}; {self.ways_out()}")
+        with reading(self.path, name):
+            matrix = Matrix(self.path, node, name, self._fd)
+        n_obs, n_vars = self.n_obs, self.n_vars(raw)
+        if matrix.shape != (n_obs, n_vars):
+            raise UserError(
+                f"{self.path}: {name} is {matrix.shape[0]} x {matrix.shape[1]} but obs has {n_obs} rows and var {n_vars}."
+            )
+        return matrix
+
+    def ways_out(self) -> str:
+        """Which matrices there are, as the end of an error message."""
+        places = ["X"] if "X" in self.h5 else []
+        places += [f"--layer {name}" for name in self.layers] + (["--raw"] if self.has_raw else [])
+        return f"it has {', '.join(places) or 'no matrix at all'}."
+
+    @property
+    def n_obs(self) -> int:
+        """Rows of `obs`."""
+        return self._length("obs")
+
+    def n_vars(self, raw: bool = False) -> int:
+        """Rows of `var` (of `.raw.var`)."""
+        return self._length(self._var_name(raw))
+
+    def _var_name(self, raw: bool) -> str:
+        return ("raw/var" if "raw/var" in self.h5 else "raw.var") if raw else "var"
+
+    def _length(self, name: str) -> int:
+        with reading(self.path, name):
+            node = self.h5[name]
+            if isinstance(node, h5py.Dataset):
+                return int(node.shape[0])
+            index = node.attrs.get("_index", "_index")
+            return int(node[index.decode() if isinstance(index, bytes) else index].shape[0])
+
+    def name(self, table: str, row: int) -> str:
+        """Name of row `row` of `obs` or of a `var`, for messages."""
+        try:
+            node = self.h5[table]
+            if isinstance(node, h5py.Dataset):
+                value = node[row][0]
+            else:
+                index = node.attrs.get("_index", "_index")
+                value = node[index.decode() if isinstance(index, bytes) else index][row]
+            return repr(value.decode() if isinstance(value, bytes) else str(value))
+        except HDF5_ERRORS:  # the message matters more than the name in it
+            return "?"
+
+    def gene_name(self, matrix: Matrix, column: int) -> str:
+        """Name of a column of one of the matrices, for messages."""
+        return self.name(self._var_name(matrix.name.startswith("raw")), column)
+
+    def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
+        """The cells' table, or only some `columns` of it."""
+        frame = self._frame("obs")
+        if columns is None:
+            return frame
+        missing = [name for name in columns if name not in frame]
+        if missing:
+            raise UserError(f"{self.path}: obs has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}.")
+        return frame[columns]
+
+    def var(self, raw: bool = False) -> pd.DataFrame:
+        """The genes' table; its index may hold duplicates."""
+        return self._frame(self._var_name(raw))
+
+    def _frame(self, name: str) -> pd.DataFrame:
+        with reading(self.path, name):
+            node = self.h5[name]
+            if isinstance(node, h5py.Dataset):
+                return _compound_frame(node, self.h5.get("uns"))
+            frame = ad.io.read_elem(node)
+            frame.index = frame.index.astype(str)
+            return frame
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """`obsm`, `varm` or `uns` as a dict; empty when absent."""
+        if name not in self.h5:
+            return {}
+        with reading(self.path, name), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            node = self.h5[name]
+            if isinstance(node, h5py.Dataset):  # anndata 0.6: one compound column per array
+                rows = node[:]
+                return {key: np.asarray(rows[key]) for key in rows.dtype.names}
+            if "encoding-type" in node.attrs:
+                return dict(ad.io.read_elem(node))
+            return {key: ad.io.read_elem(node[key]) for key in node}
+
+
+def _compound_frame(node: h5py.Dataset, uns: Any) -> pd.DataFrame:
+    """A table of anndata 0.6: a compound dataset, with the categories of column `c` in `uns["c_categories"]`."""
+    rows = node[:]
+    names = list(rows.dtype.names)
+    columns: dict[str, Any] = {}
+    for name in names:
+        values = rows[name]
+        if values.dtype.kind in "SO":
+            values = np.array([v.decode() if isinstance(v, bytes) else str(v) for v in values], dtype=object)
+        key = f"{name}_categories"
+        if isinstance(uns, h5py.Group) and key in uns and values.dtype.kind in "iu":
+            categories = [c.decode() if isinstance(c, bytes) else c for c in np.atleast_1d(uns[key][()])]
+            columns[name] = pd.Categorical.from_codes(values.astype(np.int64), categories)
+        else:
+            columns[name] = values
+    index = "index" if "index" in names else "_index" if "_index" in names else names[0]
+    frame = pd.DataFrame(columns)
+    frame.index = pd.Index(frame.pop(index).astype(str), name=None)
+    return frame
+
+
+def _open_remote(path: str) -> Any:
+    try:
+        import fsspec
+
+        return fsspec.open(path, "rb", block_size=8 << 20).open()
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be opened ({error}). Remote files need `pip install 'sedd[s3]'`.") from error
+
+
+def _why_not_hdf5(path: str, error: OSError) -> str:
+    text = str(error)
+    if "truncated file" in text:
+        return f"{path}: the file is cut short ({os.path.getsize(path)} bytes are there). Copy it again."
+    if isinstance(error, PermissionError):
+        return f"{path}: may not be read (permission denied)."
+    return f"{path}: is not an .h5ad (HDF5) file. Expected AnnData as written by `adata.write_h5ad(...)`."

@@ -1,0 +1,347 @@
+"""Kernels of the conversion: narrow, check, count and place the entries of CSR blocks.
+
+Each public function checks and allocates, and calls one nogil Numba kernel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+TOLERANCE = 1e-6
+"""How far from an integer a value may be and still be taken for a count."""
+
+SMALL = 64
+"""Counts below this are tallied in a dense table, the few above as a list."""
+
+
+def index_dtype(n_vars: int) -> np.dtype:
+    """Narrowest type for gene indices that AnnData and scipy take: uint16, or int32 for more than 65,536 genes."""
+    return np.dtype(np.uint16 if n_vars <= 1 << 16 else np.int32)
+
+
+def count_dtype(largest: int) -> np.dtype:
+    """Narrowest unsigned type that holds `largest`."""
+    return next(np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32) if largest <= np.iinfo(kind).max)
+
+
+class Counts(NamedTuple):
+    """Outcome of `to_counts`."""
+
+    values: np.ndarray
+    largest: int
+    n_zero: int
+    n_rounded: int
+    bad: int
+    """Position of the first entry that is no count, -1 when all are."""
+
+
+def to_counts(values: np.ndarray, narrow: np.dtype) -> Counts:
+    """Turn stored values into counts of type `narrow`, or of a wider one if they need it.
+
+    Parameters
+    ----------
+    values : (nnz,) any integer, float or bool dtype
+    narrow : uint8, uint16 or uint32, the type to try first
+    """
+    if values.dtype == np.bool_:
+        values = values.view(np.uint8)
+    if values.dtype == np.float16:
+        values = values.astype(np.float32)
+    out = np.empty(values.shape, narrow)
+    largest, n_zero, n_rounded, bad, wide = _to_counts(values, out, float(np.iinfo(narrow).max))
+    if wide and narrow.itemsize < 4:
+        return to_counts(values, np.dtype(np.uint16 if narrow.itemsize == 1 else np.uint32))
+    return Counts(out, int(largest), n_zero, n_rounded, bad)
+
+
+@njit(cache=True, nogil=True)
+def _to_counts(values, out, limit):  # type: ignore[no-untyped-def]
+    largest = 0.0
+    n_zero = 0
+    n_rounded = 0
+    for i in range(values.size):
+        x = float(values[i])
+        r = np.rint(x)
+        if not (abs(x - r) <= 1e-6) or r < 0 or r > 4294967295.0:
+            return largest, n_zero, n_rounded, i, False
+        if r > limit:
+            return largest, n_zero, n_rounded, -1, True
+        n_zero += r == 0
+        n_rounded += x != r
+        largest = max(largest, r)
+        out[i] = np.uint32(r)
+    return largest, n_zero, n_rounded, -1, False
+
+
+def first_disorder(indptr: np.ndarray, indices: np.ndarray) -> int:
+    """Row whose indices do not strictly increase, -1 when they all do.
+
+    Parameters
+    ----------
+    indptr : (n_rows + 1,) int64, from 0
+    indices : (nnz,) unsigned
+    """
+    return int(_first_disorder(indptr, indices))
+
+
+@njit(cache=True, nogil=True)
+def _first_disorder(indptr, indices):  # type: ignore[no-untyped-def]
+    for row in range(indptr.size - 1):
+        for k in range(indptr[row] + 1, indptr[row + 1]):
+            if indices[k] <= indices[k - 1]:
+                return row
+    return -1
+
+
+class Tally(NamedTuple):
+    """Statistics of a block of cells, gathered in one pass over its entries.
+
+    `keys`, `numbers` are the histogram: `keys = gene << 32 | count`, ascending, `numbers` how many entries have it.
+    For real values they are empty and `gene_real` holds sum, sum of squares, non-zeros and maximum of each gene.
+    """
+
+    total: np.ndarray
+    largest: np.ndarray
+    hashes: np.ndarray
+    keys: np.ndarray
+    numbers: np.ndarray
+    gene_real: np.ndarray
+
+
+def tally(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_vars: int) -> Tally:
+    """Count a CSR block: per cell the total, the largest value and a hash of its entries; per gene the histogram.
+
+    Parameters
+    ----------
+    indptr : (n_rows + 1,) int64, from 0
+    indices : (nnz,)
+    values : (nnz,) unsigned counts, or float32 real values
+    """
+    n_rows = indptr.size - 1
+    hashes = np.zeros(n_rows, np.uint64)
+    if values.dtype.kind == "f":
+        total, largest = np.zeros(n_rows, np.float64), np.zeros(n_rows, np.float32)
+        gene_real = np.zeros((4, n_vars))
+        gene_real[3] = -np.inf
+        _tally_real(indptr, indices, values, values.view(np.uint32), total, largest, hashes, gene_real)
+        none = np.empty(0, np.int64)
+        return Tally(total, largest, hashes, none, none, gene_real)
+    total, largest = np.zeros(n_rows, np.int64), np.zeros(n_rows, np.uint32)
+    table = np.zeros((n_vars, SMALL), np.uint32)
+    rare = np.empty(1024, np.int64)
+    while (n_rare := _tally(indptr, indices, values, total, largest, hashes, table, rare)) > rare.size:
+        rare = np.empty(n_rare, np.int64)
+        table[:] = 0
+    genes, counts = np.nonzero(table)
+    rare_keys, rare_numbers = np.unique(rare[:n_rare], return_counts=True)
+    keys = np.concatenate([genes << 32 | counts, rare_keys])
+    numbers = np.concatenate([table[genes, counts].astype(np.int64), rare_numbers])
+    order = np.argsort(keys)
+    return Tally(total, largest, hashes, keys[order], numbers[order], np.empty((4, 0)))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _mix(gene, bits):  # type: ignore[no-untyped-def]
+    """A 64-bit hash of one entry (the finaliser of splitmix64)."""
+    h = (np.uint64(gene) << np.uint64(32) | np.uint64(bits)) + np.uint64(0x9E3779B97F4A7C15)
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return h ^ (h >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def _tally(indptr, indices, values, total, largest, hashes, table, rare):  # type: ignore[no-untyped-def]
+    n_rare = 0
+    small = np.uint32(table.shape[1])
+    for row in range(indptr.size - 1):
+        row_total = 0
+        row_max = np.uint32(0)
+        row_hash = np.uint64(0)
+        for k in range(indptr[row], indptr[row + 1]):
+            gene = np.int64(indices[k])
+            value = np.uint32(values[k])
+            row_total += np.int64(value)
+            row_max = max(row_max, value)
+            row_hash += _mix(gene, value)
+            if value < small:
+                table[gene, value] += np.uint32(1)
+            else:
+                if n_rare < rare.size:
+                    rare[n_rare] = gene << 32 | np.int64(value)
+                n_rare += 1
+        total[row] = row_total
+        largest[row] = row_max
+        hashes[row] = row_hash
+    return n_rare
+
+
+@njit(cache=True, nogil=True)
+def _tally_real(indptr, indices, values, bits, total, largest, hashes, gene_real):  # type: ignore[no-untyped-def]
+    for row in range(indptr.size - 1):
+        row_hash = np.uint64(0)
+        row_total = 0.0
+        for k in range(indptr[row], indptr[row + 1]):
+            gene = np.int64(indices[k])
+            x = np.float64(values[k])
+            row_total += x
+            row_hash += _mix(gene, bits[k])
+            if k == indptr[row] or values[k] > largest[row]:
+                largest[row] = values[k]
+            gene_real[0, gene] += x
+            gene_real[1, gene] += x * x
+            gene_real[2, gene] += 1
+            gene_real[3, gene] = max(gene_real[3, gene], x)
+        total[row] = row_total
+        hashes[row] = row_hash
+
+
+def cell_hashes(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Hash of the entries of each row, independent of their order; what `tally` returns as `hashes`."""
+    hashes = np.zeros(indptr.size - 1, np.uint64)
+    bits = values.astype(np.float32, copy=False).view(np.uint32) if values.dtype.kind == "f" else values
+    _hash_rows(indptr, indices, bits, hashes)
+    return hashes
+
+
+@njit(cache=True, nogil=True)
+def _hash_rows(indptr, indices, bits, hashes):  # type: ignore[no-untyped-def]
+    for row in range(indptr.size - 1):
+        row_hash = np.uint64(0)
+        for k in range(indptr[row], indptr[row + 1]):
+            row_hash += _mix(indices[k], bits[k])
+        hashes[row] = row_hash
+
+
+def dense_rows(block: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Non-zeros (NaN included) of a dense block as `(indptr int64, indices int32, values of block.dtype)`."""
+    block = np.ascontiguousarray(block)
+    indptr = np.zeros(block.shape[0] + 1, np.int64)
+    _count_nonzero(block, indptr)
+    np.cumsum(indptr, out=indptr)
+    indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], block.dtype)
+    _fill_nonzero(block, indices, values)
+    return indptr, indices, values
+
+
+@njit(cache=True, nogil=True)
+def _count_nonzero(block, indptr):  # type: ignore[no-untyped-def]
+    for row in range(block.shape[0]):
+        n = 0
+        for col in range(block.shape[1]):
+            n += block[row, col] != 0
+        indptr[row + 1] = n
+
+
+@njit(cache=True, nogil=True)
+def _fill_nonzero(block, indices, values):  # type: ignore[no-untyped-def]
+    k = 0
+    for row in range(block.shape[0]):
+        for col in range(block.shape[1]):
+            if block[row, col] != 0:
+                indices[k] = col
+                values[k] = block[row, col]
+                k += 1
+
+
+def clean_rows(
+    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_vars: int, genes: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Rows made canonical: genes renamed, sorted, duplicates summed, zeros dropped.
+
+    Parameters
+    ----------
+    indptr, indices, values : a CSR block, `values` unsigned or float32
+    n_vars : genes of the result
+    genes : (genes of the block,) int32, the new number of each gene or -1 to drop it; None keeps the numbers
+
+    Returns
+    -------
+    indptr : (n_rows + 1,) int64
+    indices : (nnz,) of `index_dtype(n_vars)`
+    values : (nnz,) uint32, or float32
+    n_summed : how many entries were added to another of the same cell and gene
+    """
+    if genes is None:
+        genes = np.arange(n_vars, dtype=np.int32)
+    real = values.dtype.kind == "f"
+    scratch = np.zeros(n_vars, np.float32 if real else np.int64)
+    seen = np.zeros(n_vars, np.uint8)
+    out_indptr = np.zeros_like(indptr)
+    out_indices = np.empty(indices.size, index_dtype(n_vars))
+    out_values = np.empty(indices.size, np.float32 if real else np.uint32)
+    n_summed = _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_indices, out_values)
+    n = int(out_indptr[-1])
+    return out_indptr, out_indices[:n], out_values[:n], int(n_summed)
+
+
+@njit(cache=True, nogil=True)
+def _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_indices, out_values):  # type: ignore[no-untyped-def]
+    n = 0
+    n_summed = 0
+    for row in range(indptr.size - 1):
+        low, high = seen.size, -1
+        for k in range(indptr[row], indptr[row + 1]):
+            gene = genes[indices[k]]
+            if gene < 0 or values[k] == 0:
+                continue
+            n_summed += seen[gene]
+            seen[gene] = 1
+            scratch[gene] += values[k]
+            low, high = min(low, gene), max(high, gene)
+        for gene in range(low, high + 1):
+            if seen[gene]:
+                if scratch[gene] != 0:
+                    out_indices[n] = gene
+                    out_values[n] = scratch[gene]
+                    n += 1
+                seen[gene] = 0
+                scratch[gene] = 0
+        out_indptr[row + 1] = n
+    return n_summed
+
+
+def gather_rows(indptr: np.ndarray, order: np.ndarray, *vectors: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Rows of a CSR block in another order: the lengths of the rows and each vector rearranged."""
+    lengths = np.diff(indptr)[order]
+    outs = [np.empty_like(vector) for vector in vectors]
+    for vector, out in zip(vectors, outs, strict=True):
+        _gather_rows(indptr, order, vector, out)
+    return lengths, outs
+
+
+@njit(cache=True, nogil=True)
+def _gather_rows(indptr, order, vector, out):  # type: ignore[no-untyped-def]
+    n = 0
+    for row in order:
+        for k in range(indptr[row], indptr[row + 1]):
+            out[n] = vector[k]
+            n += 1
+
+
+def place(cursor: np.ndarray, rows: np.ndarray, lengths: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Append runs of entries to the rows of a block under construction.
+
+    Parameters
+    ----------
+    cursor : (n_rows,) int64, where the next entry of each row goes; advanced
+    rows, lengths : (n_runs,) the row of each run and its number of entries
+    pairs : (source (n,), target (nnz,)) for each vector to be placed
+    """
+    start = cursor
+    for number, (source, target) in enumerate(pairs):
+        moving = start if number == len(pairs) - 1 else start.copy()
+        _place(moving, rows, lengths, source, target)
+
+
+@njit(cache=True, nogil=True)
+def _place(cursor, rows, lengths, source, target):  # type: ignore[no-untyped-def]
+    n = 0
+    for run in range(rows.size):
+        at = cursor[rows[run]]
+        for k in range(lengths[run]):
+            target[at + k] = source[n]
+            n += 1
+        cursor[rows[run]] = at + lengths[run]

@@ -1,0 +1,233 @@
+"""The store: an AnnData Zarr v3 store whose X is CSR in narrow types, in few sharded files, each chunk with its checksum.
+
+`X/{indptr,indices,data}` are as in any AnnData store; what sedd adds is under `uns["sedd"]`: `meta` (JSON: format, inputs, codec, ...),
+`cells` and `genes` (statistics) and `histogram` (how often each gene has each count).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cached_property
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import zarr
+from scipy import sparse
+
+from sedd.errors import UserError
+from sedd.io.shards import CHUNK
+
+FORMAT = 1
+"""Version of what is under `uns["sedd"]`."""
+
+
+class CellStore:
+    """A store on disk, opened lazily; a context manager, picklable by its path.
+
+    Parameters
+    ----------
+    path : directory (or fsspec URL) written by `sedd.io.convert`
+
+    Raises
+    ------
+    UserError
+        If there is no store, it is not finished, or it was not made by sedd.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = str(path).rstrip("/")
+        self._group = _open_group(self.path)
+        try:
+            meta = json.loads(str(self._group["uns/sedd/meta"][()]))
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"{self.path}: is a Zarr store, but sedd did not make it. Write its h5ad and convert that."
+            ) from error
+        if meta["format"] > FORMAT:
+            raise UserError(f"{self.path}: has format {meta['format']}, this sedd reads up to {FORMAT}. Upgrade sedd.")
+        self.uns_sedd: dict[str, Any] = meta
+        self.n_obs: int = meta["n_obs"]
+        self.n_vars: int = meta["n_vars"]
+        self.nnz: int = meta["nnz"]
+        self.is_counts: bool = meta["values"] == "counts"
+        self.max_value: int | float = meta["max_value"]
+        self.fingerprint: str = meta["fingerprint"]
+
+    def __reduce__(self) -> tuple[type[CellStore], tuple[str]]:
+        return CellStore, (self.path,)
+
+    def __enter__(self) -> CellStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what was cached."""
+        for name in ("indptr", "obs", "var", "var_names"):
+            self.__dict__.pop(name, None)
+
+    def __repr__(self) -> str:
+        return f"CellStore({self.path!r}: {self.n_obs} cells x {self.n_vars} genes, {self.nnz} non-zeros, {self.dtype})"
+
+    @cached_property
+    def x_arrays(self) -> dict[str, zarr.Array]:
+        """The arrays of X: `indptr`, `indices`, `data`."""
+        return {name: self._group[f"X/{name}"] for name in ("indptr", "indices", "data")}
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values: uint8, uint16 or uint32 for counts, float32 for real values."""
+        return np.dtype(self.x_arrays["data"].dtype)
+
+    @cached_property
+    def indptr(self) -> np.ndarray:
+        """Row pointers, `(n_obs + 1,)` int64."""
+        return self._read("indptr", 0, self.n_obs + 1)
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """The cells' table."""
+        return self._element("obs")
+
+    @cached_property
+    def var(self) -> pd.DataFrame:
+        """The genes' table."""
+        return self._element("var")
+
+    @cached_property
+    def var_names(self) -> np.ndarray:
+        """Names of the genes, unique."""
+        return self.var.index.to_numpy().astype(str)
+
+    def _element(self, name: str) -> Any:
+        try:
+            return ad.io.read_elem(self._group[name])
+        except Exception as error:  # whatever a damaged store makes the readers raise
+            raise UserError(f"{self.path}: cannot read {name} ({' '.join(str(error).split())[:200]}).") from error
+
+    def _read(self, name: str, lo: int, hi: int) -> np.ndarray:
+        """Entries `lo:hi` of one array of X; a damaged chunk is named."""
+        try:
+            return np.asarray(self.x_arrays[name][lo:hi])
+        except Exception as error:  # zarr and its codecs raise many kinds
+            from sedd.io.verify import locate
+
+            raise UserError(locate(self.path, name, lo, hi, error)) from error
+
+    def read_rows(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cells `lo:hi` as `(indptr from 0, indices, data)`, in the types of the store.
+
+        Raises
+        ------
+        UserError
+            If the rows are not there, or a checksum is wrong: the message names array, chunk and file.
+        """
+        if not 0 <= lo <= hi <= self.n_obs:
+            raise UserError(f"{self.path}: has no cells {lo}:{hi}; it has {self.n_obs}.")
+        indptr = self.indptr[lo : hi + 1]
+        start, stop = int(indptr[0]), int(indptr[-1])
+        return indptr - start, self._read("indices", start, stop), self._read("data", start, stop)
+
+    def spans(self, n_values: int) -> list[tuple[int, int]]:
+        """Cut the cells into runs of about `n_values` non-zeros, at least one cell each."""
+        marks = np.arange(0, max(1, self.nnz), max(1, n_values))
+        edges = np.unique(np.searchsorted(self.indptr[:-1], marks, side="right") - 1)
+        edges[:1] = 0
+        stops = np.append(edges[1:], self.n_obs)
+        return [(int(lo), int(hi)) for lo, hi in zip(edges, stops, strict=True) if hi > lo]
+
+    def to_dask(self, block_values: int = 1 << 24) -> Any:
+        """X as a dask array of CSR blocks of about `block_values` non-zeros each."""
+        import dask
+        import dask.array as da
+
+        meta = sparse.csr_matrix((0, 0), dtype=self.dtype)
+        read = dask.delayed(read_block, pure=True)
+        blocks = [
+            da.from_delayed(read(self.path, lo, hi), (hi - lo, self.n_vars), dtype=self.dtype, meta=meta)
+            for lo, hi in self.spans(block_values)
+        ]
+        return da.concatenate(blocks, axis=0)
+
+    def gene_histogram(self) -> sparse.csr_array:
+        """How many cells have each count of each gene: `(n_vars, max_value + 1)` int64, zeros in column 0."""
+        if not self.is_counts:
+            raise UserError(f"{self.path}: holds real values, which have no histogram; convert counts.")
+        return sparse.csr_array(self._element("uns/sedd/histogram"))
+
+    def cell_stats(self) -> pd.DataFrame:
+        """Per cell: `total`, `n_genes` (non-zeros) and `max`."""
+        table = self._element("uns/sedd/cells")
+        return pd.DataFrame({name: table[name] for name in ("total", "n_genes", "max")})
+
+    def gene_stats(self) -> pd.DataFrame:
+        """Per gene: `sum`, `sum_sq`, `nnz` and `max`."""
+        table = self._element("uns/sedd/genes")
+        return pd.DataFrame({name: table[name] for name in ("sum", "sum_sq", "nnz", "max")}, index=self.var_names)
+
+    def cell_hashes(self) -> np.ndarray:
+        """A hash of each cell's entries, gathered when it was written; what `verify` compares with."""
+        return np.asarray(self._element("uns/sedd/cells")["hash"])
+
+
+def read_block(path: str, lo: int, hi: int) -> sparse.csr_matrix:
+    """Cells `lo:hi` of the store at `path` as a scipy matrix."""
+    store = CellStore(path)
+    indptr, indices, data = store.read_rows(lo, hi)
+    return sparse.csr_matrix((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(hi - lo, store.n_vars))
+
+
+def _open_group(path: str) -> zarr.Group:
+    if "://" not in path:
+        if not os.path.exists(path):
+            unfinished = os.path.isdir(f"{path}.partial")
+            hint = " Its conversion did not finish: run it again with --resume." if unfinished else ""
+            raise UserError(f"{path}: there is no such store.{hint}")
+        if not os.path.isfile(f"{path}/zarr.json"):
+            raise UserError(f"{path}: is not a Zarr v3 store (it has no zarr.json). Make one with `sedd convert`.")
+    try:
+        return zarr.open_group(path, mode="r")
+    except Exception as error:  # zarr, fsspec and their backends raise many kinds
+        raise UserError(f"{path}: cannot be opened as a Zarr store ({' '.join(str(error).split())[:200]}).") from error
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Everything worth knowing about a store, as plain values.
+
+    Returns
+    -------
+    facts : shape, type, bytes and files on disk, codec, chunks, inputs, tables' columns, summary of cells
+    """
+    store = CellStore(path)
+    cells = store.cell_stats()
+    files = [os.path.join(root, name) for root, _, names in os.walk(store.path) for name in names]
+    size = sum(os.path.getsize(name) for name in files)
+    meta = store.uns_sedd
+    return {
+        "path": store.path,
+        "cells": store.n_obs,
+        "genes": store.n_vars,
+        "nonzeros": store.nnz,
+        "values": meta["values"],
+        "dtype": str(store.dtype),
+        "max": store.max_value,
+        "median genes per cell": float(cells["n_genes"].median()),
+        "median total per cell": float(cells["total"].median()),
+        "bytes": size,
+        "bytes per cell": round(size / max(1, store.n_obs), 1),
+        "files": len(files),
+        "codec": meta["codec"],
+        "chunk": CHUNK,
+        "shuffled": meta["settings"]["shuffle"],
+        "obs": list(map(str, store.obs.columns)),
+        "var": list(map(str, store.var.columns)),
+        "obsm": sorted(store._group["obsm"].keys()) if "obsm" in store._group else [],
+        "inputs": meta["inputs"],
+        "settings": meta["settings"],
+        "fingerprint": store.fingerprint,
+        "sedd": meta["sedd"],
+    }
