@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -81,8 +82,6 @@ class ModelConfig:
     """Number of latents (latent attention only)."""
     head: Literal["softmax", "nb"] = "softmax"
     """Distribution over the bins of a gene: free (softmax) or a discretised negative binomial (nb)."""
-    graph: Literal["absorbing", "uniform"] = "absorbing"
-    """Forward process: genes are masked (absorbing) or replaced by random values (uniform)."""
     noise: Literal["loglinear", "geometric"] = "loglinear"
     """Noise schedule sigma(t)."""
     objective: Literal["score_entropy", "masked"] = "score_entropy"
@@ -114,8 +113,6 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
         _require(0 <= self.condition_dropout < 1, "condition_dropout", self.condition_dropout, "a probability below 1")
         _require(self.num_latents >= 1, "num_latents", self.num_latents, "at least 1")
-        if self.objective == "masked" and self.graph != "absorbing":
-            raise UserError(f"--objective masked needs --graph absorbing; found --graph {self.graph}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +232,28 @@ class TrainConfig:
 SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
 
 
+def setting_types() -> dict[str, str]:
+    """The name of every setting and its type as written in this file."""
+    return {f.name: str(f.type) for section in SECTIONS.values() for f in dataclasses.fields(section)}
+
+
+def environment_arguments(environment: Mapping[str, str]) -> list[str]:
+    """Command-line arguments from variables named like the settings in capitals; empty ones are passed over.
+
+    `COMPILE=1` (or true, yes) turns a switch on, any other value off; a list is split at white space.
+    """
+    arguments: list[str] = []
+    for name, kind in setting_types().items():
+        value = environment.get(name.upper(), "")
+        if not value:
+            continue
+        if kind == "bool":
+            arguments.append(f"--{name}" if value.lower() in ("1", "true", "yes") else f"--no-{name}")
+        else:
+            arguments += [f"--{name}", *(value.split() if kind.startswith("tuple") else [value])]
+    return arguments
+
+
 def config_file_arguments(path: str) -> list[str]:
     """The settings of a YAML (or JSON, such as args.json) file as command-line arguments.
 
@@ -251,7 +270,7 @@ def config_file_arguments(path: str) -> list[str]:
         raise UserError(f"{path}: cannot be read as a settings file ({detail}); expected YAML.") from error
     if not isinstance(flat, dict):
         raise UserError(f"{path}: holds a {type(flat).__name__}; expected a mapping such as `batch_size: 64`.")
-    known = {f.name for section in SECTIONS.values() for f in dataclasses.fields(section)}
+    known = setting_types()
     arguments: list[str] = []
     for key, value in flat.items():
         name = str(key).replace("-", "_")
@@ -261,6 +280,6 @@ def config_file_arguments(path: str) -> list[str]:
             arguments.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list | tuple):
             arguments += [f"--{name}", *map(str, value)]
-        else:
+        elif value is not None:
             arguments += [f"--{name}", str(value)]
     return arguments

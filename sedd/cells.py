@@ -1,0 +1,165 @@
+"""Cells to apply a model to, aligned to the model's genes by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from sedd.errors import UserError, warn_user
+from sedd.io.plan import Split
+
+MIN_OVERLAP = 0.5  # below this share of the panel the prediction is mostly the training mean
+
+
+class Cells:
+    """Counts of some cells over a panel of genes.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes.
+    genes : (n_vars,) str
+        The panel. Genes of it that `adata` lacks are `missing`; other genes of `adata` are not used.
+    layer
+        Take counts from this layer instead of X.
+    cells
+        Which cells: None for all, or sorted indices.
+    real
+        Whether values may be other than whole numbers.
+    name
+        What messages call the data.
+
+    Raises
+    ------
+    UserError
+        If the layer is not there, if too few genes match, or if values are not counts.
+    """
+
+    def __init__(
+        self,
+        adata: ad.AnnData,
+        genes: np.ndarray,
+        *,
+        layer: str | None = None,
+        cells: np.ndarray | None = None,
+        real: bool = False,
+        name: str = "the AnnData",
+    ) -> None:
+        self.name = name
+        if layer is not None and layer not in adata.layers:
+            there = ", ".join(adata.layers) or "none"
+            raise UserError(f"{self.name}: no layer {layer!r}; there are: {there}. Pass --layer with one of them.")
+        if adata.n_obs == 0 or (cells is not None and len(cells) == 0):
+            raise UserError(f"{self.name}: holds no cells; expected at least one.")
+        self._matrix = adata.X if layer is None else adata.layers[layer]
+        if self._matrix is None:
+            raise UserError(f"{self.name}: has no X; pass --layer with one of: {', '.join(adata.layers) or 'none'}.")
+        self.indices = np.arange(adata.n_obs) if cells is None else np.asarray(cells, np.int64)
+        self._real = real
+        self.obs: pd.DataFrame = adata.obs.iloc[self.indices].copy()
+        names = adata.var_names if adata.var_names.is_unique else ad.utils.make_index_unique(adata.var_names)
+        position = {gene: i for i, gene in enumerate(names)}
+        where = np.array([position.get(gene, -1) for gene in genes], np.int64)
+        self.missing = where < 0
+        self._columns = where[~self.missing]
+        found = len(self._columns)
+        if found < MIN_OVERLAP * len(where):
+            raise UserError(
+                f"{self.name}: has {found} of the model's {len(where)} genes (its names look like {list(names[:2])}, the "
+                f"model's like {list(genes[:2])}); expected at least {MIN_OVERLAP:.0%}. Use data with the same gene names."
+            )
+        if found < len(where):
+            warn_user(f"{self.name}: has {found} of the model's {len(where)} genes; the others are predicted, not observed.")
+        self.var = pd.DataFrame(index=pd.Index(np.asarray(genes, dtype=object), name=adata.var_names.name))
+        for column in adata.var.columns if found == len(where) else []:
+            self.var[column] = adata.var[column].to_numpy()[self._columns]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def counts(self, lo: int, hi: int) -> np.ndarray:
+        """Values of the cells lo..hi-1 over the panel, (hi - lo, n_vars) float32; 0 at missing genes.
+
+        Raises
+        ------
+        UserError
+            If a value is negative, not finite, or not whole where whole numbers are needed.
+        """
+        block: Any = self._matrix[self.indices[lo:hi]]
+        block = block[:, self._columns]
+        values = np.asarray(block.toarray() if sp.issparse(block) else block, np.float64)
+        self._check(values, lo)
+        out = np.zeros((len(values), len(self.missing)), np.float32)
+        out[:, ~self.missing] = np.rint(values) if not self._real else values
+        return out
+
+    def _check(self, values: np.ndarray, lo: int) -> None:
+        wrong = ~np.isfinite(values) | (values < 0)
+        kind = "negative or not finite"
+        if not self._real and not wrong.any():
+            wrong = np.abs(values - np.rint(values)) > 1e-6
+            kind = "not a whole number"
+        if wrong.any():
+            cell, column = np.argwhere(wrong)[0]
+            gene = self.var.index[~self.missing][column]
+            raise UserError(
+                f"{self.name}: a value is {kind} ({values[cell, column]:g} at cell {self.indices[lo + cell]}, gene {gene!r}); "
+                "the model was trained on counts. Pass --layer with the layer that holds them."
+            )
+
+
+def read_anndata(path: str | Path) -> ad.AnnData:
+    """Read an .h5ad or a .zarr store with `anndata`.
+
+    Raises
+    ------
+    UserError
+        If it is missing or cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; expected an .h5ad or a .zarr store.")
+    try:
+        return ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
+    except Exception as error:  # h5py, zarr and anndata raise a dozen types for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read as AnnData ({reason[:200]}); expected an .h5ad or a .zarr store.") from error
+
+
+def obs_digest(names: Iterable[Any]) -> str:
+    """An identity of cells by their names in their order, which any container of them keeps."""
+    return hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]
+
+
+def cells_of_split(data: ad.AnnData, part: str, state: dict[str, Any], name: str) -> np.ndarray | None:
+    """The cells of `part` ("all", "train" or "val") in the data that a model was trained on.
+
+    Parameters
+    ----------
+    state
+        The model's checkpoint.
+
+    Raises
+    ------
+    UserError
+        If `part` is not "all" and `data` is not the data of the training run.
+    """
+    if part == "all":
+        return None
+    if part not in ("train", "val"):
+        raise UserError(f"--cells is {part!r}; expected all, train or val.")
+    trained_on = state["data"]
+    if obs_digest(data.obs_names) != trained_on["obs_digest"]:
+        raise UserError(
+            f"{name}: is not the data that the model was trained on ({data.n_obs} cells here, {trained_on['n_obs']} there), "
+            f"so it has no {part} cells; pass --cells all."
+        )
+    split = state["split"]
+    return Split(split["n_obs"], split["val_fraction"], split["seed"], part, split["limit"][part]).cells()

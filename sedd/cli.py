@@ -1,0 +1,120 @@
+"""The command line: `sedd convert | info | verify | train | impute | denoise | generate | embed | evaluate | runs`.
+
+Each command is a dataclass (its fields are the flags) with a `run` method. The modules that do the work are imported by
+the command that needs them, so `sedd --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from sedd import __version__
+from sedd.commands import COMMANDS
+from sedd.config import TrainConfig, config_file_arguments, environment_arguments
+from sedd.errors import SeddWarning, UserError
+from sedd.signals import EXIT_INTERRUPTED, TrainingInterrupted
+
+_TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv
+        The words after the program's name; `sys.argv[1:]` if not given.
+
+    Returns
+    -------
+    status
+        0 done; 1 failed while running; 2 bad input, with one line on standard error; 75 stopped by SIGTERM or SIGUSR1
+        with the state saved; 130 stopped by Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"sedd {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        warnings.simplefilter("always", SeddWarning)
+        try:
+            if name == "train":
+                return _train(rest)
+            if name not in COMMANDS:
+                raise UserError(f"unknown command {name!r}; expected one of {', '.join(['train', *COMMANDS])}.")
+            return int(_parse(COMMANDS[name], name, rest).run() or 0)
+        except UserError as error:
+            print(f"sedd {name}: error: {error}", file=sys.stderr)
+            return 2
+        except TrainingInterrupted as stopped:
+            print(f"sedd {name}: {stopped}", file=sys.stderr)
+            return stopped.exit_code
+        except KeyboardInterrupt:
+            print(f"sedd {name}: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (OSError, FloatingPointError, MemoryError) as error:
+            print(f"sedd {name}: error: {str(error) or type(error).__name__}", file=sys.stderr)
+            return 1
+
+
+def _train(arguments: list[str]) -> int:
+    if arguments == ["--flags_from_environment"]:  # for bash/train.sh
+        sys.stdout.write("".join(f"{word}\0" for word in environment_arguments(os.environ)))
+        return 0
+    config: TrainConfig = _parse(TrainConfig, "train", _expand_config_files(arguments))
+    from sedd.trainer import SEDDTrainer
+
+    SEDDTrainer(config).fit()
+    return 0
+
+
+def _expand_config_files(arguments: list[str]) -> list[str]:
+    """Replace `--config FILE` by the settings of the file, in front, so that the rest of the command line wins."""
+    from_files: list[str] = []
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            path = next(words, None)
+            if path is None:
+                raise UserError("--config needs a file; expected --config FILE.yaml.")
+            from_files += config_file_arguments(path)
+        elif word.startswith("--config="):
+            from_files += config_file_arguments(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    return from_files + rest
+
+
+def _parse(cls: Any, name: str, arguments: list[str]) -> Any:
+    epilogue = {"train": "\n\n--config FILE.yaml sets any of these; the command line wins."}
+    description = (cls.__doc__ or "").strip() + epilogue.get(name, "")
+    return tyro.cli(cls, args=arguments, prog=f"sedd {name}", description=description, config=_TYRO)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    if issubclass(category, SeddWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    elif os.environ.get("PYTHONWARNINGS"):
+        print(warnings.formatwarning(message, category, *where[:2]), file=sys.stderr)
+
+
+def _overview() -> str:
+    lines = ["usage: sedd COMMAND ...", "", "Score-entropy discrete diffusion for single-cell RNA-seq.", ""]
+    for name, cls in {"train": TrainConfig, **COMMANDS}.items():
+        lines.append(f"  {name:<10} {(cls.__doc__ or '').strip().splitlines()[0]}")
+    return "\n".join([*lines, "", "`sedd COMMAND --help` lists a command's options."])

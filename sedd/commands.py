@@ -1,0 +1,412 @@
+"""The commands of `sedd` besides `train`: a dataclass each, whose fields are its flags."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from sedd.errors import UserError
+
+if TYPE_CHECKING:
+    import anndata as ad
+
+Output = Annotated[str, tyro.conf.arg(aliases=["-o"])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Convert .h5ad files into one store that training reads fast."""
+
+    paths: Positional[tuple[str, ...]]
+    """INPUT.h5ad [INPUT2.h5ad ...] OUTPUT.zarr"""
+    layer: str | None = None
+    """Take counts from this layer instead of X."""
+    raw: bool = False
+    """Take counts from .raw."""
+    join: Literal["inner", "outer"] = "inner"
+    """Genes of several inputs: those that all have, or those that any has."""
+    genes: str | None = None
+    """Keep only these genes: a file with one name a line."""
+    obs: tuple[str, ...] = ()
+    """Keep only these obs columns; all if none is named."""
+    shuffle: bool = False
+    """Permute all cells; their place in the input is kept in obs."""
+    seed: int = 0
+    """Seed of the permutation."""
+    codec: str | None = None
+    """Compression of the store; a measured default if not given."""
+    memory_budget: str = "1GiB"
+    """Memory for data in flight."""
+    workers: int | None = None
+    """Threads; all cores if not given."""
+    scheduler: str | None = None
+    """Address of a dask.distributed scheduler whose workers convert."""
+    values: Literal["counts", "real"] = "counts"
+    """counts: whole numbers, anything else is an error. real: keep real values as float32."""
+    resume: bool = False
+    """Go on with a conversion that was stopped."""
+    overwrite: bool = False
+    """Replace an existing output."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+
+    def run(self) -> int:
+        """Convert and say what was made."""
+        from sedd.io.convert import convert
+
+        if len(self.paths) < 2:
+            raise UserError("expected INPUT.h5ad [INPUT2.h5ad ...] OUTPUT.zarr; found fewer than two paths.")
+        *inputs, output = self.paths
+        settings: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "paths"}
+        settings["obs"] = list(self.obs) or None
+        if self.codec is None:
+            del settings["codec"]
+        store = convert(list(inputs), output, **settings)
+        if store is not None:
+            print(f"{output}: {store.n_obs} cells x {store.n_vars} genes, {store.nnz} counts as {store.dtype}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Tell what is in a store, a checkpoint or an experiment directory."""
+
+    path: Positional[str]
+    """A .zarr store, a .pt checkpoint or an experiment directory."""
+
+    def run(self) -> int:
+        """Print it."""
+        path = Path(self.path)
+        if path.is_dir() and (path / "zarr.json").exists():
+            from sedd.io.store import describe
+
+            print(format_facts(describe(str(path))))
+            return 0
+        from sedd.pretrained import Pretrained
+
+        print(Pretrained.load(path, device="cpu").describe())
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Prove that a store is whole: every checksum, index and statistic, and its contents against the input."""
+
+    store: Positional[str]
+    """The .zarr store."""
+    against: str | None = None
+    """The .h5ad it was made from."""
+
+    def run(self) -> int:
+        """Verify and print the report."""
+        from sedd.io.verify import verify
+
+        print(format_facts(verify(self.store, against=self.against)))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impute:
+    """Predict unobserved genes of cells from their observed ones."""
+
+    checkpoint: Positional[str]
+    """A checkpoint or an experiment directory."""
+    data: Positional[str]
+    """An .h5ad or a .zarr store of counts."""
+    output: Output
+    """The .h5ad to write."""
+    predict: tuple[str, ...] = ()
+    """Genes to predict in every cell."""
+    hide: float = 0.0
+    """Share of each cell's genes to hide and predict, to see how well it works; with neither, zeros are predicted."""
+    cells: Literal["all", "train", "val"] = "all"
+    """Which cells, for the data that the model was trained on."""
+    layer: str | None = None
+    """Take counts from this layer instead of X."""
+    num_samples: int = 0
+    """Also draw joint samples of the hidden genes, into layers sedd_sample_0, ..."""
+    num_steps: int = 64
+    """Steps of the sampler that draws them."""
+    sampler: Literal["analytic", "euler"] = "analytic"
+    """Reverse process that draws them."""
+    batch_size: int = 64
+    """Cells at a time."""
+    seed: int = 0
+    """Seed of the hidden genes and the samples."""
+    overwrite: bool = False
+    """Replace an existing output."""
+
+    def run(self) -> int:
+        """Impute and write."""
+        check_output(self.output, self.overwrite)
+        from sedd.tasks import impute
+
+        result = impute(
+            self.checkpoint,
+            self.data,
+            **_given(self, "predict", "hide", "cells", "layer", "num_samples", "num_steps", "sampler", "batch_size", "seed"),
+        )
+        write_h5ad(result, self.output)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoise:
+    """Replace counts by what the other genes of the cell say they should be."""
+
+    checkpoint: Positional[str]
+    """A checkpoint or an experiment directory."""
+    data: Positional[str]
+    """An .h5ad or a .zarr store of counts."""
+    output: Output
+    """The .h5ad to write."""
+    cells: Literal["all", "train", "val"] = "all"
+    """Which cells, for the data that the model was trained on."""
+    layer: str | None = None
+    """Take counts from this layer instead of X."""
+    rounds: int = 4
+    """Random partitions of the genes to average over."""
+    folds: int = 4
+    """Parts of a partition; each is hidden once."""
+    batch_size: int = 64
+    """Cells at a time."""
+    seed: int = 0
+    """Seed of the partitions."""
+    overwrite: bool = False
+    """Replace an existing output."""
+
+    def run(self) -> int:
+        """Denoise and write."""
+        check_output(self.output, self.overwrite)
+        from sedd.tasks import denoise
+
+        settings = _given(self, "cells", "layer", "rounds", "folds", "batch_size", "seed")
+        write_h5ad(denoise(self.checkpoint, self.data, **settings), self.output)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Draw new cells from a model."""
+
+    checkpoint: Positional[str]
+    """A checkpoint or an experiment directory."""
+    output: Output
+    """The .h5ad to write."""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 500
+    """Number of cells."""
+    where: tuple[str, ...] = ()
+    """Labels to condition on, as COLUMN=LABEL, such as cell_type="B cell"."""
+    library_size: float | None = None
+    """Total count to ask for, in a model conditioned on it."""
+    guidance: float = 1.0
+    """Strength of classifier-free guidance; 1 is the conditional model."""
+    num_steps: int = 128
+    """Steps of the reverse process."""
+    sampler: Literal["analytic", "euler"] = "analytic"
+    """Reverse process."""
+    temperature: float = 1.0
+    """Below 1 sharpens the distribution of each draw."""
+    batch_size: int = 64
+    """Cells at a time."""
+    seed: int = 0
+    """Seed of the draws."""
+    overwrite: bool = False
+    """Replace an existing output."""
+
+    def run(self) -> int:
+        """Generate and write."""
+        check_output(self.output, self.overwrite)
+        where = {}
+        for text in self.where:
+            column, separator, label = text.partition("=")
+            if not separator:
+                raise UserError(f'--where {text!r}: expected COLUMN=LABEL, such as cell_type="B cell".')
+            where[column] = label
+        from sedd.tasks import generate
+
+        settings = _given(
+            self, "library_size", "guidance", "num_steps", "sampler", "temperature", "batch_size", "seed"
+        )
+        write_h5ad(generate(self.checkpoint, self.n, where=where, **settings), self.output)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Put the network's state for each cell into obsm["X_sedd"]."""
+
+    checkpoint: Positional[str]
+    """A checkpoint or an experiment directory."""
+    data: Positional[str]
+    """An .h5ad or a .zarr store of counts."""
+    output: Output
+    """The .h5ad to write."""
+    cells: Literal["all", "train", "val"] = "all"
+    """Which cells, for the data that the model was trained on."""
+    layer: str | None = None
+    """Take counts from this layer instead of X."""
+    batch_size: int = 64
+    """Cells at a time."""
+    overwrite: bool = False
+    """Replace an existing output."""
+
+    def run(self) -> int:
+        """Embed and write."""
+        check_output(self.output, self.overwrite)
+        from sedd.tasks import embed
+
+        write_h5ad(embed(self.checkpoint, self.data, **_given(self, "cells", "layer", "batch_size")), self.output)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure likelihood, imputation and generation beside baselines, and write a report."""
+
+    checkpoint: Positional[str]
+    """A checkpoint or an experiment directory."""
+    data: Positional[str]
+    """The data of the training run (its validation cells are used) or other cells on the same genes."""
+    output: Output
+    """Directory for metrics.json and report.html."""
+    cells: Literal["val", "all"] | None = None
+    """Which cells; val for the data of the training run, else all."""
+    layer: str | None = None
+    """Take counts from this layer instead of X."""
+    imputed: str | None = None
+    """What `sedd impute --hide` made of the same cells; made anew if not given."""
+    generated: str | None = None
+    """What `sedd generate` made; made anew if not given."""
+    hide: float | None = None
+    """Share of genes to hide; the --mask_ratio of the training run if not given."""
+    n_masks: int = 32
+    """Masks per cell of the likelihood bound."""
+    num_steps: int = 128
+    """Steps of the sampler."""
+    batch_size: int = 64
+    """Cells at a time."""
+    seed: int = 0
+    """Seed of the masks and the samples."""
+    overwrite: bool = False
+    """Replace an existing metrics.json and report.html."""
+
+    def run(self) -> int:
+        """Evaluate, write the report and print the table."""
+        directory = Path(self.output)
+        for name in ("metrics.json", "report.html"):
+            check_output(str(directory / name), self.overwrite)
+        from sedd.evaluation import evaluate
+        from sedd.metrics import metrics_table
+
+        names = ("cells", "layer", "imputed", "generated", "hide", "n_masks", "num_steps", "batch_size", "seed")
+        found = evaluate(self.checkpoint, self.data, output=directory, **_given(self, *names))
+        print(metrics_table(found.metrics))
+        print(f"\nreport: {found.report}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List the experiments under a directory side by side."""
+
+    directory: Positional[str] = "experiments"
+    """Where the experiment directories are."""
+
+    def run(self) -> int:
+        """Print the table."""
+        root = Path(self.directory)
+        if not root.is_dir():
+            raise UserError(f"{root}: no such directory; expected one that holds experiment directories.")
+        rows = []
+        for path in sorted(root.rglob("args.json")):
+            try:
+                args = json.loads(path.read_text())
+                history = json.loads((path.parent / "history.json").read_text())
+            except (OSError, ValueError):
+                args, history = {}, []
+            best = min((entry["val_nelbo"] for entry in history), default=None)
+            rows.append(
+                [
+                    str(path.parent.relative_to(root)),
+                    f"{len(history)}/{args.get('num_epochs', '?')}",
+                    "-" if best is None else f"{best:.1f}",
+                    *[str(args.get(name, "?")) for name in ("model", "attention", "genes", "batch_size", "learning_rate", "seed")],
+                ]
+            )
+        if not rows:
+            raise UserError(f"{root}: holds no experiment (no args.json in any directory); train a model first.")
+        header = ["run", "epochs", "val nats/cell", "model", "attention", "genes", "batch", "lr", "seed"]
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        for row in [header, *rows]:
+            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        return 0
+
+
+COMMANDS: dict[str, Any] = {
+    "convert": Convert,
+    "info": Info,
+    "verify": Verify,
+    "impute": Impute,
+    "denoise": Denoise,
+    "generate": Generate,
+    "embed": Embed,
+    "evaluate": Evaluate,
+    "runs": Runs,
+}
+
+
+def _given(command: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(command, name) for name in names}
+
+
+def format_facts(facts: dict[str, Any], indent: str = "") -> str:
+    """Named facts as aligned lines; a list of facts becomes indented blocks."""
+    width = max(map(len, facts), default=0)
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", format_facts(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(f"{indent}{name}:")
+            lines += [format_facts(item, indent + "  ") for item in value]
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            lines.append(f"{indent}{name.ljust(width)}  {text}")
+    return "\n".join(lines)
+
+
+def check_output(path: str, overwrite: bool) -> None:
+    """Refuse an output that exists, and a directory that cannot be written, before any work is done."""
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise UserError(f"{path}: exists already; pass --overwrite to replace it, or another name.")
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{path}: {parent} is not a directory that can be written; choose another output.")
+
+
+def write_h5ad(result: ad.AnnData, path: str) -> None:
+    """Write an AnnData under its name only when complete, and say so."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        result.write_h5ad(part, compression="gzip")
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)
+        os.replace(part, target)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    print(f"{path}: {result.n_obs} cells x {result.n_vars} genes")

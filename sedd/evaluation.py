@@ -1,0 +1,284 @@
+"""How good a model is on cells that it never saw: metrics beside baselines, and the report."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from sedd import tasks
+from sedd.cells import Cells, obs_digest, read_anndata
+from sedd.errors import UserError
+from sedd.kernels.mask import exact_mask
+from sedd.likelihood import CellBatch, nelbo
+from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
+from sedd.pretrained import Pretrained
+from sedd.report import ReportData, write_report
+from sedd.run_directory import write_json
+
+_COUNT_BINNINGS = ("identity", "counts")  # a token is the count, up to the last bin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes
+    ----------
+    metrics : {section: {metric: {"sedd": value, "baselines": {name: value}, ...}}}
+        Sections likelihood, imputation, generation; see `sedd.metrics.METRICS`.
+    report : Path or None
+        The page, if a directory was given.
+    """
+
+    metrics: dict[str, Any]
+    report: Path | None = None
+    arrays: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+def evaluate(
+    model: Pretrained | str | Path,
+    data: tasks.Data,
+    *,
+    output: str | Path | None = None,
+    cells: str | None = None,
+    layer: str | None = None,
+    imputed: tasks.Data | None = None,
+    generated: tasks.Data | None = None,
+    hide: float | None = None,
+    n_masks: int = 32,
+    num_steps: int = 128,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure likelihood, imputation and generation on held-out cells, beside baselines learned on the training cells.
+
+    Parameters
+    ----------
+    model
+        A checkpoint, an experiment directory or a loaded model.
+    data
+        The data of the training run, whose validation cells are then used, or other cells on the same genes.
+    output
+        Directory for metrics.json, report.html and its figures.
+    cells : {"val", "all"}, optional
+        Which cells to evaluate; "val" for the data of the training run, else "all".
+    layer
+        Take counts from this layer instead of X.
+    imputed
+        What `impute(..., hide=...)` made of the same cells; made here if not given.
+    generated
+        What `generate` made; as many cells as are held out are made here if not given.
+    hide
+        Share of genes to hide for imputation; the `mask_ratio` of the training run if not given.
+    n_masks
+        Masks per cell of the likelihood bound, stratified over the number of hidden genes.
+    num_steps, batch_size, seed, progress
+        As in `sedd.tasks.generate`.
+
+    Raises
+    ------
+    UserError
+        On bad input, before anything is written.
+    """
+    model = Pretrained.load(model)
+    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
+    name = "the AnnData" if isinstance(data, ad.AnnData) else str(data)
+    own = obs_digest(adata.obs_names) == model.state["data"]["obs_digest"]
+    part = cells or ("val" if own else "all")
+    held_out = tasks.open_cells(model, adata, part, layer, name)
+    train = _training_cells(model, adata if own else None, name)
+    counts, train_counts = _matrix(held_out), _matrix(train)
+
+    likelihood, nats = _likelihood(model, held_out, counts, train_counts, n_masks, batch_size, seed, progress)
+    metrics: dict[str, Any] = {"likelihood": likelihood}
+    arrays: dict[str, Any] = {"nats": nats}
+    hide = hide if hide is not None else model.config.model.mask_ratio
+    hidden = _hidden_entries(model, held_out, imputed, hide, seed)
+    metrics["imputation"], found = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
+    arrays.update(found)
+    if generated is None:
+        made = tasks.generate(
+            model, max(len(held_out), 4), num_steps=num_steps, batch_size=batch_size, seed=seed, progress=progress
+        )
+    else:
+        made = generated if isinstance(generated, ad.AnnData) else read_anndata(generated)
+    fake = _matrix(Cells(made, model.genes, real=True, name="the generated cells"))
+    metrics["generation"] = generation_table(fake, counts, train_counts, seed=seed)
+    report = None
+    if output is not None:
+        report = _write(model, metrics, arrays, (counts, fake, train_counts), held_out, made, name, Path(output))
+    return Evaluation(metrics=metrics, report=report, arrays=arrays)
+
+
+def _training_cells(model: Pretrained, own: ad.AnnData | None, name: str) -> Cells:
+    """The cells that the model was trained on, for the baselines."""
+    args = model.state["args"]
+    adata = own
+    if adata is None:
+        path = args["data_path"]
+        if not Path(path).exists():
+            raise UserError(
+                f"{name}: is not the data of the training run, and that ({path}) is not there any more; the baselines are "
+                "learned on its training cells. Put it back, or evaluate on the data of the training run."
+            )
+        adata, name = read_anndata(path), path
+    return tasks.open_cells(model, adata, "train", None, name)
+
+
+def _matrix(cells: Cells) -> sp.csr_matrix:
+    step = 1024
+    blocks = [sp.csr_matrix(cells.counts(lo, min(lo + step, len(cells)))) for lo in range(0, len(cells), step)]
+    return sp.vstack(blocks, format="csr")
+
+
+def _tokens(model: Pretrained, counts: sp.csr_matrix) -> np.ndarray:
+    return model.binning.tokens(counts.toarray())
+
+
+def _likelihood(
+    model: Pretrained,
+    cells: Cells,
+    counts: sp.csr_matrix,
+    train: sp.csr_matrix,
+    n_masks: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The bound and the baselines, on tokens: with identity binning these are the counts."""
+    names = torch.from_numpy(cells.indices)
+    given = (
+        CellBatch(tokens, context["condition"], context["library"], names[lo:hi])
+        for lo, hi, _, tokens, context in tasks.batches(model, cells, batch_size, "likelihood", progress)
+    )
+    per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
+    top = model.binning.n_bins - 1 if model.binning.kind == "counts" else None
+    if model.binning.kind in _COUNT_BINNINGS:
+        rows = likelihood_table(CountBaselines.fit(train), per_cell, counts, top=top)
+    else:
+        baselines = CountBaselines.fit(sp.csr_matrix(_tokens(model, train)))
+        rows = likelihood_table(baselines, per_cell, sp.csr_matrix(_tokens(model, counts)))
+        for row in rows.values():  # a count law says nothing about bins
+            row["baselines"] = {"gene marginals": row["baselines"]["gene marginals"]}
+    return rows, per_cell
+
+
+def _hidden_entries(model: Pretrained, cells: Cells, imputed: tasks.Data | None, hide: float, seed: int) -> np.ndarray:
+    """Which entries were hidden, (n_cells, n_vars) bool."""
+    if imputed is None:
+        if not 0 < hide < 1:
+            raise UserError(f"--hide is {hide}; expected a share between 0 and 1, such as 0.15.")
+        hidden = exact_mask(seed, 0, cells.indices, len(model.genes), max(1, round(hide * len(model.genes))))
+    else:
+        made = imputed if isinstance(imputed, ad.AnnData) else read_anndata(imputed)
+        if "sedd_hidden" not in made.layers or list(made.obs_names) != list(cells.obs.index):
+            raise UserError(
+                f"--imputed: was not made from these {len(cells)} cells by `sedd impute --hide`; expected the same cells "
+                "in the same order and the layer sedd_hidden. Leave --imputed out to have it made here."
+            )
+        layer = made.layers["sedd_hidden"]
+        hidden = np.asarray(layer.toarray() if sp.issparse(layer) else layer).astype(bool)
+    hidden[:, cells.missing] = False  # shown to nobody: there is no truth to compare with
+    if not hidden.any():
+        raise UserError("no entry is hidden, so there is nothing to recover; pass --hide 0.15.")
+    return hidden
+
+
+@torch.no_grad()
+def _imputation(
+    model: Pretrained, cells: Cells, counts: sp.csr_matrix, train: sp.csr_matrix, hidden: np.ndarray, batch_size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Recovery of the hidden entries, and (true, mean, cdf) of each for the figures."""
+    values = model.decode_values
+    means, log_probs, belows, uptos = [], [], [], []
+    for lo, hi, _, tokens, context in tasks.batches(model, cells, batch_size, "imputation", False):
+        mask = torch.from_numpy(hidden[lo:hi] | cells.missing).to(tokens.device)
+        readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
+        rows, genes = torch.from_numpy(hidden[lo:hi]).to(tokens.device).nonzero(as_tuple=True)
+        for part in torch.arange(len(rows), device=rows.device).split(1 << 15):
+            log_mu = model.model.log_mu(readout, rows[part], genes[part]).double()
+            true = tokens[rows[part], genes[part]][:, None]
+            upto = log_mu.exp().cumsum(1)
+            upto /= upto[:, -1:]
+            at = upto.gather(1, true)[:, 0]
+            log_prob = log_mu.gather(1, true)[:, 0]
+            means.append((log_mu.exp() @ values.double()).cpu().numpy())
+            log_probs.append(log_prob.cpu().numpy())
+            uptos.append(at.cpu().numpy())
+            belows.append((at - log_prob.exp()).clamp_min(0).cpu().numpy())
+    cell, gene = np.nonzero(hidden)
+    true_counts = np.asarray(counts[cell, gene]).ravel()
+    baselines = CountBaselines.fit(train)
+    library = visible_library(counts, hidden, baselines.share)[cell]
+    mean, below, upto_ = np.concatenate(means), np.concatenate(belows), np.concatenate(uptos)
+    of_counts = model.binning.kind in _COUNT_BINNINGS
+    table = recovery_table(
+        baselines,
+        gene=gene,
+        true=true_counts.astype(np.int64) if of_counts else true_counts,
+        predicted=mean,
+        log_prob=np.concatenate(log_probs) if of_counts else None,
+        cdf_below=below if of_counts else None,
+        cdf=upto_ if of_counts else None,
+        library=library,
+        top=model.binning.n_bins - 1 if model.binning.kind == "counts" else None,
+    )
+    return table, {"hidden_true": true_counts, "hidden_mean": mean, "hidden_cdf_below": below, "hidden_cdf": upto_}
+
+
+def _write(
+    model: Pretrained,
+    metrics: dict[str, Any],
+    arrays: dict[str, Any],
+    matrices: tuple[sp.csr_matrix, sp.csr_matrix, sp.csr_matrix],
+    held_out: Cells,
+    made: ad.AnnData,
+    name: str,
+    output: Path,
+) -> Path:
+    output.mkdir(parents=True, exist_ok=True)
+    args = model.state["args"]
+    real, fake, train = matrices
+    settings = {
+        "Data": {"data": name, "held-out cells": real.shape[0], "training cells": train.shape[0], "genes": real.shape[1]},
+        "Model": {k: args[k] for k in ("attention", "head", "hidden_dim", "num_layers", "num_latents", "objective")},
+        "Training": {k: args[k] for k in ("batch_size", "learning_rate", "ema_decay", "num_bins", "binning", "seed")},
+        "Run": {"checkpoint": str(model.path), "epochs": model.state["epoch"], "machine": platform.machine()},
+    }
+    column = next((c for c in model.categories if c in held_out.obs), None)
+    report = write_report(
+        output / "report.html",
+        ReportData(
+            title=f"A diffusion model of {Path(name).stem}",
+            history=model.state["history"],
+            metrics=metrics,
+            settings=settings,
+            real=real,
+            generated=fake,
+            reference=train,
+            real_labels=held_out.obs[column].astype(str).to_numpy() if column and column in made.obs else None,
+            generated_labels=made.obs[column].astype(str).to_numpy() if column and column in made.obs else None,
+            **{k: v for k, v in arrays.items() if k.startswith("hidden_")},
+        ),
+    )
+    write_json(output / "metrics.json", plain(metrics))
+    return Path(report)
+
+
+def plain(value: Any) -> Any:
+    """Nested containers of numbers as JSON has them; what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

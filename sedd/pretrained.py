@@ -1,0 +1,175 @@
+"""A trained model as its users meet it: the averaged weights with the genes, the binning and the split that belong to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from sedd import checkpoint
+from sedd.config import TrainConfig
+from sedd.errors import UserError
+from sedd.graph import AbsorbingGraph
+from sedd.kernels.discretize import Binning
+from sedd.model import SEDDTransformer
+from sedd.noise import Noise, make_noise
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model ready to use.
+
+    Attributes
+    ----------
+    path
+        The checkpoint it came from.
+    model
+        On its device, in evaluation mode, with the averaged weights when there are any.
+    genes : (n_vars,) str
+        The panel, in the order of the model's genes.
+    binning
+        How counts become tokens and back.
+    noise, graph
+        The forward process that the model was trained for.
+    categories
+        For each condition column its labels; label k is condition k + 1.
+    histogram : (n_vars, n_bins) int64
+        How many training cells have each token of each gene.
+    libraries : (q,) float32
+        Quantiles of the training cells' total counts over the panel.
+    state
+        The rest of the checkpoint.
+    """
+
+    path: Path
+    model: SEDDTransformer
+    genes: np.ndarray
+    binning: Binning
+    noise: Noise
+    graph: AbsorbingGraph
+    categories: dict[str, list[str]]
+    histogram: sp.csr_array
+    libraries: np.ndarray
+    state: dict[str, Any]
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings of the run."""
+        return TrainConfig.from_flat(self.state["args"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def decode_values(self) -> torch.Tensor:
+        """What each token decodes to, (n_bins,) float32."""
+        return torch.as_tensor(self.binning.values, dtype=torch.float32, device=self.device)
+
+    @classmethod
+    def load(cls, path: Pretrained | str | Path, *, device: str | torch.device | None = None) -> Pretrained:
+        """Read the checkpoint that `path` names (`sedd.checkpoint.find`).
+
+        Parameters
+        ----------
+        path
+            A checkpoint, an experiment directory, or a loaded model, which is returned as it is.
+        device
+            Where to put the model; a GPU if there is one.
+
+        Raises
+        ------
+        UserError
+            If there is no checkpoint, or it is damaged.
+        """
+        if isinstance(path, Pretrained):
+            return path
+        file = checkpoint.find(path)
+        state = checkpoint.load(file)
+        model = SEDDTransformer(**state["model_config"])
+        averaged = state["ema"]
+        try:
+            model.load_state_dict(state["model"])
+            if averaged is not None:
+                model.load_state_dict(averaged["average"], strict=False)
+        except RuntimeError as error:
+            raise UserError(f"{file}: the weights do not fit the model it describes ({str(error).splitlines()[0]}).") from error
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        binning = Binning.from_dict(state["binning"])
+        return cls(
+            path=file,
+            model=model.to(device).eval(),
+            genes=np.array(state["genes"], dtype=object),
+            binning=binning,
+            noise=make_noise(state["args"]["noise"]),
+            graph=AbsorbingGraph(binning.n_bins),
+            categories=state["categories"],
+            histogram=unpack_histogram(state["histogram"]),
+            libraries=state["libraries"].numpy(),
+            state=state,
+        )
+
+    def sigma(self, masked: torch.Tensor) -> torch.Tensor:
+        """The noise level at which the given share of genes is masked, (B,), for cells masked like `masked` (B, n_vars)."""
+        return self.noise.sigma_at(masked.double().mean(1)).float()
+
+    def describe(self) -> str:
+        """A few lines for people: what it is, what it was trained on, how well it does."""
+        state, model = self.state, self.model.config
+        data, split = state["data"], state["split"]
+        history = state["history"]
+        last = history[-1] if history else None
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        lines = [
+            f"checkpoint  {self.path} (epoch {state['epoch']}, step {state['step']})",
+            f"model       {model['attention']} attention, {model['hidden_dim']} wide, {model['num_layers']} layers, "
+            f"{model['num_heads']} heads, {model['head']} head; {n_parameters:,} parameters",
+            f"genes       {len(self.genes)}: {', '.join(self.genes[:5])}, ...",
+            f"bins        {self.binning.n_bins} ({self.binning.kind})",
+            f"data        {data['path']}: {data['n_obs']} cells, {split['n_train']} trained on, {split['n_val']} held out",
+        ]
+        for column, labels in self.categories.items():
+            lines.append(f"condition   {column}: {', '.join(labels)}")
+        if last is not None:
+            lines.append(f"validation  {last['val_nelbo']:.1f} nats per cell after epoch {last['epoch']}")
+        return "\n".join(lines)
+
+    def condition_codes(self, column: str, labels: np.ndarray) -> np.ndarray:
+        """Labels of a condition column as the model's codes, (n,) int64; missing ones are 0.
+
+        Raises
+        ------
+        UserError
+            If a label was not there in training; the known ones are listed.
+        """
+        known = self.categories[column]
+        index = {label: k + 1 for k, label in enumerate(known)}
+        codes = np.zeros(len(labels), np.int64)
+        for i, label in enumerate(labels):
+            if label is None or label != label:
+                continue
+            if str(label) not in index:
+                raise UserError(f"{column}={label!r} was not there in training; known: {', '.join(map(repr, known))}.")
+            codes[i] = index[str(label)]
+        return codes
+
+
+def pack_histogram(histogram: sp.csr_array) -> dict[str, Any]:
+    """A sparse integer matrix as tensors, for a checkpoint."""
+    return {
+        "shape": list(histogram.shape),
+        "indptr": torch.from_numpy(histogram.indptr.astype(np.int64)),
+        "indices": torch.from_numpy(histogram.indices.astype(np.int32)),
+        "data": torch.from_numpy(histogram.data.astype(np.int64)),
+    }
+
+
+def unpack_histogram(packed: dict[str, Any]) -> sp.csr_array:
+    """The inverse of `pack_histogram`."""
+    parts = tuple(packed[name].numpy() for name in ("data", "indices", "indptr"))
+    return sp.csr_array(parts, shape=tuple(packed["shape"]))

@@ -1,0 +1,501 @@
+"""`SEDDTrainer`: the training loop, on Accelerate.
+
+Everything random in a step is a function of (seed, step, rank), and the cells and masks of an epoch are a function of
+(seed, epoch): so a run that is stopped anywhere and continued ends with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm import tqdm
+
+from sedd import checkpoint
+from sedd.config import TrainConfig
+from sedd.ema import EMA
+from sedd.errors import UserError
+from sedd.graph import AbsorbingGraph
+from sedd.io.loader import Batch, CellLoader
+from sedd.loss import diffusion_loss
+from sedd.noise import make_noise
+from sedd.panel import Panel, prepare_panel
+from sedd.run_directory import RunDirectory
+from sedd.signals import StopRequest, TrainingInterrupted
+from sedd.tracking import Tracker
+from sedd.validation import Validator
+
+_COLLECTIVE_TIMEOUT = timedelta(hours=24)  # the other ranks wait for the first while it converts a file
+
+
+class SEDDTrainer:
+    """Trains a model as `config` says; `train.py` and `sedd train` are this class.
+
+    Parameters
+    ----------
+    config
+        All settings.
+
+    Attributes
+    ----------
+    history : list of dict
+        One entry per finished epoch: epoch, step, train_loss and val_nelbo in nats per cell, learning_rate, seconds,
+        cells_per_s, wait_share and the recovery of hidden genes.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.history: list[dict[str, Any]] = []
+        self.directory = RunDirectory(config.run.checkpoint_dir)
+        self.epoch = 0  # epochs finished
+        self.step = 0  # optimizer steps done
+        self.best_loss = math.inf
+        self._sums = {"loss": 0.0, "cells": 0.0, "seconds": 0.0, "wait": 0.0}  # of the epoch under way
+
+    # -- from settings to a run that can start ---------------------------------------------------------------------
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train, validate and save until `num_epochs` epochs are done.
+
+        Returns
+        -------
+        history
+
+        Raises
+        ------
+        UserError
+            On bad input, before anything is written.
+        TrainingInterrupted
+            After SIGTERM, SIGUSR1 or Ctrl-C, when the state has been saved.
+        FloatingPointError
+            If the loss is not finite; the last checkpoint stays as it was.
+        """
+        run = self.config.run
+        if run.num_threads:
+            torch.set_num_threads(run.num_threads)
+        resumed = self._resume_state()
+        self.accelerator = Accelerator(
+            mixed_precision=self.config.optim.mixed_precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+        )
+        with contextlib.ExitStack() as stack:
+            self._stop = stack.enter_context(StopRequest())
+            panel = self._prepare(resumed)
+            stack.callback(panel.store.close)
+            self._build(panel, resumed)
+            stack.callback(self._loader.close)
+            stack.callback(self._validator.close)
+            if run.dry_run:
+                self._describe(panel)
+                return self.history
+            if self.accelerator.is_main_process:
+                self.directory.create(self.config.to_flat(), fresh=resumed is None)
+                self.directory.rewind_metrics(self.step)
+            self.accelerator.wait_for_everyone()
+            self._writer = checkpoint.CheckpointWriter()
+            stack.callback(self._writer.wait)
+            self._tracker = stack.enter_context(Tracker(self.accelerator, self.config, self.directory))
+            # Flags and sums go through the CPU, where they do not make the GPU wait.
+            self._cpu_group = dist.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+            self._saved_at = (self.step, time.monotonic())
+            while self.epoch < self.config.optim.num_epochs and not self._stopped_improving():
+                self._train_epoch()
+                self._finish_epoch()
+            if self.accelerator.is_main_process:
+                self._save([self.directory.path / "final.pt"], self._sums)
+                self._writer.wait()
+            self.accelerator.wait_for_everyone()
+        return self.history
+
+    def _resume_state(self) -> dict[str, Any] | None:
+        run = self.config.run
+        if run.resume is None:
+            if not run.overwrite:
+                self.directory.check_free()
+            return None
+        if run.resume == "auto":
+            path = checkpoint.find_newest(self.directory.path)
+            if path is None:  # a job that is queued again and again starts like this once
+                return None
+        else:
+            path = Path(run.resume)
+            path = checkpoint.find_newest(path) or checkpoint.find(path) if path.is_dir() else path
+        state = checkpoint.load(path)
+        here = self.directory.path.resolve()
+        if path.resolve().parent != here and not run.overwrite:
+            self.directory.check_free()
+        return state
+
+    def _prepare(self, resumed: dict[str, Any] | None) -> Panel:
+        """The panel, converted and counted by the first rank while the others wait; its errors reach every rank."""
+        error: list[str | None] = [None]
+        panel = None
+        if self.accelerator.is_main_process:
+            try:
+                panel = prepare_panel(self.config, resumed)
+            except UserError as e:
+                error[0] = str(e)
+                if self.accelerator.num_processes == 1:
+                    raise
+        if self.accelerator.num_processes > 1:
+            dist.broadcast_object_list(error)
+            if error[0] is not None:
+                raise UserError(error[0])
+            if panel is None:
+                panel = prepare_panel(self.config, resumed)  # quick: the store and its statistics are there
+        assert panel is not None
+        return panel
+
+    def _build(self, panel: Panel, resumed: dict[str, Any] | None) -> None:
+        config, accelerator = self.config, self.accelerator
+        self._panel = panel
+        self.noise = make_noise(config.model.noise)
+        self.graph = AbsorbingGraph(panel.binning.n_bins)
+        torch.manual_seed(config.run.seed)
+        self.model = panel.build_model(config.model)
+        if resumed is not None:
+            _check_same_model(resumed, self.model.config, panel)
+            self.model.load_state_dict(resumed["model"])
+        self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, config.optim.weight_decay),
+            lr=config.optim.learning_rate,
+            betas=(0.9, 0.99),
+            fused=accelerator.device.type == "cuda",
+        )
+        module = torch.compile(self.model, dynamic=False) if config.optim.compile else self.model
+        self._module, self._optimizer = accelerator.prepare(module, optimizer)
+        warmup = config.optim.warmup_steps
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, warmup)))
+        if self.ema is not None:
+            self.ema.to(accelerator.device)
+        self._loader = self._make_loader()
+        self._validator = Validator(config, panel, accelerator, self.noise, self.graph)
+        if resumed is not None:
+            self._restore(resumed)
+
+    def _make_loader(self) -> CellLoader:
+        config, panel = self.config, self._panel
+        return CellLoader(
+            panel.store,
+            batch_size=config.optim.batch_size,
+            split=panel.train_cells,
+            genes=panel.genes,
+            binning=panel.binning,
+            mask=config.model.objective,
+            mask_ratio=config.model.mask_ratio,
+            noise=self.noise.mask_probability,
+            labels=list(config.model.condition),
+            seed=config.run.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            threads=config.data.loader_threads,
+            memory_budget=config.data.memory_budget,
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best_loss = state["best_loss"] if state["best_loss"] is not None else math.inf
+        self.history = state["history"]
+        # The sums of all ranks go on in the first one's; the others start from nothing.
+        self._sums = state["sums"] if self.accelerator.is_main_process else dict.fromkeys(state["sums"], 0.0)
+        self._loader.load_state_dict(state["loader"])
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self) -> None:
+        """The rest of the epoch under way: all of it, or what a checkpoint left to do."""
+        if self._loader.epoch != self.epoch:
+            self._loader.set_epoch(self.epoch)
+        config, sums = self.config.optim, self._sums
+        self._module.train()
+        bar = tqdm(
+            total=self._loader.n_cells,
+            initial=int(sums["cells"]) * self.accelerator.num_processes,
+            desc=f"epoch {self.epoch + 1}/{config.num_epochs}",
+            unit="cell",
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            dynamic_ncols=True,
+        )
+        batches = iter(self._loader)
+        began, waited = time.monotonic(), self._loader.wait_seconds
+        with bar:
+            while group := list(islice(batches, config.gradient_accumulation_steps)):
+                per_cell, n_cells = self._optimizer_step(group)
+                # Sums of this rank's cells; they are added up over ranks when an epoch ends or its state is saved.
+                sums["loss"] += per_cell * n_cells
+                sums["cells"] += n_cells
+                now, wait = time.monotonic(), self._loader.wait_seconds
+                sums["seconds"] += now - began
+                sums["wait"] += wait - waited
+                began, waited = now, wait
+                bar.set_postfix(
+                    loss=f"{per_cell:.1f}", wait=f"{sums['wait'] / max(sums['seconds'], 1e-9):.1%}", refresh=False
+                )
+                bar.update(n_cells * self.accelerator.num_processes)
+                self._tracker.step(self.step, per_cell, self._scheduler.get_last_lr()[0], sums)
+                self._save_if_due()
+
+    def _optimizer_step(self, group: list[Batch]) -> tuple[float, int]:
+        """One step on the batches of `group`: the mean loss in nats per cell and the number of cells."""
+        accelerator = self.accelerator
+        n_cells = sum(len(batch.cell) for batch in group)
+        total = torch.zeros((), device=accelerator.device)
+        # One generator state per (seed, step, rank): a resumed run draws what an undisturbed one would have drawn.
+        torch.manual_seed(_step_seed(self.config.run.seed, self.step, accelerator.process_index))
+        for i, batch in enumerate(group):
+            last = i == len(group) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
+                loss, per_cell = self._loss(batch)
+                accelerator.backward(loss * (len(batch.cell) / n_cells))
+            total += per_cell.sum()
+        mean = float(total) / n_cells
+        if not math.isfinite(mean):
+            cells = [int(c) for c in group[0].cell[:4]]
+            raise FloatingPointError(
+                f"the loss is {mean} at step {self.step} of epoch {self.epoch + 1} (cells {cells} ...); nothing was saved "
+                "since the last checkpoint, which is whole. Continue with --resume auto and a lower --learning_rate."
+            )
+        if self.config.optim.grad_clip:
+            accelerator.clip_grad_norm_(self._module.parameters(), self.config.optim.grad_clip)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.step += 1
+        return mean, n_cells
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        config, device = self.config.model, self.accelerator.device
+        condition, library = self._panel.conditions(batch, config, device)
+        if config.condition_dropout and (condition is not None or library is not None):
+            hidden = torch.rand(len(batch.cell), device=device) < config.condition_dropout
+            condition = None if condition is None else condition.masked_fill(hidden[:, None], 0)
+            library = None if library is None else library.masked_fill(hidden, math.nan)
+        return diffusion_loss(
+            self._module,
+            self.graph,
+            self.noise,
+            batch.tokens.to(device, non_blocking=True),
+            None if batch.masked is None else batch.masked.to(device, non_blocking=True),
+            batch.t.to(device, non_blocking=True),
+            condition=condition,
+            library=library,
+            objective=config.objective,
+        )
+
+    def _finish_epoch(self) -> None:
+        """Validate, write the epoch's line and its checkpoints."""
+        with self._averaged_weights():
+            # Ranks validate different numbers of batches, so within it each looks at its own signal only.
+            found = self._validator.run(self.model, stop=lambda: self._stop.signal_number != 0)
+        if self._agree_on_signal():  # continued from here: the epoch's training is not done again
+            self._interrupt()
+        sums = self._summed_over_ranks()
+        validation = self._validator.summary(found, self._cpu_group)
+        self.epoch += 1
+        entry: dict[str, Any] = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": sums["loss"] / sums["cells"],
+            **validation,
+            "learning_rate": self._scheduler.get_last_lr()[0],
+            "seconds": sums["seconds"],
+            "cells_per_s": sums["cells"] / max(sums["seconds"], 1e-9),
+            "wait_share": sums["wait"] / max(sums["seconds"], 1e-9),
+        }
+        self.history.append(entry)
+        improved = entry["val_nelbo"] < self.best_loss
+        self.best_loss = min(self.best_loss, entry["val_nelbo"])
+        self._sums = dict.fromkeys(sums, 0.0)
+        self._loader.set_epoch(self.epoch)
+        if not self.accelerator.is_main_process:
+            return
+        paths = [self.directory.path / "best.pt"] if improved else []
+        if self.epoch % 10 == 0:
+            paths.append(self.directory.path / f"epoch_{self.epoch}.pt")
+        if paths:
+            self._save(paths, self._sums)
+        self.directory.write_history(self.history)
+        self._tracker.epoch(entry)
+        tqdm.write(
+            f"epoch {self.epoch}: train {entry['train_loss']:.1f}, validation {entry['val_nelbo']:.1f} nats per cell"
+            f"{' (best)' if improved else ''}; {entry['cells_per_s']:.0f} cells/s, {entry['wait_share']:.1%} waiting for data",
+            file=sys.stderr,
+        )
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self.ema is None:
+            yield
+        else:
+            with self.ema.applied(self.model):
+                yield
+
+    def _stopped_improving(self) -> bool:
+        patience = self.config.run.early_stopping
+        if not patience or len(self.history) <= patience:
+            return False
+        before = min(entry["val_nelbo"] for entry in self.history[:-patience])
+        return min(entry["val_nelbo"] for entry in self.history[-patience:]) >= before
+
+    # -- saving and stopping ---------------------------------------------------------------------------------------
+
+    def _summed_over_ranks(self) -> dict[str, float]:
+        """The sums of the epoch under way, of all ranks; times are means. Every rank must call this."""
+        if self.accelerator.num_processes == 1:
+            return dict(self._sums)
+        values = torch.tensor(list(self._sums.values()), dtype=torch.float64)
+        dist.all_reduce(values, group=self._cpu_group)
+        sums = dict(zip(self._sums, values.tolist(), strict=True))
+        for name in ("seconds", "wait"):
+            sums[name] /= self.accelerator.num_processes
+        return sums
+
+    def state(self, sums: dict[str, float]) -> dict[str, Any]:
+        """Everything that continues the run or uses the model, as tensors and plain containers.
+
+        Parameters
+        ----------
+        sums
+            Of the epoch under way, over all ranks: loss, cells, seconds, wait.
+        """
+        return {
+            "sedd_format": checkpoint.FORMAT,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": {k: v for k, v in self._scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            # The generators are seeded anew from these at every step, so they are the whole random state.
+            "random": {"seed": self.config.run.seed, "step": self.step},
+            "epoch": self.epoch,
+            "step": self.step,
+            "loader": self._loader.state_dict(),
+            "sums": sums,
+            "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
+            "history": [dict(entry) for entry in self.history],
+            "args": self.config.to_flat(),
+            "model_config": self.model.config,
+            **self._panel.state(),
+        }
+
+    def _save(self, paths: list[Path], sums: dict[str, float], *, drop: list[Path] | None = None) -> None:
+        self._writer.submit(paths, checkpoint.snapshot(self.state(sums)), drop=drop)
+
+    def _save_if_due(self) -> None:
+        every_steps, every_seconds = self.config.run.checkpoint_interval()
+        step, at = self._saved_at
+        due = (every_steps is not None and self.step - step >= every_steps) or (
+            every_seconds is not None and time.monotonic() - at >= every_seconds
+        )
+        signal_number, due = self._agree(self._stop.signal_number, due)
+        self._stop.signal_number = signal_number
+        if signal_number:
+            self._interrupt()
+        if due:
+            self._saved_at = (self.step, time.monotonic())
+            self._save_step()
+
+    def _save_step(self) -> Path:
+        """Save `step_N.pt`; every rank must call this."""
+        path = self.directory.path / f"step_{self.step}.pt"
+        sums = self._summed_over_ranks()
+        if self.accelerator.is_main_process:
+            others = [p for p in checkpoint.numbered_checkpoints(path.parent, "step") if p != path]
+            keep = self.config.run.keep_checkpoints - 1
+            self._save([path], sums, drop=others[: max(0, len(others) - keep)])
+        return path
+
+    def _agree(self, signal_number: int, due: bool) -> tuple[int, bool]:
+        """The largest of each over all ranks, so that every rank stops or saves at the same step."""
+        if self._cpu_group is None:
+            return signal_number, due
+        flags = torch.tensor([signal_number, int(due)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._cpu_group)
+        return int(flags[0]), bool(flags[1])
+
+    def _agree_on_signal(self) -> bool:
+        self._stop.signal_number, _ = self._agree(self._stop.signal_number, False)
+        return self._stop.signal_number != 0
+
+    def _interrupt(self) -> None:
+        path = self._save_step()
+        self._writer.wait()
+        self.accelerator.wait_for_everyone()
+        raise TrainingInterrupted(
+            f"stopped by signal {self._stop.signal_number} at step {self.step}; saved {path}. Continue with --resume auto.",
+            self._stop.signal_number,
+        )
+
+    def _describe(self, panel: Panel) -> None:
+        """What `--dry_run` prints."""
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        steps = math.ceil(len(self._loader) / self.config.optim.gradient_accumulation_steps)
+        began = time.monotonic()
+        group = list(islice(iter(self._loader), self.config.optim.gradient_accumulation_steps))
+        for _ in range(2):  # the first also compiles
+            began = time.monotonic()
+            self._optimizer_step(group)
+        seconds = time.monotonic() - began
+        state_bytes = 4 * n_parameters * (5 if self.ema is not None else 4)
+        epochs = self.config.optim.num_epochs
+        self.accelerator.print(
+            f"cells {panel.train_cells.n_cells} to train, {panel.val_cells.n_cells} to validate; genes {len(panel.genes)}; "
+            f"bins {panel.binning.n_bins} ({panel.binning.kind})\n"
+            f"parameters {n_parameters:,}; weights, gradients and optimizer {state_bytes / 2**20:.0f} MiB\n"
+            f"steps {steps} an epoch, {steps * epochs} in all; {seconds:.3f} s a step, "
+            f"about {steps * epochs * seconds / 60:.1f} minutes"
+        )
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices; none on biases, norms and embeddings of single genes."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """A 63-bit seed that differs for each (seed, step, rank): one round of the splitmix64 mixer per argument."""
+    x = 0
+    for part in (seed, step, rank):
+        x = (x + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        x ^= x >> 31
+    return x >> 1
+
+
+def _check_same_model(state: dict[str, Any], built: dict[str, Any], panel: Panel) -> None:
+    if state["genes"] != list(panel.genes):
+        raise UserError(
+            f"--resume: the checkpoint was trained on {len(state['genes'])} other genes than the {len(panel.genes)} of this "
+            "run; leave --genes out (the checkpoint's are then used) or start anew in another --checkpoint_dir."
+        )
+    different = {k: (v, built.get(k)) for k, v in state["model_config"].items() if built.get(k) != v}
+    if different:
+        name, (old, new) = next(iter(different.items()))
+        raise UserError(
+            f"--resume: the checkpoint's model has {name} {old}, the settings say {new}; pass --{name} {old} or start anew "
+            "in another --checkpoint_dir."
+        )

@@ -1,0 +1,67 @@
+"""Data and runs that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_counts(n_obs: int = 240, n_vars: int = 60, seed: int = 0) -> ad.AnnData:
+    """Cells of three types with genes of their own, as an AnnData of float32 counts with labels and a missing one."""
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(3, size=n_obs)
+    rate = rng.gamma(0.5, 1.0, size=(3, n_vars)) + 0.05
+    depth = rng.lognormal(0, 0.3, size=n_obs)
+    counts = rng.poisson(rate[kind] * depth[:, None]).astype(np.float32)
+    labels = pd.Categorical.from_codes(kind, ["B cell", "T cell", "monocyte"])
+    labels[0] = None
+    obs = pd.DataFrame(
+        {"cell_type": labels, "donor": np.where(np.arange(n_obs) % 2, "d1", "d2"), "depth": depth},
+        index=[f"cell{i}" for i in range(n_obs)],
+    )
+    var = pd.DataFrame({"symbol": [f"G{i}" for i in range(n_vars)]}, index=[f"gene{i}" for i in range(n_vars)])
+    return ad.AnnData(sp.csr_matrix(counts), obs=obs, var=var)
+
+
+@pytest.fixture(scope="session")
+def tiny_h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of `make_counts()`."""
+    path = tmp_path_factory.mktemp("data") / "tiny.h5ad"
+    make_counts().write_h5ad(path)
+    return path
+
+
+TINY_FLAGS = [
+    *("--genes", "all", "--num_epochs", "2", "--batch_size", "16", "--learning_rate", "1e-2", "--hidden_dim", "16"),
+    *("--num_layers", "1", "--num_heads", "2", "--num_latents", "1", "--num_bins", "64", "--warmup_steps", "5"),
+    *("--ema_decay", "0.9", "--num_threads", "1", "--log_with", "none"),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of two epochs on `tiny_h5ad`, conditioned on cell type and library size."""
+    from sedd.cli import main
+
+    directory = tmp_path_factory.mktemp("runs") / "tiny"
+    flags = ["--condition", "cell_type", "--condition_library_size"]
+    assert main(["train", "--data_path", str(tiny_h5ad), "--checkpoint_dir", str(directory), *TINY_FLAGS, *flags]) == 0
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """Two OpenMP threads on two busy cores wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
