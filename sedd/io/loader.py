@@ -1,0 +1,412 @@
+"""CellLoader: a store, a plan and the kernels make token batches, ahead of whoever consumes them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..errors import UserError, warn_user
+from ..kernels.discretize import Binning
+from ..kernels.tokens import RowFiller
+from .pipeline import Pipeline, Recipe
+from .plan import FULL_SHUFFLE_BYTES, CellList, EpochOrder, RankPlan, Split
+from .stats import histogram
+from .store import CellStore
+from .window import RowReader, WholeStore
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+@dataclass
+class Batch:
+    """Cells as a model takes them.
+
+    Attributes
+    ----------
+    tokens : (B, n_vars) uint8 or uint16 tensor (float32 with `dtype="float32"`)
+        Clean tokens: the mask is not applied.
+    masked : (B, n_vars) bool tensor or None
+        Genes to hide.
+    t : (B,) float32 tensor
+        Noise time in (0, 1].
+    cell : (B,) int64 tensor
+        Row of each cell in the store.
+    labels : dict of (B,) int64 tensors
+        Codes into `CellLoader.label_categories`; -1 where the label is missing.
+    library : (B,) float32 tensor
+        Sum of each cell's counts over the panel.
+    valid : (B,) bool tensor or None
+        False for cells that only fill up the last step; None when there is no padding.
+    """
+
+    tokens: torch.Tensor
+    masked: torch.Tensor | None
+    t: torch.Tensor
+    cell: torch.Tensor
+    labels: dict[str, torch.Tensor]
+    library: torch.Tensor
+    valid: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.cell.shape[0])
+
+
+def parse_bytes(size: int | str) -> int:
+    """Read a size such as `2GiB`, `500 MB` or a number of bytes."""
+    text = str(size).replace(" ", "").lower()
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    try:
+        value = int(float(digits) * _UNITS[text[len(digits) :]])
+    except (KeyError, ValueError):
+        raise UserError(f"memory_budget is '{size}'; expected a size such as 2GiB or 500MB") from None
+    if value <= 0:
+        raise UserError(f"memory_budget is '{size}'; expected more than nothing")
+    return value
+
+
+class CellLoader:
+    """Batches of tokens from a store, in an order that is a pure function of (seed, epoch).
+
+    Iterating gives the batches of one epoch from the current position on. The order does not depend on the batch size, the
+    number of threads or ranks or the memory budget; see docs/loader.md.
+
+    Parameters
+    ----------
+    store : CellStore or path
+    batch_size : int
+        Cells per batch and rank.
+    split : {"train", "val", "all"}, Split, or array of cell numbers
+    val_fraction, split_seed
+        Describe the split when it is given by name.
+    genes : list of str, optional
+        The panel, in this order; all genes by default.
+    binning : Binning or str
+        A string is fitted to the training cells with `n_bins` bins.
+    mask : {"score_entropy", "masked"} or None
+        Hide each gene with the mask probability of the cell's time, or exactly `round(mask_ratio * n_vars)` of them.
+    noise : callable, optional
+        Mask probability at time t; log-linear with eps 1e-3 by default.
+    labels : list of str
+        Columns of `obs` to deliver as codes.
+    rank, world_size : int
+        This process takes positions p of the sequence with `p % world_size == rank`.
+    threads : int
+        Threads that read, and threads that fill batches.
+    memory_budget : int or str
+        Bound on the memory for cells and batches under way.
+    dtype : {"auto", "float32"}
+        `float32` gives counts instead of tokens.
+    pin_memory : bool or "auto"
+        Page-locked batches; "auto" where there is a CUDA device.
+    shuffle : bool or {"full", "window"}
+        True permutes a store of up to 1 GiB as a whole, and a larger one by windows; "full" and "window" say which.
+    drop_last, pad : bool
+        What becomes of the last step of an epoch; `pad` defaults to True for the training split on several ranks.
+    weights : array or dict, optional
+        Draw cells with replacement: one weight per cell of the store, or `{column: {label: weight}}`.
+    limit_cells : int, optional
+        Use only this many cells, evenly spaced over the split.
+    client : dask.distributed.Client, optional
+        Read windows on its workers.
+
+    Attributes
+    ----------
+    n_cells : int
+        Cells in the split.
+    n_vars : int
+        Genes in the panel.
+    epoch : int
+    label_categories : dict of str -> array
+        The labels behind the codes.
+    wait_seconds : float
+        Time that the consumer has waited for batches so far.
+    """
+
+    def __init__(
+        self,
+        store: CellStore | str | os.PathLike[str],
+        *,
+        batch_size: int = 32,
+        split: str | Split | CellList | np.ndarray | Sequence[int] = "train",
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        genes: Sequence[str] | None = None,
+        binning: Binning | str = "auto",
+        n_bins: int = 100,
+        mask: str | None = "score_entropy",
+        mask_ratio: float = 0.15,
+        noise: Callable[[Any], Any] | None = None,
+        labels: Sequence[str] = (),
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 2,
+        memory_budget: int | str = "2GiB",
+        dtype: str = "auto",
+        pin_memory: bool | str = "auto",
+        shuffle: bool | str = True,
+        drop_last: bool = False,
+        pad: bool | None = None,
+        weights: np.ndarray | dict[str, dict[str, float]] | None = None,
+        limit_cells: int | None = None,
+        client: Any = None,
+    ) -> None:
+        _check_numbers(batch_size=batch_size, threads=threads, world_size=world_size)
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank is {rank} of world_size {world_size}; expected 0 to {world_size - 1}")
+        if mask not in ("score_entropy", "masked", None):
+            raise UserError(f"unknown mask '{mask}'; expected score_entropy, masked or None")
+        if not 0 < mask_ratio < 1:
+            raise UserError(f"mask_ratio is {mask_ratio}; expected a share between 0 and 1")
+        if dtype not in ("auto", "float32"):
+            raise UserError(f"unknown dtype '{dtype}'; expected auto or float32")
+        self.store = store if isinstance(store, CellStore) else CellStore(store)
+        self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
+        self.threads, self.drop_last = threads, drop_last
+        self.memory_budget = parse_bytes(memory_budget)
+        self.cells = _make_split(self.store, split, val_fraction, split_seed, limit_cells)
+        self.n_cells = self.cells.n_cells
+        is_train = split == "train" if isinstance(split, str) else getattr(split, "part", "") == "train"
+        self.pad = (is_train and world_size > 1) if pad is None else pad
+        self.mode = self._shuffle_mode(shuffle)
+        panel = _find_genes(self.store, genes)
+        self.n_vars = self.store.n_vars if panel is None else len(panel)
+        self.binning = None if dtype == "float32" else self._fit_binning(binning, n_bins, panel, val_fraction, split_seed)
+        self.label_categories: dict[str, np.ndarray] = {}
+        codes = {}
+        for name in labels:
+            codes[name], self.label_categories[name] = _encode_label(self.store, name)
+        self._recipe = Recipe(
+            filler=RowFiller(
+                self.store.n_vars,
+                genes=panel,
+                binning=self.binning,
+                max_count=int(self.store.max_value) if self.store.is_counts else 0,
+            ),
+            codes=codes,
+            mask=mask,
+            count=max(1, round(mask_ratio * self.n_vars)),
+            noise=noise,
+            seed=seed,
+            cumulative=_cumulative(self.store, self.cells, weights),
+            pinned=torch.cuda.is_available() if pin_memory == "auto" else bool(pin_memory),
+        )
+        self._client = client
+        self._pipeline: Pipeline | None = None
+        self._pid = os.getpid()
+        self.epoch = 0
+        self._position = 0
+        self.wait_seconds = 0.0
+
+    # -- what an epoch is ----------------------------------------------------------------------------------------
+
+    def _shuffle_mode(self, shuffle: bool | str) -> str:
+        if shuffle is False:
+            return "none"
+        if shuffle in ("full", "window"):
+            return str(shuffle)
+        if shuffle is not True:
+            raise UserError(f"unknown shuffle '{shuffle}'; expected True, False, full or window")
+        return "full" if self._store_bytes() <= FULL_SHUFFLE_BYTES else "window"
+
+    def _store_bytes(self) -> int:
+        arrays = self.store.x_arrays
+        return self.store.nnz * (arrays["data"].dtype.itemsize + arrays["indices"].dtype.itemsize)
+
+    def _fit_binning(
+        self, binning: Binning | str, n_bins: int, panel: np.ndarray | None, val_fraction: float, split_seed: int
+    ) -> Binning:
+        if isinstance(binning, Binning):
+            return binning
+        if not self.store.is_counts:
+            raise UserError(
+                f"{self.store.path} holds real values, not counts; pass a Binning fitted with Binning.fit(kind, n, values=...)"
+            )
+        train = Split(self.store.n_obs, val_fraction, split_seed, "train")
+        hist = histogram(self.store, train.cells())
+        return Binning.fit(binning, n_bins, hist=hist if panel is None else hist[panel])
+
+    def _plan(self) -> RankPlan:
+        return RankPlan(
+            self.n_cells, self.batch_size, self.rank, self.world_size, self._position, self.drop_last, self.pad
+        )
+
+    @property
+    def order(self) -> EpochOrder:
+        """The sequence of the current epoch."""
+        return EpochOrder(self.n_cells, self.seed, self.epoch, self.mode)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank."""
+        plan = RankPlan(self.n_cells, self.batch_size, self.rank, self.world_size, 0, self.drop_last, self.pad)
+        return -(-plan.n_mine // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch."""
+        if epoch < 0:
+            raise UserError(f"epoch is {epoch}; expected 0 or more")
+        self.epoch = int(epoch)
+        self._position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer is: after the batches it has been given. The same on every rank, under 1 KB."""
+        return {
+            "version": 1,
+            "epoch": self.epoch,
+            "position": self._position,
+            "seed": self.seed,
+            "n_cells": self.n_cells,
+            "mode": self.mode,
+            "weighted": self._recipe.cumulative is not None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, on any number of ranks and with any batch size.
+
+        Raises
+        ------
+        UserError
+            If the state belongs to another sequence: another seed, number of cells or way of shuffling.
+        """
+        own = self.state_dict()
+        for name in ("version", "seed", "n_cells", "mode", "weighted"):
+            if state.get(name) != own[name]:
+                raise UserError(
+                    f"the loader's state has {name} {state.get(name)}, this loader {own[name]}; "
+                    "continue with the data and settings it was taken with"
+                )
+        self.set_epoch(int(state["epoch"]))
+        self._position = int(state["position"])
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.n_cells == 0:
+            return
+        plan = self._plan()
+        if self._position and plan.n_steps == 0:  # resumed after the last batch: the epoch is over
+            return
+        span = self.batch_size * self.world_size
+        epoch, start = self.epoch, self._position
+        runs = self._running().run(plan, self.order)
+        try:
+            while True:
+                began = time.perf_counter()
+                item = next(runs, None)
+                self.wait_seconds += time.perf_counter() - began
+                if item is None:
+                    return
+                step, fields = item
+                if self.epoch == epoch:
+                    self._position = min(start + (step + 1) * span, self.n_cells)
+                yield Batch(**fields)
+        finally:
+            runs.close()
+
+    def _running(self) -> Pipeline:
+        if self._pipeline is not None and self._pid != os.getpid():
+            self._pipeline = None  # a fork has the parent's objects and none of its threads
+        if self._pipeline is None:
+            self._pid = os.getpid()
+            fits = self._store_bytes() <= self.memory_budget // 2
+            if self.mode == "full" and not fits:
+                warn_user(
+                    f"{self.store.path} takes {self._store_bytes() >> 20} MiB in memory, more than half of memory_budget; "
+                    "a full shuffle then reads it several times per epoch. Raise memory_budget or pass shuffle='window'."
+                )
+            reader = WholeStore if self.mode == "full" and fits and self._client is None else RowReader
+            self._pipeline = Pipeline(
+                self._recipe,
+                reader(self.store),
+                self.cells,
+                threads=self.threads,
+                memory_budget=self.memory_budget,
+                client=self._client,
+            )
+        return self._pipeline
+
+    def close(self) -> None:
+        """Stop the threads and drop the memory; iterating again starts them anew."""
+        if self._pipeline is not None and self._pid == os.getpid():
+            self._pipeline.close()
+        self._pipeline = None
+
+    def __enter__(self) -> CellLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pipeline": None, "_client": None}
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; expected at least 1")
+
+
+def _make_split(
+    store: CellStore, split: Any, val_fraction: float, seed: int, limit: int | None
+) -> Split | CellList:
+    if isinstance(split, str):
+        return Split(store.n_obs, val_fraction, seed, split, limit)
+    if isinstance(split, Split):
+        if split.n_obs != store.n_obs:
+            raise UserError(f"the split is of {split.n_obs} cells, {store.path} has {store.n_obs}; make it anew")
+        return split if limit is None else Split(split.n_obs, split.val_fraction, split.seed, split.part, limit)
+    numbers = np.unique(np.asarray(split.numbers if isinstance(split, CellList) else split, dtype=np.int64))
+    if numbers.size and (numbers[0] < 0 or numbers[-1] >= store.n_obs):
+        raise UserError(f"split names cells {numbers[0]} to {numbers[-1]}; {store.path} has {store.n_obs} cells")
+    if limit is not None and limit < numbers.size:
+        numbers = numbers[np.arange(limit) * numbers.size // limit]
+    return CellList(numbers)
+
+
+def _find_genes(store: CellStore, genes: Sequence[str] | None) -> np.ndarray | None:
+    if genes is None:
+        return None
+    places = pd.Index(store.var_names).get_indexer(pd.Index([str(gene) for gene in genes]))
+    missing = [gene for gene, place in zip(genes, places, strict=True) if place < 0]
+    if missing:
+        raise UserError(
+            f"{store.path}: {len(missing)} of {len(places)} genes are not in the store (first: '{missing[0]}'; "
+            f"the store's look like '{store.var_names[0]}'); leave them out or fix their names"
+        )
+    return places.astype(np.int64)
+
+
+def _encode_label(store: CellStore, name: str) -> tuple[np.ndarray, np.ndarray]:
+    if name not in store.obs.columns:
+        raise UserError(f"{store.path}: no label '{name}' in obs; it has {', '.join(map(str, store.obs.columns)) or 'none'}")
+    column = store.obs[name]
+    categorical = column if isinstance(column.dtype, pd.CategoricalDtype) else column.astype("category")
+    return categorical.cat.codes.to_numpy().astype(np.int64), categorical.cat.categories.to_numpy()
+
+
+def _cumulative(store: CellStore, cells: Split | CellList, weights: Any) -> np.ndarray | None:
+    """Running sum of the weights of the split's cells."""
+    if weights is None:
+        return None
+    if isinstance(weights, dict):
+        per_cell = np.ones(store.n_obs)
+        for name, of_label in weights.items():
+            codes, categories = _encode_label(store, name)
+            table = np.array([float(of_label.get(label, 0.0)) for label in categories] + [float(of_label.get("", 0.0))])
+            per_cell *= table[codes]
+    else:
+        per_cell = np.asarray(weights, dtype=np.float64)
+    if per_cell.shape != (store.n_obs,):
+        raise UserError(f"weights has shape {per_cell.shape}; expected one for each of the store's {store.n_obs} cells")
+    mine = per_cell[cells.cells()]
+    if not (np.isfinite(mine).all() and bool(np.all(mine >= 0)) and mine.sum() > 0):
+        raise UserError("weights must be finite, not negative, and not all zero over the cells of the split")
+    return np.cumsum(mine)

@@ -1,0 +1,59 @@
+"""Memory that is used again once nobody looks at it.
+
+A batch of 512 cells of 20,000 genes is 10 MB; asking the system for that much anew costs more page faults than filling it
+costs work. A slab is lent as a NumPy array and comes back when the last array or tensor that looks into it is gone, so a
+consumer may hold a batch for as long as it likes and nothing it holds is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+
+import numpy as np
+import torch
+
+
+class Slabs:
+    """A pool of memory.
+
+    Parameters
+    ----------
+    pinned : bool
+        Give page-locked memory. It comes from torch's own caching allocator, which also waits for copies to a GPU that are
+        under way before it gives the memory out again.
+    keep : int
+        Slabs that are kept when they come back.
+    """
+
+    def __init__(self, *, pinned: bool = False, keep: int = 8) -> None:
+        self.pinned = pinned
+        # Slabs come back from finalisers, which run at any moment in any thread, so no lock may be needed: a deque's
+        # operations are atomic, and it forgets the oldest slab itself when it is full.
+        self._free: deque[np.ndarray] = deque(maxlen=keep)
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return an array of undefined content."""
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        if size == 0:
+            return np.empty(shape, dtype)
+        if self.pinned:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+        slab = self._find(size)
+        lent = slab[:size]
+        weakref.finalize(lent, self._free.append, slab).atexit = False
+        # NumPy makes a view of a view refer to the owner of the memory, past `lent`; through a memoryview every array and
+        # tensor made from the result keeps `lent` itself alive, whose end is the end of the loan.
+        return np.frombuffer(memoryview(lent), np.uint8).view(dtype).reshape(shape)
+
+    def _find(self, size: int) -> np.ndarray:
+        for _ in range(len(self._free)):
+            try:
+                slab = self._free.popleft()
+            except IndexError:
+                break
+            if size <= slab.size <= 4 * size + (1 << 16):
+                return slab
+            self._free.append(slab)
+        return np.empty(size, np.uint8)

@@ -1,0 +1,283 @@
+"""Threads that keep batches ready: windows of cells are read ahead, batches are filled from them, in order.
+
+Two pools, because they wait for different things: readers fetch and decode windows, one Dask task each; makers fill batches
+from windows that are there. Both release the GIL while they work. The consumer only ever waits for the next batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+import numpy as np
+import torch
+
+from ..errors import UserError
+from ..kernels.tokens import MaskRule, RowFiller
+from .memory import Slabs
+from .plan import CellList, EpochOrder, RankPlan, Split, noise_times, weighted_ranks
+from .window import RowReader, Rows, WholeStore, read_rows_elsewhere
+
+EPSILON = 1e-3  # of the default noise: the mask probability at time t is (1 - EPSILON) t
+_GROUP_ROWS = 1024  # small batches are filled several at a time: a task costs about as much as 20 cells
+_GROUP_BYTES = 32 << 20
+_FIRST_RUN, _RUN = 1024, 8192  # cells read at a time where nothing is read twice; the first few are small, to be quick
+_MIN_RUN = 4096  # windows of a rank of many are small: several are read by one task
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of the cells that were read.
+
+    Attributes
+    ----------
+    filler : RowFiller
+    codes : dict of (n_obs,) int64
+        Label codes of all cells of the store.
+    mask : {"score_entropy", "masked"} or None
+    count : int
+        Genes that `masked` hides.
+    noise : callable or None
+        Mask probability at time t.
+    seed : int
+    cumulative : (n_cells,) float64 or None
+        Running sum of the sampling weights.
+    pinned : bool
+    """
+
+    filler: RowFiller
+    codes: dict[str, np.ndarray]
+    mask: str | None
+    count: int
+    noise: Callable[[Any], Any] | None
+    seed: int
+    cumulative: np.ndarray | None
+    pinned: bool
+
+    def probability(self, t: np.ndarray) -> np.ndarray:
+        """Mask probability at the times (B,) float32: taken from the rounded times that the batch carries."""
+        exact = t.astype(np.float64)
+        if self.noise is None:
+            return (1 - EPSILON) * exact
+        return np.asarray(self.noise(torch.from_numpy(exact)), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Cells `low .. high - 1` of this rank, being read."""
+
+    low: int
+    high: int
+    result: Future[tuple[np.ndarray, Rows]]
+
+
+class Pipeline:
+    """Runs epochs of one loader.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    reader : RowReader
+    cells : Split or CellList
+    threads : int
+    memory_budget : int
+        Bytes.
+    client : dask.distributed.Client or None
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        reader: RowReader,
+        cells: Split | CellList,
+        *,
+        threads: int,
+        memory_budget: int,
+        client: Any = None,
+    ) -> None:
+        self.recipe, self.reader, self.cells, self.client = recipe, reader, cells, client
+        self.threads, self.memory_budget = threads, memory_budget
+        self._slabs = Slabs(pinned=recipe.pinned, keep=4 * threads + 4)
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="sedd-read")
+        self._makers = ThreadPoolExecutor(threads, thread_name_prefix="sedd-make")
+        self._cell_list: np.ndarray | None = None
+
+    def close(self) -> None:
+        """Stop the threads; what is running is waited for, what is queued is dropped."""
+        self._makers.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    def _run_cells(self, plan: RankPlan) -> int:
+        """Cells that one read may bring into memory."""
+        store = self.reader.store
+        per_cell = max(store.nnz / max(store.n_obs, 1) * self.reader.value_bytes, 1.0)
+        if isinstance(self.reader, WholeStore):
+            return _RUN
+        # A block of 64 cells brings about one chunk more than it needs; readers + 2 runs are in memory at a time.
+        most = int(self.memory_budget * 0.5 / (self.threads + 2) / (1.25 * per_cell))
+        if most < 1 or self._batch_bytes(plan) * 2 > self.memory_budget // 2:
+            need = int(max(2 * (self.threads + 2) * 1.25 * per_cell, self._batch_bytes(plan) * 4)) >> 20
+            raise UserError(
+                f"memory_budget of {self.memory_budget >> 20} MiB is too small for batches of {plan.batch_size} cells; "
+                f"expected {need + 1} MiB or more: raise memory_budget or lower batch_size or threads"
+            )
+        return most
+
+    def _batch_bytes(self, plan: RankPlan) -> int:
+        per_gene = self.recipe.filler.dtype.itemsize + (self.recipe.mask is not None)
+        return plan.batch_size * self.recipe.filler.n_panel * per_gene
+
+    def _cuts(self, plan: RankPlan, order: EpochOrder) -> Iterator[tuple[int, int]]:
+        """Cut this rank's cells into reads, at the ends of the order's windows where they fit into memory."""
+        most = self._run_cells(plan)
+        low, size = 0, _FIRST_RUN
+        while low < plan.n_mine:
+            if order.window > 1:
+                high = _window_end(plan, order.window, low)
+                while high - low < _MIN_RUN and high < plan.n_mine:
+                    high = _window_end(plan, order.window, high)
+            else:
+                high, size = low + size, min(2 * size, max(_RUN, most if order.mode == "full" else _RUN))
+            high = min(high, low + most, plan.n_mine)
+            yield low, high
+            low = high
+
+    # -- the two kinds of work -----------------------------------------------------------------------------------
+
+    def _cells_at(self, order: EpochOrder, positions: np.ndarray) -> np.ndarray:
+        positions = positions % order.n_cells  # padding starts again at the beginning
+        if self.recipe.cumulative is not None:
+            ranks = weighted_ranks(self.recipe.seed, order.epoch, positions, self.recipe.cumulative)
+        else:
+            ranks = order.ranks(positions)
+        if order.mode == "full":  # single cells all over the split: list it once; it fits, as the store does
+            if self._cell_list is None:
+                self._cell_list = self.cells.cells()
+            return self._cell_list[ranks]
+        by_rank = np.argsort(ranks)
+        cells = np.empty_like(ranks)
+        cells[by_rank] = self.cells.cells(ranks[by_rank])
+        return cells
+
+    def _start_read(self, plan: RankPlan, order: EpochOrder, low: int, high: int) -> _Run:
+        def read() -> tuple[np.ndarray, Rows]:
+            cells = self._cells_at(order, plan.positions(low, high))
+            task = dask.delayed(self.reader.read, pure=False, traverse=False)(cells)
+            return cells, task.compute(scheduler="synchronous")
+
+        def read_elsewhere() -> tuple[np.ndarray, Rows]:
+            cells = self._cells_at(order, plan.positions(low, high))
+            task = self.client.submit(read_rows_elsewhere, self.reader.store.path, cells, pure=False)
+            return cells, Rows(*task.result())
+
+        return _Run(low, high, self._readers.submit(read if self.client is None else read_elsewhere))
+
+    def _make(
+        self, plan: RankPlan, order: EpochOrder, low: int, high: int, runs: list[_Run]
+    ) -> list[dict[str, Any]]:
+        """Fill the batches of the cells `low .. high - 1`."""
+        recipe, n_rows = self.recipe, high - low
+        shape = (n_rows, recipe.filler.n_panel)
+        positions = plan.positions(low, high)
+        t = noise_times(recipe.seed, order.epoch, positions % order.n_cells).astype(np.float32)
+        tokens = self._slabs.take(shape, recipe.filler.dtype)
+        masked = None if recipe.mask is None else self._slabs.take(shape, np.dtype(np.bool_))
+        probability = recipe.probability(t) if recipe.mask == "score_entropy" else np.empty(0)
+        rule = MaskRule(recipe.seed, order.epoch, None if recipe.mask == "score_entropy" else recipe.count)
+        cell, library = np.empty(n_rows, np.int64), np.empty(n_rows)
+        for run in runs:
+            run_cells, rows = run.result.result()
+            start, stop = max(low, run.low), min(high, run.high)
+            here, there = slice(start - low, stop - low), slice(start - run.low, stop - run.low)
+            cell[here] = run_cells[there]
+            recipe.filler.fill(
+                rows.indices,
+                rows.data,
+                rows.starts[there],
+                rows.stops[there],
+                tokens[here],
+                library=library[here],
+                mask=None if recipe.mask is None else rule,
+                cells=cell[here],
+                probability=probability[here],
+                masked=None if masked is None else masked[here],
+            )
+        whole = {
+            "tokens": torch.from_numpy(tokens),
+            "masked": None if masked is None else torch.from_numpy(masked),
+            "t": torch.from_numpy(t),
+            "cell": torch.from_numpy(cell),
+            "library": torch.from_numpy(library.astype(np.float32)),
+            "valid": torch.from_numpy(positions < plan.n_positions) if plan.pad else None,
+        }
+        labels = {name: torch.from_numpy(codes[cell]) for name, codes in recipe.codes.items()}
+        batches = []
+        for first in range(0, n_rows, plan.batch_size):
+            part = slice(first, first + plan.batch_size)
+            fields: dict[str, Any] = {k: None if v is None else v[part] for k, v in whole.items()}
+            fields["labels"] = {name: codes[part] for name, codes in labels.items()}
+            batches.append(fields)
+        return batches
+
+    # -- an epoch ------------------------------------------------------------------------------------------------
+
+    def run(self, plan: RankPlan, order: EpochOrder) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (step, fields of a batch) from the plan's start to the end of the epoch.
+
+        Leaving the iterator drops what is queued. An exception in a thread is raised here.
+        """
+        batch_bytes = max(self._batch_bytes(plan), 1)
+        per_group = max(1, min(_GROUP_ROWS // plan.batch_size, _GROUP_BYTES // batch_bytes))
+        group = per_group * plan.batch_size
+        groups_ahead = min(self.threads + 2, max(2, self.memory_budget // 4 // (batch_bytes * per_group)))
+        cuts = self._cuts(plan, order)
+        runs: deque[_Run] = deque()
+        pending: deque[Future[list[dict[str, Any]]]] = deque()
+        asked, read_to = 0, 0
+        step = 0
+
+        def read_more() -> bool:
+            nonlocal read_to
+            cut = next(cuts, None)
+            if cut is None:
+                return False
+            runs.append(self._start_read(plan, order, *cut))
+            read_to = cut[1]
+            return True
+
+        try:
+            while True:
+                while asked < plan.n_mine and len(pending) < groups_ahead:
+                    stop = min(asked + group, plan.n_mine)
+                    while read_to < stop:
+                        read_more()
+                    needed = [run for run in runs if run.low < stop and run.high > asked]
+                    pending.append(self._makers.submit(self._make, plan, order, asked, stop, needed))
+                    asked = stop
+                    while runs and runs[0].high <= asked:
+                        runs.popleft()
+                    while len(runs) <= self.threads and read_more():
+                        pass
+                if not pending:
+                    return
+                for fields in pending.popleft().result():
+                    yield step, fields
+                    step += 1
+        finally:
+            for future in pending:
+                future.cancel()
+            for run in runs:
+                run.result.cancel()
+
+
+def _window_end(plan: RankPlan, window: int, low: int) -> int:
+    """First of this rank's cells, after `low`, that lies in the window after that of cell `low`."""
+    position = plan.first + plan.world_size * low
+    end = (position // window + 1) * window
+    return -(-(end - plan.first) // plan.world_size)
