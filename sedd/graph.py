@@ -10,6 +10,7 @@ into scores in closed form, so one network serves both. States are the `n_bins` 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -231,7 +232,7 @@ class UniformGraph(Graph):
 
     def _log_odds(self, log_mu: Tensor, sigma: Tensor) -> Tensor:
         """Return `log(1 + n_bins r mu)`, the log of `p(y)` up to a constant of the cell."""
-        log_nr = (inverse_expm1(sigma).log() + torch.log(torch.tensor(float(self.n_bins)))).to(log_mu.dtype)
+        log_nr = (inverse_expm1(sigma).log() + math.log(self.n_bins)).to(log_mu.dtype)
         return F.softplus(log_mu + log_nr[:, None, None])
 
     def log_score(self, log_mu: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def nelbo(
     noise: Noise,
     batches: Iterable[CellBatch | Tensor],
     *,
-    form: str = "time_free",
+    form: str | None = None,
     n_masks: int = 8,
     seed: int = 0,
 ) -> Likelihood:
@@ -133,7 +133,7 @@ def nelbo(
     form
         "time_free": masks of sizes k ~ U{1..L}, the bound of an absorbing process that ends with every gene masked;
         needs the absorbing graph. "time_integral": the score entropy at times t ~ U(0, 1] of the given schedule, plus what
-        the schedule leaves out at its ends.
+        the schedule leaves out at its ends. By default the first where the graph allows it.
     n_masks
         Masks per cell. Their sizes (or times) are stratified within a cell and evenly spread over cells.
     seed
@@ -149,6 +149,8 @@ def nelbo(
     UserError
         On an unknown form, one that does not go with the graph, `n_masks < 1`, or no cells.
     """
+    if form is None:
+        form = "time_free" if isinstance(graph, AbsorbingGraph) else "time_integral"
     if form not in FORMS:
         raise UserError(f"unknown form of the bound {form!r}; expected one of {', '.join(FORMS)}.")
     if form == "time_free" and not isinstance(graph, AbsorbingGraph):
@@ -237,7 +239,7 @@ def _rate_at(
 
 
 def _reconstruction(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, seed: int) -> Tensor:
-    """Return `-log p(clean | noised)` at the schedule's smallest noise, (B,) float64."""
+    """Return `-log p(clean | noised)` at the schedule's smallest noise, genes taken as independent, (B,) float64."""
     sigma = noise.sigma(torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device))
     noised = _noised(graph, batch, sigma, seed, _START)
     if isinstance(graph, AbsorbingGraph):

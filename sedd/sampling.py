@@ -67,7 +67,8 @@ class Sampler(ABC):
         Of each draw: below 1 sharpens, 1 is the model itself.
     order
         "random" is the reverse process. "confidence" unmasks the genes first that the model is surest of. It is biased:
-        which gene comes next then depends on its value, so what is drawn is not distributed as the model says.
+        the genes it leaves to be drawn together are those that vary most, whose dependence a step cannot draw, and the
+        bound on the likelihood is not of what it draws. It is exact only where no step unmasks two genes of a cell.
     guidance
         Strength w of classifier-free guidance (Ho and Salimans 2022): `mu` is made proportional to
         `mu_given^w mu_null^(1-w)`. 1 is the conditional model itself, exactly, at half the cost.

@@ -54,9 +54,7 @@ class Joint:
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Draw n cells, (n, n_vars)."""
-        picked = torch.multinomial(
-            self.p.flatten(), n, replacement=True, generator=torch.Generator().manual_seed(seed)
-        )
+        picked = torch.multinomial(self.p.flatten(), n, replacement=True, generator=torch.Generator().manual_seed(seed))
         return self.states[picked]
 
     def histogram(self, cells: Tensor) -> Tensor:
@@ -140,7 +138,9 @@ class ExactModel(nn.Module):
         settled = torch.full_like(score, -torch.inf).scatter_(-1, tokens.long()[..., None], 0.0)
         return torch.where((tokens == self.n_bins)[..., None], score, settled)
 
-    def expectation(self, tokens: Tensor, sigma: Tensor, values: Tensor, **given: Tensor | None) -> tuple[Tensor, Tensor]:
+    def expectation(
+        self, tokens: Tensor, sigma: Tensor, values: Tensor, **given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return posterior mean and variance at masked genes; a visible gene's own value and 0."""
         p = self.readout(tokens, sigma, **given)
         mean = p @ values.double()
