@@ -1,181 +1,200 @@
-"""The last steps of a conversion: bring parts to one type, join them into shards, write tables and statistics."""
+"""The last steps of a conversion: bring parts to one type, join them into shards, write tables, check the whole."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import warnings
+import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
-import anndata as ad
 import numpy as np
-import pandas as pd
 import zarr
-from scipy import sparse
 
-from sedd.io import pack, stats
-from sedd.io.parts import load_plan, part_path, save_arrays
+from sedd.errors import warn_user
+from sedd.io import pack, tables
+from sedd.io.files import new_file, save_arrays
+from sedd.io.gathered import Gathered
+from sedd.io.h5ad import Matrix
+from sedd.io.parts import Plan, load_plan, part_path
+from sedd.io.run import TaskRunner
 from sedd.io.shards import CHUNK, SHARD, Encoder, create_vector, n_shards, shard_length, write_shard
+from sedd.io.store import CellStore, span_hashes
 
-ROWS = 1 << 20
-"""Rows of a table column in one chunk: few files."""
+CHECK_VALUES = 1 << 22
+"""Entries read back at once when the finished store is checked."""
 
 
 def widen_part(folder: str, number: int, dtype: str) -> None:
     """Encode the values of a part again in a wider type, which another part turned out to need."""
-    plan = load_plan(folder)
-    stem = part_path(folder, number)
+    plan, stem = load_plan(folder), part_path(folder, number)
     with np.load(f"{stem}.npz") as meta:
         arrays = dict(meta)
-    if arrays["data_edges"].dtype == np.dtype(dtype):
-        return
-    old, new = Encoder(arrays["data_edges"].dtype, plan.settings["codec"]), Encoder(np.dtype(dtype), plan.settings["codec"])
-    sizes = []
-    with open(f"{stem}.data", "rb") as source, open(f"{stem}.wide", "wb") as target:
-        for size in arrays["data_sizes"]:
-            encoded = new.encode(old.decode(source.read(int(size))))
-            sizes.append(len(encoded))
-            target.write(encoded)
-    os.replace(f"{stem}.wide", f"{stem}.data-{np.dtype(dtype).name}")
-    arrays["data_edges"] = arrays["data_edges"].astype(dtype)
-    arrays["data_sizes"] = np.array(sizes, np.int64)
+    old = Encoder(arrays["data_edges"].dtype, plan.settings["codec"])
+    new = Encoder(np.dtype(dtype), plan.settings["codec"])
+    with open(f"{stem}.data", "rb") as source, new_file(f"{stem}.{dtype}") as target:
+        sizes = [target.write(new.encode(old.decode(source.read(int(size))))) for size in arrays["data_sizes"]]
+    # The old file stays: until the new .npz is there, it is the old file that counts.
+    arrays |= {"data_edges": arrays["data_edges"].astype(dtype), "data_sizes": np.array(sizes, np.int64), "data_file": dtype}
     save_arrays(f"{stem}.npz", **arrays)
 
 
-def build_shard(folder: str, name: str, number: int, target: str, n: int) -> None:
-    """Join the encoded chunks of all parts of shard `number` of `X/name` into one file."""
-    if os.path.exists(target):
-        return
-    write_shard(target, _chunks(folder, name, number, n), shard_length(n) // CHUNK)
+def build_shard(folder: str, name: str, number: int, target: str, n: int, own: tuple[int, int]) -> None:
+    """Join the encoded chunks of parts `own[0]:own[1]` that lie in shard `number` of `X/name` into one file."""
+    write_shard(target, _runs(folder, name, number, n, own), shard_length(n) // CHUNK)
 
 
-def _chunks(folder: str, name: str, number: int, n: int) -> Iterator[bytes]:
-    """Encoded chunks of one shard in order; those that several parts share are put together here."""
+def _runs(folder: str, name: str, number: int, n: int, own: tuple[int, int]) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Runs of encoded chunks of one shard, in order, with their sizes; chunks that parts share are put together here."""
     plan = load_plan(folder)
     begin, end = number * SHARD, min(n, (number + 1) * SHARD)
     waiting: list[np.ndarray] = []
-    n_waiting = 0
-    for part in range(plan.n_parts):
+    for part in range(*own):
         stem = part_path(folder, part)
         with np.load(f"{stem}.npz") as meta:
-            first, length = int(meta["first"]), int(meta["n"])
-            if first >= end or first + length <= begin:
-                continue
-            head, tail = int(meta["head"]), int(meta["tail"])
+            first, head, tail = int(meta["first"]), int(meta["head"]), int(meta["tail"])
             edges, sizes = meta[f"{name}_edges"], meta[f"{name}_sizes"]
+            file = str(meta["data_file"]) if name == "data" and "data_file" in meta else name
         encoder = Encoder(edges.dtype, plan.settings["codec"])
-        wide = f"{stem}.{name}-{edges.dtype.name}"
-        # The fragment in front of the part's whole chunks, unless it belongs to the shard before.
-        for piece, at in ((edges[:head], first), (None, first + head), (edges[head:], first + tail)):
-            if piece is None:
-                with open(wide if os.path.exists(wide) else f"{stem}.{name}", "rb") as file:
-                    for chunk, size in enumerate(sizes):
-                        encoded = file.read(int(size))
-                        if begin <= at + chunk * CHUNK < end:
-                            yield encoded
+        for edge, at in ((edges[:head], first), (None, first + head), (edges[head:], first + tail)):
+            if edge is None:
+                lo, hi = (int(np.clip((bound - at) // CHUNK, 0, sizes.size)) for bound in (begin, end + CHUNK - 1))
+                if lo < hi:
+                    with open(f"{stem}.{file}", "rb") as stream:
+                        stream.seek(int(sizes[:lo].sum()))
+                        yield stream.read(int(sizes[lo:hi].sum())), sizes[lo:hi]
                 continue
-            while piece.size:
-                room = CHUNK - at % CHUNK
-                now, piece, here = piece[:room], piece[room:], at
-                at += now.size
-                if not begin <= here < end:
+            for piece in _split(edge, at):
+                start, at = at, at + piece.size
+                if not begin <= start < end:
                     continue
-                waiting.append(now)
-                n_waiting += now.size
+                waiting.append(piece)
                 if at % CHUNK == 0 or at == n:
-                    yield encoder.encode(np.concatenate(waiting))
-                    waiting, n_waiting = [], 0
+                    chunk = encoder.encode(np.concatenate(waiting))
+                    waiting = []
+                    yield chunk, np.array([len(chunk)])
 
 
-class Gathered:
-    """Statistics of all parts put together."""
-
-    def __init__(self, folder: str) -> None:
-        plan = load_plan(folder)
-        self.n = 0
-        self.rounded = 0
-        self.dtype = np.dtype(np.uint8)
-        columns: dict[str, list[np.ndarray]] = {"row_nnz": [], "total": [], "largest": [], "hashes": []}
-        keys, numbers = np.empty(0, np.int64), np.empty(0, np.int64)
-        real: np.ndarray | None = None
-        for part in range(plan.n_parts):
-            with np.load(f"{part_path(folder, part)}.npz") as meta:
-                for key, column in columns.items():
-                    column.append(meta[key])
-                self.n += int(meta["n"])
-                self.rounded += int(meta["rounded"])
-                self.dtype = max(self.dtype, meta["data_edges"].dtype, key=lambda dtype: dtype.itemsize)
-                if plan.settings["values"] == "real":
-                    own = meta["gene_real"]
-                    real = own if real is None else np.concatenate([real[:3] + own[:3], np.maximum(real[3:], own[3:])])
-                else:
-                    keys, numbers = stats.merge_keys([(keys, numbers), (meta["keys"], meta["numbers"])])
-        self.row_nnz, self.total, self.largest, self.hashes = (np.concatenate(c) for c in columns.values())
-        self.max = self.largest.max().item() if self.largest.size else 0
-        self.histogram: sparse.csr_array | None = None
-        if real is None:
-            nonzero = stats.from_keys(keys, numbers, plan.n_vars, int(self.max))
-            self.histogram = stats.with_zeros(nonzero, self.row_nnz.size)
-            counts = np.arange(self.histogram.shape[1], dtype=np.int64)
-            largest = np.zeros(plan.n_vars, np.int64)
-            np.maximum.at(largest, keys >> 32, keys & 0xFFFFFFFF)
-            real = np.stack([
-                self.histogram @ counts, self.histogram @ counts**2, np.asarray(nonzero.sum(axis=1)).reshape(-1), largest
-            ])  # fmt: skip
-        else:
-            real[3] = np.where(real[2] < self.row_nnz.size, np.maximum(real[3], 0), real[3])
-        self.genes = dict(zip(("sum", "sum_sq", "nnz", "max"), real, strict=True))
-        self.genes["nnz"] = self.genes["nnz"].astype(np.int64)
-
-    def content(self) -> str:
-        """A hash of the matrix: of every cell's entries, in order."""
-        return hashlib.blake2b(self.hashes.tobytes(), digest_size=16).hexdigest()
+def _split(values: np.ndarray, at: int) -> list[np.ndarray]:
+    """Cut values that begin at place `at` where chunks end."""
+    cuts = np.arange(CHUNK - at % CHUNK, values.size, CHUNK)
+    return [piece for piece in np.split(values, cuts) if piece.size]
 
 
-def write_tables(group: zarr.Group, cells: ad.AnnData, var: pd.DataFrame, uns: dict[str, Any]) -> None:
-    """Write everything of an AnnData store but X."""
-    write_element(group, "obs", cells.obs)
-    write_element(group, "var", var)
-    write_element(group, "obsm", dict(cells.obsm))
-    for name in ("layers", "obsp", "varm", "varp"):
-        write_element(group, name, {})
-    write_element(group, "uns", uns)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that consolidated metadata are an extension of Zarr v3; anndata writes them too
-        zarr.consolidate_metadata(group.store, zarr_format=3)
+def build(folder: str, runner: TaskRunner, inputs: list[dict[str, str]], rounded: int) -> str:
+    """Make the store from its parts in `folder`, and read it back; its path there.
+
+    Parameters
+    ----------
+    inputs : what the store remembers of its inputs
+    rounded : values rounded before the parts were made
+
+    Raises
+    ------
+    OSError
+        If what was written does not read back as what was gathered.
+    """
+    plan, root = load_plan(folder), f"{folder}/store"
+    _keep_shards(root)
+    gathered = Gathered(folder)
+    gathered.rounded += rounded
+    narrow = [k for k, dtype in enumerate(gathered.dtypes) if dtype != gathered.dtype]
+    runner.run(widen_part, [(folder, k, gathered.dtype.name) for k in narrow], [0] * len(narrow), title="widen")
+    group = zarr.open_group(root, mode="a", zarr_format=3)
+    group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    _create_matrix(group, gathered, plan)
+    tasks = []
+    for name in ("data", "indices"):
+        for number in range(n_shards(gathered.n)):
+            target = f"{root}/X/{name}/c/{number}"
+            if not os.path.exists(target):
+                tasks.append((folder, name, number, target, gathered.n, gathered.parts_of(number)))
+    cells = gathered.n_obs / max(1, 2 * n_shards(gathered.n))
+    runner.run(build_shard, tasks, [cells] * len(tasks), title="join")
+    _write_indptr(root, gathered.row_nnz, plan)
+    tables.write(group, folder, plan, gathered, inputs)
+    _check(root, runner, gathered)
+    return root
 
 
-def write_element(group: zarr.Group, key: str, element: Any) -> None:
-    """Write one AnnData element with its arrays in few chunks."""
-    with ad.settings.override(auto_shard_zarr_v3=False):
-        ad.experimental.write_dispatched(group, key, element, callback=_few_chunks)
+def _keep_shards(root: str) -> None:
+    """Remove from an earlier attempt all but complete shards of data and indices."""
+    for folder, _, names in os.walk(root):
+        inside = os.path.relpath(folder, root)
+        if inside not in (os.path.join("X", "data", "c"), os.path.join("X", "indices", "c")):
+            for name in names:
+                os.unlink(f"{folder}/{name}")
+    for name in ("data", "indices"):
+        os.makedirs(f"{root}/X/{name}/c", exist_ok=True)
+        for file in os.listdir(f"{root}/X/{name}/c"):
+            if not file.isdigit():
+                os.unlink(f"{root}/X/{name}/c/{file}")
+    for name in os.listdir(root):
+        if name != "X":
+            shutil.rmtree(f"{root}/{name}")
 
 
-def _few_chunks(func: Any, group: Any, key: str, element: Any, dataset_kwargs: Any, iospec: Any) -> None:
-    shape = getattr(element, "shape", ())
-    if iospec.encoding_type in ("array", "string-array") and len(shape) and 0 not in shape:
-        dataset_kwargs = {**dataset_kwargs, "chunks": (min(ROWS, shape[0]), *shape[1:])}
-    func(group, key, element, dataset_kwargs=dataset_kwargs)
-
-
-def create_matrix(group: zarr.Group, gathered: Gathered, n_vars: int, codec: str) -> dict[str, int]:
-    """Write the metadata of X; the number of entries of each array."""
-    n_obs = gathered.row_nnz.size
+def _create_matrix(group: zarr.Group, gathered: Gathered, plan: Plan) -> None:
     matrix = group.create_group("X")
-    matrix.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [n_obs, n_vars]})
-    create_vector(matrix, "indptr", n_obs + 1, np.dtype(np.int64), codec)
-    create_vector(matrix, "indices", gathered.n, pack.index_dtype(n_vars), codec)
+    matrix.attrs.update(
+        {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [gathered.n_obs, plan.n_vars]}
+    )
+    codec = plan.settings["codec"]
+    create_vector(matrix, "indptr", gathered.n_obs + 1, np.dtype(np.int64), codec)
+    create_vector(matrix, "indices", gathered.n, pack.index_dtype(plan.n_vars), codec)
     create_vector(matrix, "data", gathered.n, gathered.dtype, codec)
-    return {"indptr": n_obs + 1, "indices": gathered.n, "data": gathered.n}
 
 
-def write_indptr(root: str, row_nnz: np.ndarray, codec: str) -> None:
-    """Write the shards of `X/indptr`."""
+def _write_indptr(root: str, row_nnz: np.ndarray, plan: Plan) -> None:
     indptr = np.concatenate([[0], np.cumsum(row_nnz, dtype=np.int64)])
-    encoder = Encoder(indptr.dtype, codec)
+    encoder = Encoder(indptr.dtype, plan.settings["codec"])
     os.makedirs(f"{root}/X/indptr/c", exist_ok=True)
     for number in range(n_shards(indptr.size)):
         own = indptr[number * SHARD : (number + 1) * SHARD]
-        chunks = (encoder.encode(own[k : k + CHUNK]) for k in range(0, own.size, CHUNK))
-        write_shard(f"{root}/X/indptr/c/{number}", chunks, shard_length(indptr.size) // CHUNK)
+        chunks = [encoder.encode(own[k : k + CHUNK]) for k in range(0, own.size, CHUNK)]
+        runs = ((chunk, np.array([len(chunk)])) for chunk in chunks)
+        write_shard(f"{root}/X/indptr/c/{number}", runs, shard_length(indptr.size) // CHUNK)
+
+
+def _check(root: str, runner: TaskRunner, gathered: Gathered) -> None:
+    """Read the finished store back, checksums and all, and compare each cell with what was gathered from the input."""
+    store = CellStore(root)
+    spans = store.spans(CHECK_VALUES)
+    hashes = runner.run(span_hashes, [(root, *span) for span in spans], [hi - lo for lo, hi in spans], title="check")
+    wrong = np.flatnonzero(np.concatenate(hashes) != gathered.hashes)
+    if wrong.size:
+        raise OSError(f"cell {wrong[0]} reads back differently from what was written")
+
+
+def report(store: CellStore, where: str) -> None:
+    """One line for each thing that the user should know of the input."""
+    rounded = store.uns_sedd["rounded"]
+    if rounded:
+        warn_user(f"{where}: {rounded} values were within {pack.TOLERANCE} of an integer and were rounded.")
+    empty = int((np.diff(store.indptr) == 0).sum())
+    if empty:
+        warn_user(f"{where}: {empty} of {store.n_obs} cells have no counts; they were kept.")
+    unseen = int((store.gene_stats()["nnz"] == 0).sum())
+    if unseen:
+        warn_user(f"{where}: {unseen} of {store.n_vars} genes are never seen; they were kept.")
+
+
+def rehearse(matrix: Matrix, narrow: np.dtype[Any], codec: str) -> tuple[float, float]:
+    """Seconds of one core and bytes in the store, per stored value, measured on about a million values."""
+    start = time.perf_counter()
+    lo, hi = matrix.spans(1 << 20)[0]
+    if matrix.layout == "dense":
+        indptr, indices, raw = pack.dense_rows(matrix.read_dense(lo, hi))
+    else:
+        indptr, indices, raw = matrix.read_major(lo, hi)
+    counts = pack.to_counts(raw, narrow)
+    kind = pack.index_dtype(matrix.shape[1])
+    pack.tally(indptr, indices.astype(kind), counts.values, matrix.shape[1 if matrix.layout != "csc" else 0])
+    n_bytes = 0
+    for array in (counts.values, indices.astype(kind)):
+        encoder = Encoder(array.dtype, codec)
+        n_bytes += sum(len(encoder.encode(array[k : k + CHUNK])) for k in range(0, array.size, CHUNK))
+    size = max(1, (matrix.nnz and indices.size) or (hi - lo) * matrix.shape[1])
+    return (time.perf_counter() - start) / size, n_bytes / size
+
+

@@ -99,7 +99,7 @@ def _first_disorder(indptr, indices):  # type: ignore[no-untyped-def]
 class Tally(NamedTuple):
     """Statistics of a block of cells, gathered in one pass over its entries.
 
-    `keys`, `numbers` are the histogram: `keys = gene << 32 | count`, ascending, `numbers` how many entries have it.
+    `keys`, `numbers` are the histogram: `keys = gene << 32 | count`, each once, `numbers` how many entries have it.
     For real values they are empty and `gene_real` holds sum, sum of squares, non-zeros and maximum of each gene.
     """
 
@@ -139,8 +139,7 @@ def tally(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_vars: i
     rare_keys, rare_numbers = np.unique(rare[:n_rare], return_counts=True)
     keys = np.concatenate([genes << 32 | counts, rare_keys])
     numbers = np.concatenate([table[genes, counts].astype(np.int64), rare_numbers])
-    order = np.argsort(keys)
-    return Tally(total, largest, hashes, keys[order], numbers[order], np.empty((4, 0)))
+    return Tally(total, largest, hashes, keys, numbers, np.empty((4, 0)))
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -321,27 +320,93 @@ def _gather_rows(indptr, order, vector, out):  # type: ignore[no-untyped-def]
             n += 1
 
 
-def place(cursor: np.ndarray, rows: np.ndarray, lengths: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def deal_columns(
+    indptr: np.ndarray, rows: np.ndarray, values: np.ndarray, genes: np.ndarray, places: np.ndarray | None, first: int,
+    step: int, n_parts: int, dtype: np.dtype,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Sort the entries of CSC columns by the part that their cell belongs to; within a part, columns stay in order.
+
+    Parameters
+    ----------
+    indptr, rows, values : columns of CSC, `indptr` from 0
+    genes : (n_columns,) int32, number of each column's gene in the store, or -1 to drop it
+    places : (n_obs,) place of each cell in the store, -1 to drop it; None means `first + row`
+    first : place of row 0 when `places` is None
+    step : cells in a part
+    dtype : of gene indices
+
+    Returns
+    -------
+    cuts : (n_parts + 1,) int64, where each part's entries begin
+    local : (nnz,) uint32, row within the part
+    indices, values : of the entries kept; zeros are dropped
+    """
+    if places is None:
+        places = np.empty(0, np.int64)
+    cursor = np.zeros(n_parts + 1, np.int64)
+    _count_deal(indptr, rows, values, genes, places, first, step, cursor)
+    cuts = np.cumsum(cursor)
+    n = int(cuts[-1])
+    local, indices, out = np.empty(n, np.uint32), np.empty(n, dtype), np.empty(n, values.dtype)
+    _deal_columns(indptr, rows, values, genes, places, first, step, cuts[:-1].copy(), local, indices, out)
+    return cuts, local, indices, out
+
+
+@njit(cache=True, nogil=True)
+def _count_deal(indptr, rows, values, genes, places, first, step, counts):  # type: ignore[no-untyped-def]
+    for column in range(indptr.size - 1):
+        if genes[column] < 0:
+            continue
+        for k in range(indptr[column], indptr[column + 1]):
+            place = places[rows[k]] if places.size else np.int64(rows[k]) + first
+            if place >= 0 and values[k] != 0:
+                counts[place // step + 1] += 1
+
+
+@njit(cache=True, nogil=True)
+def _deal_columns(indptr, rows, values, genes, places, first, step, cursor, local, indices, out):  # type: ignore[no-untyped-def]
+    for column in range(indptr.size - 1):
+        gene = genes[column]
+        if gene < 0:
+            continue
+        for k in range(indptr[column], indptr[column + 1]):
+            place = places[rows[k]] if places.size else np.int64(rows[k]) + first
+            if place < 0 or values[k] == 0:
+                continue
+            part = place // step
+            at = cursor[part]
+            local[at] = place - part * step
+            indices[at] = gene
+            out[at] = values[k]
+            cursor[part] = at + 1
+
+
+def place_runs(
+    cursor: np.ndarray, rows: np.ndarray, lengths: np.ndarray, piece: tuple[np.ndarray, np.ndarray],
+    target: tuple[np.ndarray, np.ndarray],
+) -> None:  # fmt: skip
     """Append runs of entries to the rows of a block under construction.
 
     Parameters
     ----------
     cursor : (n_rows,) int64, where the next entry of each row goes; advanced
-    rows, lengths : (n_runs,) the row of each run and its number of entries
-    pairs : (source (n,), target (nnz,)) for each vector to be placed
+    rows : (n_runs,) the row of each run
+    lengths : (n_runs,) entries of each run, or empty when each has one
+    piece : indices and values to place
+    target : indices and values of the block
     """
-    start = cursor
-    for number, (source, target) in enumerate(pairs):
-        moving = start if number == len(pairs) - 1 else start.copy()
-        _place(moving, rows, lengths, source, target)
+    _place_runs(cursor, rows, lengths, *piece, *target)
 
 
 @njit(cache=True, nogil=True)
-def _place(cursor, rows, lengths, source, target):  # type: ignore[no-untyped-def]
+def _place_runs(cursor, rows, lengths, indices, values, out_indices, out_values):  # type: ignore[no-untyped-def]
     n = 0
     for run in range(rows.size):
-        at = cursor[rows[run]]
-        for k in range(lengths[run]):
-            target[at + k] = source[n]
-            n += 1
-        cursor[rows[run]] = at + lengths[run]
+        row = rows[run]
+        at = cursor[row]
+        length = np.int64(lengths[run]) if lengths.size else 1
+        for k in range(length):
+            out_indices[at + k] = indices[n + k]
+            out_values[at + k] = values[n + k]
+        n += length
+        cursor[row] = at + length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,56 +10,81 @@ import dask
 from dask.callbacks import Callback
 from tqdm import tqdm
 
+from sedd.errors import UserError
 
-def run_tasks(
-    task: Callable[..., Any],
-    arguments: list[tuple[Any, ...]],
-    sizes: list[int],
-    *,
-    title: str,
-    workers: int,
-    scheduler: str | None,
-    progress: bool,
-) -> None:
-    """Call `task(*arguments[i])` for all i, `workers` at once.
+
+class TaskRunner:
+    """Calls tasks, several at once, with a bar.
 
     Parameters
     ----------
-    sizes : how far the bar moves on when a task ends
-    title : of the bar
+    workers : threads; None for one a core
     scheduler : address of a Dask scheduler; None uses the cluster of the active client if there is one, else threads
+    progress : show a bar
     """
-    if not arguments:
-        return
-    with tqdm(total=sum(sizes), desc=title, unit="cells", unit_scale=True, disable=not progress, leave=False) as bar:
-        client = _client(scheduler)
-        if client is None:
-            tasks = [
-                dask.delayed(task)(*args, dask_key_name=f"{task.__name__}-{k}") for k, args in enumerate(arguments)
-            ]
-            steps = {f"{task.__name__}-{k}": size for k, size in enumerate(sizes)}
-            with Callback(posttask=lambda key, *_: bar.update(steps.get(key, 0))):
-                dask.compute(*tasks, scheduler="threads", num_workers=workers, optimize_graph=False)
-            return
-        from distributed import as_completed
 
-        futures = {client.submit(task, *args, pure=False): size for args, size in zip(arguments, sizes, strict=True)}
+    def __init__(self, *, workers: int | None, scheduler: str | None, progress: bool) -> None:
+        self.progress = progress
+        self._scheduler = scheduler
+        self._client = _client(scheduler)
+        if self._client is not None:
+            workers = workers or sum(self._client.nthreads().values())
+        self.workers = max(1, workers or len(os.sched_getaffinity(0)))
+
+    def run(self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[float], *, title: str) -> list[Any]:
+        """`[task(*args) for args in arguments]`.
+
+        Parameters
+        ----------
+        sizes : cells that each task moves the bar on by
+        title : of the bar
+        """
+        if not arguments:
+            return []
+        with tqdm(
+            total=round(sum(sizes)), desc=title, unit=" cells", unit_scale=True, disable=not self.progress, leave=False
+        ) as bar:
+            return self._on_cluster(task, arguments, sizes, bar) if self._client else self._on_threads(task, arguments, sizes, bar)
+
+    def _on_threads(self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[float], bar: Any) -> list[Any]:
+        names = [f"{task.__name__}-{k}" for k in range(len(arguments))]
+        steps = dict(zip(names, sizes, strict=True))
+        delayed = dask.delayed(task, pure=False)
+        tasks = [delayed(*args, dask_key_name=name) for name, args in zip(names, arguments, strict=True)]
+        with Callback(posttask=lambda key, *_: bar.update(steps.get(key, 0))):
+            return list(dask.compute(*tasks, scheduler="threads", num_workers=self.workers, optimize_graph=False))
+
+    def _on_cluster(self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[float], bar: Any) -> list[Any]:
+        from distributed import KilledWorker, as_completed
+
+        futures = [self._client.submit(task, *args, pure=False) for args in arguments]
+        steps = dict(zip(futures, sizes, strict=True))
         try:
             for future in as_completed(futures):
                 future.result()
-                bar.update(futures[future])
+                bar.update(steps[future])
+            return [future.result() for future in futures]
+        except KilledWorker as error:
+            raise OSError(f"Dask workers died again and again on the same task: {error}") from error
         finally:
-            client.cancel(list(futures))
-            if scheduler is not None:
-                client.close()
+            self._client.cancel(futures)
+
+    def close(self) -> None:
+        """Let go of the cluster, if it was given by address."""
+        if self._client is not None and self._scheduler is not None:
+            self._client.close()
+            self._client = None
 
 
 def _client(scheduler: str | None) -> Any:
     from distributed import Client, get_client
 
-    if scheduler is not None:
-        return Client(scheduler)
+    if scheduler is None:
+        try:
+            return get_client()
+        except ValueError:
+            return None
     try:
-        return get_client()
-    except ValueError:
-        return None
+        return Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{scheduler}: no Dask scheduler answers there ({error}). Start one with `dask scheduler`.") from error

@@ -19,6 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from sedd.errors import UserError
+from sedd.io.files import new_file
 
 CHUNK = 1 << 14
 """Entries in an inner chunk: a random block of 64 cells needs five or six, and wastes at most two."""
@@ -102,41 +103,23 @@ def n_shards(n: int) -> int:
     return -(-n // SHARD)
 
 
-def write_shard(path: str, chunks: Iterable[bytes], slots: int) -> None:
-    """Write one shard file, whole or not at all.
+def write_shard(path: str, runs: Iterable[tuple[bytes, np.ndarray]], slots: int) -> None:
+    """Write one shard file, whole or not at all, and wait until it is on the disk.
 
     Parameters
     ----------
     path : of the shard, `X/data/c/0`
-    chunks : encoded inner chunks in order
+    runs : encoded inner chunks in order: the bytes of some, and the size of each
     slots : inner chunks the shard has room for, `shard_length(n) // CHUNK`
     """
-    partial = f"{path}.partial"
-    index = np.full((slots, 2), _ABSENT, np.uint64)
-    offset = 0
-    try:
-        with open(partial, "wb") as out:
-            for number, chunk in enumerate(chunks):
-                out.write(chunk)
-                index[number] = offset, len(chunk)
-                offset += len(chunk)
-            tail = index.astype("<u8").tobytes()
-            out.write(tail + struct.pack("<I", google_crc32c.value(tail)))
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise
-
-
-def read_index(raw: bytes) -> np.ndarray:
-    """Offsets and lengths `(slots, 2)` uint64 of the inner chunks of a shard, from its last bytes.
-
-    Raises
-    ------
-    ValueError
-        If the checksum is wrong.
-    """
-    if len(raw) < 20 or struct.pack("<I", google_crc32c.value(raw[:-4])) != raw[-4:]:
-        raise ValueError("the checksum of the shard's index is wrong")
-    return np.frombuffer(raw[:-4], "<u8").reshape(-1, 2)
+    sizes = np.zeros(0, np.uint64)
+    with new_file(path) as out:
+        for encoded, lengths in runs:
+            out.write(encoded)
+            sizes = np.concatenate([sizes, lengths.astype(np.uint64)])
+        index = np.full((slots, 2), _ABSENT, np.uint64)
+        index[: sizes.size] = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1)
+        tail = index.astype("<u8").tobytes()
+        out.write(tail + struct.pack("<I", google_crc32c.value(tail)))
+        out.flush()
+        os.fsync(out.fileno())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
+from tqdm import tqdm
 
 from sedd.errors import UserError
 from sedd.io import pack
@@ -53,27 +54,48 @@ def with_zeros(nonzero: sparse.csr_array, n_cells: int) -> sparse.csr_array:
     return sparse.csr_array(sparse.hstack([sparse.csr_array(zeros[:, None]), nonzero], format="csr"), dtype=np.int64)
 
 
-def from_keys(keys: np.ndarray, numbers: np.ndarray, n_vars: int, largest: int) -> sparse.csr_array:
-    """Histogram of non-zeros `(n_vars, largest)` from the keys of `pack.tally`; column `v - 1` is count `v`."""
-    shape = (n_vars, max(1, largest))
-    return sparse.csr_array((numbers, (keys >> 32, (keys & 0xFFFFFFFF) - 1)), shape=shape, dtype=np.int64)
+class KeyCounter:
+    """Adds up histograms given as the keys and numbers of `pack.tally`.
 
+    The many small counts are added in a dense table, the few large ones kept as a list and merged now and then.
+    """
 
-def merge_keys(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Add up histograms given as (keys ascending, numbers)."""
-    if not pairs:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    keys, where = np.unique(np.concatenate([keys for keys, _ in pairs]), return_inverse=True)
-    numbers = np.zeros(keys.size, np.int64)
-    np.add.at(numbers, where, np.concatenate([numbers for _, numbers in pairs]))
-    return keys, numbers
+    def __init__(self, n_vars: int) -> None:
+        self.n_vars = n_vars
+        self._table = np.zeros(n_vars * pack.SMALL, np.int64)
+        self._rare: list[tuple[np.ndarray, np.ndarray]] = []
+        self._n_rare = 0
+
+    def add(self, keys: np.ndarray, numbers: np.ndarray) -> None:
+        """Add one histogram, whose keys are all different."""
+        count = keys & 0xFFFFFFFF
+        small = count < pack.SMALL
+        self._table[(keys[small] >> 32) * pack.SMALL + count[small]] += numbers[small]
+        self._rare.append((keys[~small], numbers[~small]))
+        self._n_rare += self._rare[-1][0].size
+        if self._n_rare > 1 << 22:
+            self._merge()
+
+    def _merge(self) -> None:
+        keys, where = np.unique(np.concatenate([keys for keys, _ in self._rare]), return_inverse=True)
+        numbers = np.bincount(where, np.concatenate([numbers for _, numbers in self._rare]), keys.size)
+        self._rare = [(keys, numbers.astype(np.int64))]  # exact: bincount adds in float64, the numbers are below 2**53
+        self._n_rare = keys.size // 2  # so that merging stays rare when there is much that does not merge
+
+    def histogram(self, largest: int) -> sparse.csr_array:
+        """Histogram of non-zeros `(n_vars, largest)`; column `v - 1` is count `v`."""
+        place = np.flatnonzero(self._table)
+        genes, counts = place // pack.SMALL, place % pack.SMALL
+        rare = np.concatenate([keys for keys, _ in self._rare]) if self._rare else np.empty(0, np.int64)
+        numbers = [self._table[place], *(numbers for _, numbers in self._rare)]
+        rows, columns = np.concatenate([genes, rare >> 32]), np.concatenate([counts, rare & 0xFFFFFFFF]) - 1
+        shape = (self.n_vars, max(1, largest))
+        return sparse.csr_array((np.concatenate(numbers), (rows, columns)), shape=shape, dtype=np.int64)
 
 
 def _tally_cells(store: CellStore, chosen: np.ndarray, progress: bool) -> sparse.csr_array:
     """Histogram of the non-zeros of the chosen cells, reading only the blocks that hold some."""
-    from tqdm import tqdm
-
-    keys, numbers = np.empty(0, np.int64), np.empty(0, np.int64)
+    counter = KeyCounter(store.n_vars)
     bar = tqdm(store.spans(BLOCK), desc="histogram", unit="block", disable=not progress)
     for lo, hi in bar:
         wanted = np.flatnonzero(chosen[lo:hi])
@@ -83,8 +105,8 @@ def _tally_cells(store: CellStore, chosen: np.ndarray, progress: bool) -> sparse
         indptr, indices, values = store.read_rows(lo, hi)
         lengths, (indices, values) = pack.gather_rows(indptr, wanted, indices, values)
         block = pack.tally(np.concatenate([[0], np.cumsum(lengths)]), indices, values, store.n_vars)
-        keys, numbers = merge_keys([(keys, numbers), (block.keys, block.numbers)])
-    return from_keys(keys, numbers, store.n_vars, int(store.max_value))
+        counter.add(block.keys, block.numbers)
+    return counter.histogram(int(store.max_value))
 
 
 def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:

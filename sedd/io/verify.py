@@ -3,95 +3,155 @@
 from __future__ import annotations
 
 import os
+import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import zarr
 
 from sedd.errors import UserError
-from sedd.io.shards import CHUNK, SHARD, Encoder, n_shards, read_index, shard_length
+from sedd.io import pack
+from sedd.io.files import fingerprint
+from sedd.io.genes import match_genes, unique_names
+from sedd.io.h5ad import H5ad, Matrix
+from sedd.io.run import TaskRunner
+from sedd.io.shards import CHUNK
+from sedd.io.store import CellStore, span_hashes
+
+BLOCK = 1 << 22
+"""Entries compared at once."""
 
 
-def shard_path(path: str, name: str, number: int) -> str:
-    """File of shard `number` of `X/name`."""
-    return f"{path}/X/{name}/c/{number}"
-
-
-def check_shard(path: str, name: str, number: int, dtype: np.dtype[Any], codec: str, n: int) -> str | None:
-    """Check the index and every chunk of one shard; what is wrong, or None."""
-    file = shard_path(path, name, number)
-    slots = shard_length(n) // CHUNK
-    held = -(-min(SHARD, n - number * SHARD) // CHUNK)
-    encoder = Encoder(dtype, codec)
-    try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            stream.seek(max(0, size - 16 * slots - 4))
-            index = read_index(stream.read())
-            for chunk in range(held):
-                offset, length = int(index[chunk, 0]), int(index[chunk, 1])
-                if offset + length > size:
-                    return f"X/{name}, chunk {number * SHARD // CHUNK + chunk} ({file}): lies outside the file"
-                stream.seek(offset)
-                try:
-                    encoder.decode(stream.read(length))
-                except (ValueError, RuntimeError) as error:
-                    return f"X/{name}, chunk {number * SHARD // CHUNK + chunk} ({file}): {error}"
-    except OSError as error:
-        return f"X/{name}, shard {number} ({file}): {error.strerror or error}"
-    except ValueError as error:
-        return f"X/{name}, shard {number} ({file}): {error}"
-    return None
-
-
-def locate(path: str, name: str, lo: int, hi: int, error: Exception) -> str:
-    """Which chunk of `X/name` made reading entries `lo:hi` fail, as one line."""
-    advice = "The store is damaged: convert its input again."
-    detail = " ".join(str(error).split())[:200] or type(error).__name__
-    if "://" not in path:
-        array = zarr.open_array(f"{path}/X/{name}", mode="r")
-        codec = codec_of(array)
-        for number in range(lo // SHARD, min(n_shards(array.shape[0]), hi // SHARD + 1)):
-            found = check_shard(path, name, number, np.dtype(array.dtype), codec, array.shape[0])
-            if found:
-                return f"{path}: {found}. {advice}"
-    return f"{path}: X/{name}[{lo}:{hi}] cannot be read ({detail}). {advice}"
-
-
-def codec_of(array: zarr.Array) -> str:
-    """Name in `shards.CODECS` of the compressor of an array."""
-    sharding = array.metadata.codecs[0]
-    for codec in sharding.codecs:
-        if type(codec).__name__ == "BloscCodec":
-            return str(codec.cname.value)
-    return "none"
-
-
-def verify(path: str, against: str | None = None) -> dict[str, Any]:
-    """Check a store.
+def verify(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | list[str] | None = None,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Check a store: every chunk's checksum, every cell's hash and, with `against`, every entry of the input.
 
     Parameters
     ----------
     path : of the store
-    against : the h5ad it was made from; None checks the store alone
+    against : the `.h5ad` that it was made from (all of them, in order, when there were several)
+    workers : threads
+    progress : show a bar
 
     Returns
     -------
-    report : `chunks` checked, `cells` compared
+    report : `path`, `chunks` and `cells` checked, `nonzeros`, `against`, `changed` (inputs whose fingerprint differs)
 
     Raises
     ------
     UserError
-        At the first thing that is wrong.
+        At the first thing that is wrong, naming array, chunk and file, or cell, gene and the two values.
     """
-    from sedd.io.store import CellStore
-
     store = CellStore(path)
-    n_chunks = 0
-    for name, array in store.x_arrays.items():
-        for number in range(n_shards(array.shape[0])):
-            wrong = check_shard(store.path, name, number, np.dtype(array.dtype), codec_of(array), array.shape[0])
-            if wrong:
-                raise UserError(f"{path}: {wrong}. The store is damaged: convert its input again.")
-        n_chunks += -(-array.shape[0] // CHUNK)
-    return {"path": path, "chunks": n_chunks, "against": against}
+    runner = TaskRunner(workers=workers, scheduler=None, progress=progress)
+    for name in store.x_arrays:
+        if store.x_arrays[name].shape[0] != (store.n_obs + 1 if name == "indptr" else store.nnz):
+            raise UserError(f"{path}: X/{name} has {store.x_arrays[name].shape[0]} entries, which is not what uns says.")
+    if store.indptr[0] != 0 or store.indptr[-1] != store.nnz or (np.diff(store.indptr) < 0).any():
+        raise UserError(f"{path}: X/indptr does not increase from 0 to {store.nnz}. Convert the input again.")
+    spans = store.spans(BLOCK)
+    parts = runner.run(span_hashes, [(store.path, *s) for s in spans], [hi - lo for lo, hi in spans], title="verify")
+    hashes = np.concatenate(parts)
+    wrong = np.flatnonzero(hashes != store.cell_hashes())
+    if wrong.size:
+        raise UserError(f"{path}: cell {wrong[0]} is not what was written there. Convert the input again.")
+    if len(store.obs) != store.n_obs or len(store.var) != store.n_vars:
+        raise UserError(f"{path}: obs or var does not have the length of X. Convert the input again.")
+    changed: list[str] = []
+    inputs = [str(against)] if isinstance(against, str | os.PathLike) else [str(name) for name in against or []]
+    if inputs:
+        changed = [
+            name
+            for name, record in zip(inputs, store.uns_sedd["inputs"], strict=False)
+            if fingerprint(name) != record["fingerprint"]
+        ]
+        _compare(store, inputs, hashes, runner)
+    n_chunks = sum(-(-array.shape[0] // CHUNK) for array in store.x_arrays.values())
+    return {
+        "path": store.path,
+        "chunks": n_chunks,
+        "cells": store.n_obs,
+        "nonzeros": store.nnz,
+        "against": inputs,
+        "changed": changed,
+    }
+
+
+def _compare(store: CellStore, inputs: list[str], hashes: np.ndarray, runner: TaskRunner) -> None:
+    settings = store.uns_sedd["settings"]
+    if len(inputs) != len(store.uns_sedd["inputs"]):
+        raise UserError(f"{store.path}: was made from {len(store.uns_sedd['inputs'])} files; name all of them, in order.")
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about gene names: said at the conversion
+        files = [stack.enter_context(H5ad(name)) for name in inputs]
+        matrices = [file.matrix(settings["layer"], settings["raw"]) for file in files]
+        names = [unique_names(file.path, file.var(settings["raw"]).index) for file in files]
+        genes, maps = match_genes(inputs, names, settings["join"], settings["genes"])
+        if not np.array_equal(genes.to_numpy(str), store.var_names):
+            raise UserError(f"{store.path}: has other genes than {inputs[0]}.")
+        n_cells = [matrix.shape[0] for matrix in matrices]
+        cells = np.arange(store.n_obs)
+        if settings["shuffle"]:
+            cells = store.obs["sedd_cell"].to_numpy()
+        elif store.n_obs > sum(n_cells) or (store.n_obs < sum(n_cells) and settings["limit_cells"] is None):
+            raise UserError(f"{store.path}: has {store.n_obs} cells, {', '.join(inputs)} {sum(n_cells)}.")
+        own = [_input_hashes(*both, store, runner) for both in zip(matrices, maps, strict=True)]
+        expected = np.concatenate(own)[cells]
+        wrong = np.flatnonzero(hashes != expected)
+        if wrong.size:
+            raise UserError(_difference(store, int(wrong[0]), int(cells[wrong[0]]), matrices, maps))
+        obs_names = np.concatenate([file.obs().index.to_numpy(str) for file in files])[cells]
+        if len(inputs) == 1 and not np.array_equal(obs_names, store.obs.index.to_numpy(str)):
+            raise UserError(f"{store.path}: has other cell names than {inputs[0]}.")
+
+
+def _input_hashes(matrix: Matrix, genes: np.ndarray | None, store: CellStore, runner: TaskRunner) -> np.ndarray:
+    """A hash for each cell of an input matrix, as its cells would have in the store."""
+    hashes = np.zeros(matrix.shape[0], np.uint64)
+
+    def add(lo: int, hi: int) -> np.ndarray:
+        if matrix.layout == "csc":
+            indptr, rows, raw = matrix.read_major(lo, hi)
+            indices = np.repeat(np.arange(lo, hi), np.diff(indptr))
+            order = np.argsort(rows, kind="stable")
+            indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=matrix.shape[0]))])
+            indices, raw = indices[order], raw[order]
+        else:
+            indptr, indices, raw = matrix.read_rows(lo, hi)
+        values = raw.astype(np.float32) if not store.is_counts else np.rint(raw.astype(np.float64)).astype(np.uint32)
+        indptr, indices, values, _ = pack.clean_rows(indptr, indices, values, store.n_vars, genes)
+        return pack.cell_hashes(indptr, indices, values)
+
+    spans = matrix.spans(BLOCK)
+    if matrix.layout != "csc":
+        parts = runner.run(add, spans, [hi - lo for lo, hi in spans], title=f"read {os.path.basename(matrix.path)}")
+        return np.concatenate(parts)
+    for lo, hi in spans:  # every block of columns touches all cells: one at a time
+        hashes += add(lo, hi)
+    return hashes
+
+
+def _difference(store: CellStore, row: int, cell: int, matrices: list[Matrix], maps: list[np.ndarray | None]) -> str:
+    """Where one cell of the store differs from its input."""
+    number, local = 0, cell
+    while local >= matrices[number].shape[0]:
+        local -= matrices[number].shape[0]
+        number += 1
+    there = np.zeros(store.n_vars)
+    _, indices, raw = matrices[number].read_rows(local, local + 1)
+    genes = maps[number]
+    target = indices if genes is None else genes[indices]
+    np.add.at(there, target[target >= 0], raw[target >= 0])
+    here = np.zeros(store.n_vars)
+    _, own_indices, own_values = store.read_rows(row, row + 1)
+    here[own_indices] = own_values
+    gene = int(np.argmax(np.abs(here - there)))
+    return (
+        f"{store.path}: cell {row} ({store.obs.index[row]!r}), gene {store.var_names[gene]!r} is {here[gene]:g}, "
+        f"in {matrices[number].path} it is {there[gene]:g}. Convert the file again."
+    )

@@ -113,6 +113,6 @@ def test_repeated_gene_names_empty_cells_and_unseen_genes_are_reported(tmp_path:
         store = convert(path, tmp_path / "a.zarr", progress=False)
     said = " ".join(str(warning.message) for warning in caught)
     assert "1 gene names repeat" in said
-    assert "1 cells have no counts" in said
+    assert "1 of 70 cells have no counts" in said
     assert "1 of 40 genes are never seen" in said
     assert store.var_names[:2].tolist() == ["g", "g-1"]

@@ -1,0 +1,126 @@
+"""Files that appear whole or not at all, their identity, and one writer at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+from dask.utils import parse_bytes as dask_parse_bytes
+
+from sedd.errors import UserError
+
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+"""How much of a file its fingerprint looks at."""
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[BinaryIO]:
+    """Write a file that gets its name when it is complete; nothing is left behind otherwise."""
+    partial = f"{path}.{os.getpid()}.tmp"  # two Dask workers may do the same task: each its own file, the same bytes
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        raise
+
+
+def save_arrays(path: str, **arrays: Any) -> None:
+    """Write an `.npz` whole or not at all."""
+    with new_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def fingerprint(path: str) -> str:
+    """Identity of a file: its size, when it changed, and a hash of samples of its bytes.
+
+    Parameters
+    ----------
+    path : local, or a URL that fsspec opens (then its size and entity tag, or time of change)
+    """
+    if "://" in path:
+        import fsspec
+
+        fs, name = fsspec.core.url_to_fs(path)
+        info = fs.info(name)
+        text = f"{info['size']} {info.get('ETag') or info.get('LastModified') or info.get('mtime')}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    stat = os.stat(path)
+    digest = hashlib.blake2b(f"{stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=16)
+    with open(path, "rb") as file:
+        for place in np.linspace(0, max(0, stat.st_size - SAMPLE_BYTES), SAMPLES).astype(np.int64):
+            file.seek(int(place))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of "1GiB", "500 MB" or a number.
+
+    Raises
+    ------
+    UserError
+        If it is no size, or under 64 MiB.
+    """
+    try:
+        size = int(dask_parse_bytes(text))
+    except ValueError as error:
+        raise UserError(f"the memory budget {text!r} is not a size; write 1GiB or 500MB.") from error
+    if size < 64 << 20:
+        raise UserError(f"the memory budget is {text}; at least 64MiB are needed.")
+    return size
+
+
+@contextmanager
+def only_writer(folder: str, *, output: str, wait: bool) -> Iterator[None]:
+    """Hold the right to write `output`, by a lock in `folder` that the system drops if this process dies.
+
+    Parameters
+    ----------
+    folder : made when missing, and removed at the end if nothing else is in it
+    wait : wait until another writer is done; otherwise another writer is an error
+
+    Raises
+    ------
+    UserError
+        If another process holds the lock, or the folder cannot be made.
+    """
+    path = f"{folder}/lock"
+    while True:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the holder before us removed the folder just now
+            continue
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written ({error.strerror}).") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise UserError(f"{output}: cannot be locked ({error.strerror}).") from error
+            raise UserError(f"{output}: another process is writing it. Wait for it, or choose another name.") from error
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
+                break
+        except FileNotFoundError:  # removed by the holder before us: lock the one that is there now
+            pass
+        os.close(fd)
+    try:
+        yield
+    finally:
+        try:
+            os.unlink(path)
+            os.rmdir(folder)
+        except OSError:  # kept for --resume, or gone already
+            pass
+        os.close(fd)

@@ -1,0 +1,330 @@
+"""One conversion from beginning to end: decide on the tasks, run them, publish the store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from sedd.errors import UserError, warn_user
+from sedd.io import finish, pack, parts, spill
+from sedd.io.files import fingerprint, only_writer
+from sedd.io.genes import match_genes, read_gene_list, unique_names
+from sedd.io.h5ad import H5ad, Matrix
+from sedd.io.parts import Plan, UntidyError
+from sedd.io.run import TaskRunner
+from sedd.io.shards import check_codec
+from sedd.io.store import CellStore
+from sedd.io.values import SAMPLE, explain
+
+DEFAULT_CODEC = "lz4"
+
+LARGEST_BLOCK = 1 << 23
+"""Stored values in one task at most; more does not make a task more efficient."""
+
+
+class Job:
+    """What is asked of one conversion; `run` does it.
+
+    Parameters
+    ----------
+    paths, output : of the inputs and the store
+    budget : bytes that all workers together may hold
+    workers : threads; by default one a core
+    others : see `sedd.io.convert`
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        output: str,
+        *,
+        layer: str | None = None,
+        raw: bool = False,
+        join: str = "inner",
+        genes: str | os.PathLike[str] | list[str] | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        codec: str = DEFAULT_CODEC,
+        budget: int = 1 << 30,
+        workers: int | None = None,
+        scheduler: str | None = None,
+        obs: list[str] | None = None,
+        values: str = "counts",
+        progress: bool = True,
+        limit_cells: int | None = None,
+    ) -> None:
+        if not paths:
+            raise UserError("no input; expected one or several .h5ad files.")
+        if values not in ("counts", "real"):
+            raise UserError(f"values must be counts or real, not {values!r}.")
+        if limit_cells is not None and limit_cells < 1:
+            raise UserError(f"the number of cells must be positive, not {limit_cells}.")
+        self.paths, self.output, self.folder = paths, output, f"{output}.partial"
+        self.budget = budget
+        self.settings: dict[str, Any] = {
+            "layer": layer,
+            "raw": raw,
+            "join": join,
+            "genes": read_gene_list(genes),
+            "shuffle": shuffle,
+            "seed": seed if shuffle else 0,
+            "codec": check_codec(codec),
+            "obs": obs,
+            "values": values,
+            "limit_cells": limit_cells,
+        }
+        for path in paths:
+            H5ad(path).close()
+        self.fingerprints = [fingerprint(path) for path in paths]
+        self.runner = TaskRunner(workers=workers, scheduler=scheduler, progress=progress)
+
+    def made(self, store: CellStore) -> bool:
+        """Whether `store` is what this conversion would make."""
+        return bool(store.uns_sedd["inputs"] == self.records() and store.uns_sedd["settings"] == self.settings)
+
+    def records(self) -> list[dict[str, str]]:
+        """What the store remembers of its inputs."""
+        named = zip(self.paths, self.fingerprints, strict=True)
+        return [{"path": path if "://" in path else os.path.abspath(path), "fingerprint": f} for path, f in named]
+
+    def run(self, *, resume: bool, overwrite: bool, wait: bool = False) -> CellStore:
+        """Convert, and open the result.
+
+        Parameters
+        ----------
+        resume : go on with an unfinished conversion
+        overwrite : replace a store or an unfinished conversion
+        wait : wait for another writer of the same output, and use its result if it is the same
+        """
+        parent = os.path.dirname(os.path.abspath(self.output))
+        if not os.path.isdir(parent):
+            raise UserError(f"{parent}: there is no such directory to write {os.path.basename(self.output)} in.")
+        with only_writer(self.folder, output=self.output, wait=wait):
+            if os.path.exists(self.output):
+                if (resume or wait) and (store := self._finished()):
+                    self._clear()
+                    return store
+                if not overwrite:
+                    raise UserError(f"{self.output}: exists already. Pass --overwrite to replace it, or choose another name.")
+                check_replaceable(self.output)
+            plan = self._earlier_plan(resume, overwrite)
+            try:
+                return self._convert(plan)
+            except UserError:
+                self._clear()
+                raise
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"interrupted; go on with --resume, or delete {self.folder}") from None
+            except OSError as error:
+                raise UserError(
+                    f"{self.output}: cannot be written ({error.strerror or error}). What is done so far is in "
+                    f"{self.folder}: make room and go on with --resume, or delete it."
+                ) from error
+            finally:
+                parts.forget()
+                spill.forget()
+                self.runner.close()
+
+    def _finished(self) -> CellStore | None:
+        try:
+            store = CellStore(self.output)
+        except UserError:
+            return None
+        return store if self.made(store) else None
+
+    def _clear(self) -> None:
+        """Remove what is unfinished; the lock goes last, with the folder, when it is let go."""
+        for name in os.listdir(self.folder):
+            path = f"{self.folder}/{name}"
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif name != "lock":
+                os.unlink(path)
+
+    def _earlier_plan(self, resume: bool, overwrite: bool) -> Plan | None:
+        """The plan of an unfinished conversion that we can go on with."""
+        parts.forget()
+        spill.forget()
+        if not os.path.exists(f"{self.folder}/plan.json"):
+            self._clear()
+            return None
+        plan = parts.load_plan(self.folder)
+        if resume:
+            same_input = list(plan.fingerprints) == self.fingerprints
+            if same_input and plan.settings == self.settings:
+                return plan
+            if not overwrite:
+                changed = "the settings differ" if same_input else "the input changed"
+                raise UserError(f"{self.folder}: cannot be resumed, {changed}. Pass --overwrite to start again.")
+        elif not overwrite:
+            raise UserError(
+                f"{self.folder}: holds an unfinished conversion. Pass --resume to go on with it or --overwrite to start again."
+            )
+        parts.forget()
+        self._clear()
+        return None
+
+    def _convert(self, plan: Plan | None) -> CellStore:
+        if plan is None:
+            plan = self._plan(direct_allowed=True)
+        try:
+            rounded = self._make_parts(plan)
+        except UntidyError:
+            warn_user(f"{self.paths[0]}: has stored zeros, or unsorted or repeated indices: dropped, sorted and summed.")
+            parts.forget()
+            self._clear()
+            plan = self._plan(direct_allowed=False)
+            rounded = self._make_parts(plan)
+        root = finish.build(self.folder, self.runner, self.records(), rounded)
+        for path, known in zip(self.paths, self.fingerprints, strict=True):
+            if fingerprint(path) != known:
+                raise UserError(f"{path}: changed while it was converted. Convert it again.")
+        if os.path.exists(self.output):
+            os.rename(self.output, f"{self.folder}/replaced")
+        os.rename(root, self.output)
+        self._clear()
+        store = CellStore(self.output)
+        finish.report(store, self.paths[0] if len(self.paths) == 1 else self.output)
+        return store
+
+    def open_inputs(self, stack: ExitStack) -> list[tuple[H5ad, Matrix]]:
+        """Open the inputs, closed with `stack`; refuses empty ones."""
+        opened = []
+        for path in self.paths:
+            file = stack.enter_context(H5ad(path))
+            matrix = file.matrix(self.settings["layer"], self.settings["raw"])
+            for count, what in zip(matrix.shape, ("cells", "genes"), strict=True):
+                if count == 0:
+                    raise UserError(f"{path}: has no {what}; there is nothing to convert.")
+            opened.append((file, matrix))
+        return opened
+
+    def _plan(self, direct_allowed: bool) -> Plan:
+        """Decide on the parts and write the plan."""
+        with ExitStack() as stack:
+            opened = self.open_inputs(stack)
+            matrices = [matrix for _, matrix in opened]
+            names = [unique_names(file.path, file.var(self.settings["raw"]).index) for file, _ in opened]
+            genes, maps = match_genes(self.paths, names, self.settings["join"], self.settings["genes"])
+            narrow = max((self.sample(*both) for both in opened), key=lambda dtype: dtype.itemsize)
+            offsets = np.concatenate([[0], np.cumsum([matrix.shape[0] for matrix in matrices])])
+            n_obs = min(int(offsets[-1]), self.settings["limit_cells"] or int(offsets[-1]))
+            tidy = all(matrix.layout == "csr" for matrix in matrices) and all(new is None for new in maps)
+            direct = direct_allowed and tidy and not self.settings["shuffle"]
+            n_values = self.block(matrices, len(genes))
+            spans = [
+                (number, lo, min(hi, n_obs - int(offsets[number])) if matrix.layout != "csc" else hi)
+                for number, matrix in enumerate(matrices)
+                for lo, hi in matrix.spans(n_values)
+                if matrix.layout == "csc" or offsets[number] + lo < n_obs
+            ]
+            expected = sum(matrix.nnz if matrix.nnz is not None else matrix.shape[0] * matrix.shape[1] for matrix in matrices)
+            step = max(1, int(int(offsets[-1]) * n_values / max(1, expected)))
+            entries = np.concatenate([[0], np.cumsum([matrix.nnz or 0 for matrix in matrices])])
+        for folder in ("parts", "spill"):
+            os.makedirs(f"{self.folder}/{folder}", exist_ok=True)
+        for number, new in enumerate(maps):
+            if new is not None:
+                np.save(f"{self.folder}/genes-{number}.npy", new)
+        if self.settings["shuffle"] or (n_obs < offsets[-1] and not direct):
+            places = np.full(int(offsets[-1]), -1, np.int64)
+            shuffled = self.settings["shuffle"]
+            order = np.random.default_rng(self.settings["seed"]).permutation(n_obs) if shuffled else np.arange(n_obs)
+            places[order] = np.arange(n_obs)
+            np.save(f"{self.folder}/places.npy", places)
+        plan = Plan(
+            sources=tuple((path, self.settings["layer"], self.settings["raw"]) for path in self.paths),
+            fingerprints=tuple(self.fingerprints),
+            settings=self.settings,
+            n_vars=len(genes),
+            direct=direct,
+            narrow=narrow.name,
+            spans=tuple(spans),
+            edges=(0, *(int(offsets[s]) + hi for s, _, hi in spans)) if direct else (*range(0, n_obs, step), n_obs),
+            step=0 if direct else step,
+            offsets=tuple(int(n) for n in offsets),
+            entries=tuple(int(n) for n in entries),
+        )
+        plan.save(self.folder)
+        return plan
+
+    def sample(self, file: H5ad, matrix: Matrix) -> np.dtype[Any]:
+        """Look at the first values: refuse what is no count, guess the type that holds them."""
+        if matrix.layout == "dense":
+            indptr, indices, raw = pack.dense_rows(matrix.read_dense(0, min(max(1, SAMPLE // matrix.shape[1]), matrix.shape[0])))
+        else:
+            indptr, indices, raw = matrix.read_major(*matrix.spans(SAMPLE)[0])
+        if self.settings["values"] == "real":
+            return np.dtype(np.uint8)
+        counts = pack.to_counts(raw, np.dtype(np.uint8))
+        if counts.bad >= 0:
+            raise UserError(explain(file, matrix, raw, counts.bad, lambda k: _place(matrix, indptr, indices, k)))
+        return counts.values.dtype
+
+    def block(self, matrices: list[Matrix], n_vars: int) -> int:
+        """Stored values that one task may hold: half the budget, by what an entry takes from file to shard."""
+        stored = max(m.dtype.itemsize + (m.indices.dtype.itemsize if m.layout != "dense" else 8) for m in matrices)
+        return int(min(LARGEST_BLOCK, self.budget / 2 / self.runner.workers / (stored + 4 * (pack.index_dtype(n_vars).itemsize + 4))))
+
+    def _make_parts(self, plan: Plan) -> int:
+        """Run the tasks that are not done; how many values were rounded on the way to the spill."""
+        todo = [k for k in range(plan.n_parts) if not os.path.exists(f"{parts.part_path(self.folder, k)}.npz")]
+        cells = np.diff(plan.edges)
+        sizes = [int(cells[k]) for k in todo]
+        if plan.direct:
+            self.runner.run(parts.direct_part, [(self.folder, k) for k in todo], sizes, title="convert")
+            return 0
+        left = [k for k in range(len(plan.spans)) if not os.path.exists(f"{spill.window_path(self.folder, k)}.npz")]
+        share = sum(int(n) for n in cells) / len(plan.spans)
+        self.runner.run(spill.scatter_window, [(self.folder, k) for k in left], [share] * len(left), title="read")
+        first, notes = spill.index_windows(self.folder)
+        tasks = [(self.folder, k, int(first[k]), notes["largest"]) for k in todo]
+        self.runner.run(spill.gather_part, tasks, sizes, title="gather")
+        if notes["summed"]:
+            warn_user(f"{self.paths[0]}: {notes['summed']} entries repeat a cell and gene; they were summed.")
+        return notes["rounded"]
+
+    def forecast(self) -> str:
+        """What the conversion would do, as text: sizes, types, bytes and a time measured on a sample."""
+        with ExitStack() as stack:
+            opened = self.open_inputs(stack)
+            names = [unique_names(file.path, file.var(self.settings["raw"]).index) for file, _ in opened]
+            genes, _ = match_genes(self.paths, names, self.settings["join"], self.settings["genes"])
+            lines = [
+                f"{file.path}: {m.name} is {m.layout} {m.dtype}, {m.shape[0]:,} cells x {m.shape[1]:,} genes"
+                for file, m in opened
+            ]
+            n_obs = sum(matrix.shape[0] for _, matrix in opened)
+            stored = sum(m.nnz if m.nnz is not None else m.shape[0] * m.shape[1] for _, m in opened)
+            narrow = max((self.sample(*both) for both in opened), key=lambda dtype: dtype.itemsize)
+            seconds, n_bytes = finish.rehearse(opened[0][1], narrow, self.settings["codec"])
+            if self.settings["values"] == "real":
+                narrow = np.dtype(np.float32)
+        n_obs = min(n_obs, self.settings["limit_cells"] or n_obs)
+        passes = 1 if all(m.layout == "csr" for _, m in opened) and not self.settings["shuffle"] else 2
+        lines += [
+            f"{self.output}: {n_obs:,} cells x {len(genes):,} genes, {'at most ' if passes == 2 else ''}{stored:,} non-zeros",
+            f"  values as {narrow.name} or wider, genes as {pack.index_dtype(len(genes)).name}, codec {self.settings['codec']}",
+            f"  about {n_bytes * stored / 1e6:,.0f} MB, about {passes * seconds * stored / self.runner.workers:,.0f} s "
+            f"with {self.runner.workers} workers",
+        ]
+        return "\n".join(lines)
+
+
+def check_replaceable(path: str) -> None:
+    """Refuse to replace a directory that is no Zarr store: a slip of the hand must not cost anybody their files."""
+    if not os.path.isdir(path) or not any(os.path.exists(f"{path}/{name}") for name in ("zarr.json", ".zgroup")):
+        if os.path.isdir(path) and not os.listdir(path):
+            return
+        raise UserError(f"{path}: is not a Zarr store, so it is not replaced. Choose another output.")
+
+
+def _place(matrix: Matrix, indptr: np.ndarray, indices: np.ndarray, k: int) -> tuple[int, int]:
+    major, minor = parts.row_of(indptr, k), int(indices[k])
+    return (minor, major) if matrix.layout == "csc" else (major, minor)
+
+

@@ -1,0 +1,162 @@
+"""Deal entries of the input out to the parts of the store, through files of bounded size.
+
+Cells that are shuffled, genes that are matched, and input that is dense, CSC or untidy take this road: `scatter_window` reads
+one stretch of input and writes its entries sorted by part (the *spill*); `gather_part` reads what all windows hold for one part.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from sedd.io import pack
+from sedd.io.files import new_file, save_arrays
+from sedd.io.parts import Plan, check_indices, load_plan, open_source, row_of, take_values, write_part
+
+ALIGN = 8
+"""Every array of a piece begins at a multiple of this many bytes."""
+
+
+def window_path(folder: str, number: int) -> str:
+    """Stem of the files of window `number`: `.npz` (written last) and `.bin`."""
+    return f"{folder}/spill/{number:06d}"
+
+
+def scatter_window(folder: str, number: int) -> None:
+    """Deal the entries of one stretch of input out to the parts they belong to."""
+    plan = load_plan(folder)
+    source, lo, hi = plan.spans[number]
+    columns = open_source(folder, source).matrix.layout == "csc"
+    rows, lengths, indices, values, row_cuts, entry_cuts, notes = (_scatter_columns if columns else _scatter_rows)(
+        plan, folder, source, lo, hi
+    )
+    if values.dtype.kind != "f":
+        notes["largest"] = int(values.max()) if values.size else 0
+        values = values.astype(pack.count_dtype(notes["largest"]), copy=False)
+    stem = window_path(folder, number)
+    with new_file(f"{stem}.bin") as file:
+        for part in range(plan.n_parts):
+            r, e = slice(*row_cuts[part : part + 2]), slice(*entry_cuts[part : part + 2])
+            for array in (rows[r], lengths[r], values[e], indices[e]):
+                file.write(memoryview(array).cast("B") if array.size else b"")
+                file.write(b"\0" * (-array.nbytes % ALIGN))
+    save_arrays(f"{stem}.npz", row_cuts=row_cuts, entry_cuts=entry_cuts, dtype=values.dtype.str, runs=lengths.size > 0, **notes)
+
+
+def _scatter_rows(plan: Plan, folder: str, source: int, lo: int, hi: int):  # type: ignore[no-untyped-def]
+    """Rows of CSR or dense input: each goes whole to one part."""
+    src = open_source(folder, source)
+    if src.matrix.layout == "dense":
+        indptr, raw_indices, raw_values = pack.dense_rows(src.matrix.read_dense(lo, hi))
+    else:
+        indptr, raw_indices, raw_values = src.matrix.read_major(lo, hi)
+    indices = check_indices(src, raw_indices, lo, indptr)
+    values, rounded = take_values(plan, src, raw_values, lambda k: (row_of(indptr, k) + lo, int(indices[k])))
+    del raw_indices, raw_values
+    summed = 0
+    if src.genes is not None or pack.first_disorder(indptr, indices) >= 0 or not values.all():
+        indptr, indices, values, summed = pack.clean_rows(indptr, indices, values, plan.n_vars, src.genes)
+    places = src.places[lo:hi] if src.places is not None else np.arange(lo, hi) + plan.offsets[source]
+    order = np.argsort(places, kind="stable")
+    lengths, (indices, values) = pack.gather_rows(indptr, order, indices, values)
+    row_cuts = np.searchsorted(places[order] // plan.step, np.arange(plan.n_parts + 1))
+    entry_cuts = np.concatenate([[0], np.cumsum(lengths)])[row_cuts]
+    local = (places[order] % plan.step).astype(np.uint32)
+    return local, lengths.astype(np.uint32), indices, values, row_cuts, entry_cuts, {"rounded": rounded, "summed": summed}
+
+
+def _scatter_columns(plan: Plan, folder: str, source: int, lo: int, hi: int):  # type: ignore[no-untyped-def]
+    """Columns of CSC input: each entry finds its part by itself."""
+    src = open_source(folder, source)
+    indptr, raw_rows, raw_values = src.matrix.read_major(lo, hi)
+    rows = check_indices(src, raw_rows, lo, indptr)
+    values, rounded = take_values(plan, src, raw_values, lambda k: (int(rows[k]), row_of(indptr, k) + lo))
+    del raw_rows, raw_values
+    summed = 0
+    if pack.first_disorder(indptr, rows) >= 0:
+        indptr, rows, values, summed = pack.clean_rows(indptr, rows, values, src.matrix.shape[0], None)
+    genes = np.arange(lo, hi, dtype=np.int32) if src.genes is None else src.genes[lo:hi]
+    cuts, local, indices, values = pack.deal_columns(
+        indptr, rows, values, genes, src.places, plan.offsets[source], plan.step, plan.n_parts, pack.index_dtype(plan.n_vars)
+    )
+    return local, np.empty(0, np.uint32), indices, values, cuts, cuts, {"rounded": rounded, "summed": summed}
+
+
+def index_windows(folder: str) -> tuple[np.ndarray, dict[str, int]]:
+    """Collect the tables of all windows, once all are written, into one file that tasks map.
+
+    Returns
+    -------
+    first : (n_parts + 1,) int64, place of each part's first entry in the store
+    notes : "largest" count, how many values were "rounded", and entries "summed"
+    """
+    plan = load_plan(folder)
+    cuts = np.zeros((len(plan.spans), plan.n_parts + 1, 2), np.int64)
+    kinds = np.zeros(len(plan.spans), np.dtype([("dtype", "U4"), ("runs", np.bool_)]))
+    notes = {"largest": 0, "rounded": 0, "summed": 0}
+    for window in range(len(plan.spans)):
+        with np.load(f"{window_path(folder, window)}.npz") as meta:
+            cuts[window, :, 0], cuts[window, :, 1] = meta["row_cuts"], meta["entry_cuts"]
+            kinds[window] = str(meta["dtype"]), bool(meta["runs"])
+            notes["rounded"] += int(meta["rounded"])
+            notes["summed"] += int(meta["summed"])
+            notes["largest"] = max(notes["largest"], int(meta["largest"]) if "largest" in meta else 0)
+    with new_file(f"{folder}/spill/cuts.npy") as file:
+        np.save(file, cuts)
+    with new_file(f"{folder}/spill/kinds.npy") as file:
+        np.save(file, kinds)
+    entries = np.diff(cuts[:, :, 1], axis=1).sum(axis=0)
+    return np.concatenate([[0], np.cumsum(entries)]), notes
+
+
+@lru_cache(maxsize=2)
+def _tables(folder: str) -> tuple[np.ndarray, np.ndarray]:
+    return np.load(f"{folder}/spill/cuts.npy", mmap_mode="r"), np.load(f"{folder}/spill/kinds.npy")
+
+
+def forget() -> None:
+    """Drop what `read_piece` holds."""
+    _tables.cache_clear()
+
+
+def read_piece(folder: str, window: int, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `window` holds for `part`: local rows, lengths of their runs (empty: one entry each), indices, values."""
+    cuts, kinds = _tables(folder)
+    table = np.asarray(cuts[window, : part + 2])
+    n_rows, n_entries = np.diff(table, axis=0).T
+    index = pack.index_dtype(load_plan(folder).n_vars)
+    value = np.dtype(str(kinds[window]["dtype"]))
+    runs = bool(kinds[window]["runs"])
+    widths = (4 * n_rows, 4 * n_rows * runs, value.itemsize * n_entries, index.itemsize * n_entries)
+    sizes = np.stack([-(-width // ALIGN) * ALIGN for width in widths])
+    raw = np.fromfile(f"{window_path(folder, window)}.bin", np.uint8, int(sizes[:, part].sum()), offset=int(sizes[:, :part].sum()))
+    starts = np.cumsum(sizes[:, part]) - sizes[:, part]
+    counts = (n_rows[part], n_rows[part] * runs, n_entries[part], n_entries[part])
+    dtypes = (np.dtype(np.uint32), np.dtype(np.uint32), value, index)
+    rows, lengths, values, indices = (
+        raw[start : start + count * dtype.itemsize].view(dtype)
+        for start, count, dtype in zip(starts, counts, dtypes, strict=True)
+    )
+    return rows, lengths, indices, values
+
+
+def gather_part(folder: str, number: int, first: int, largest: int) -> None:
+    """Put part `number` together from what the windows hold for it; `first` is the place of its first entry."""
+    plan = load_plan(folder)
+    n_rows = plan.edges[number + 1] - plan.edges[number]
+    pieces = [read_piece(folder, window, number) for window in range(len(plan.spans))]
+    counts = np.zeros(n_rows, np.int64)
+    for rows, lengths, _, _ in pieces:
+        counts += np.bincount(rows, lengths if lengths.size else None, n_rows).astype(np.int64)
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    dtype = np.dtype(np.float32) if plan.settings["values"] == "real" else pack.count_dtype(largest)
+    indices, values = np.empty(indptr[-1], pack.index_dtype(plan.n_vars)), np.empty(indptr[-1], dtype)
+    cursor = indptr[:-1].copy()
+    for rows, lengths, own_indices, own_values in pieces:
+        pack.place_runs(cursor, rows, lengths, (own_indices, own_values), (indices, values))
+    del pieces
+    if pack.first_disorder(indptr, indices) >= 0:  # columns whose genes changed order
+        indptr, indices, wide, _ = pack.clean_rows(indptr, indices, values, plan.n_vars, None)
+        values = wide.astype(dtype)
+    write_part(folder, number, first, indptr, indices, values)

@@ -1,0 +1,90 @@
+"""Write everything of a store but X: the tables of cells and genes, embeddings, what the user had in uns, what sedd adds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from contextlib import ExitStack
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import zarr
+
+import sedd
+from sedd.io import genes
+from sedd.io.gathered import Gathered
+from sedd.io.h5ad import H5ad
+from sedd.io.parts import Plan
+from sedd.io.store import FORMAT
+
+ROWS = 1 << 20
+"""Rows of a column in one chunk: few files."""
+
+
+def write(group: zarr.Group, folder: str, plan: Plan, gathered: Gathered, inputs: list[dict[str, str]]) -> None:
+    """Write the tables of the store of `plan` into `group`, and consolidate its metadata."""
+    settings = plan.settings
+    paths = [path for path, _, _ in plan.sources]
+    with ExitStack() as stack:
+        files = [stack.enter_context(H5ad(path)) for path in paths]
+        frames = [file.var(settings["raw"]) for file in files]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when the plan was made
+            for file, frame in zip(files, frames, strict=True):
+                frame.index = genes.unique_names(file.path, frame.index)
+            index, _ = genes.match_genes(paths, [f.index for f in frames], settings["join"], settings["genes"])
+        var = genes.join_var(frames, index)
+        obs, obsm = [file.obs(settings["obs"]) for file in files], [file.mapping("obsm") for file in files]
+        uns = files[0].mapping("uns") if len(files) == 1 else {}
+    cells = genes.join_obs(obs, obsm, paths)
+    if settings["shuffle"]:
+        places = np.load(f"{folder}/places.npy")
+        order = np.argsort(places, kind="stable")[places.size - gathered.n_obs :]
+        cells = cells[order].copy()
+        cells.obs["sedd_cell"] = order
+    elif gathered.n_obs < cells.n_obs:
+        cells = cells[: gathered.n_obs].copy()
+    uns["sedd"] = _added(plan, gathered, inputs, var.index)
+    elements = {"obs": cells.obs, "var": var, "obsm": dict(cells.obsm), "uns": uns}
+    elements |= {name: {} for name in ("layers", "obsp", "varm", "varp")}
+    with ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True):
+        for key, element in elements.items():
+            ad.experimental.write_dispatched(group, key, element, callback=_few_chunks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that consolidated metadata are an extension of Zarr v3; anndata writes them too
+        zarr.consolidate_metadata(group.store, zarr_format=3)
+
+
+def _added(plan: Plan, gathered: Gathered, inputs: list[dict[str, str]], names: pd.Index) -> dict[str, Any]:
+    """What goes under `uns["sedd"]`."""
+    identity = json.dumps([gathered.content(), gathered.n_obs, plan.settings["values"], list(names)])
+    meta = {
+        "format": FORMAT,
+        "sedd": sedd.__version__,
+        "n_obs": gathered.n_obs,
+        "n_vars": plan.n_vars,
+        "nnz": gathered.n,
+        "values": plan.settings["values"],
+        "max_value": gathered.max,
+        "codec": plan.settings["codec"],
+        "settings": plan.settings,
+        "inputs": inputs,
+        "rounded": gathered.rounded,
+        "fingerprint": hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+    }
+    cells = {"total": gathered.total, "n_genes": gathered.row_nnz, "max": gathered.largest, "hash": gathered.hashes}
+    added: dict[str, Any] = {"meta": json.dumps(meta), "cells": cells, "genes": gathered.genes}
+    if gathered.histogram is not None:
+        added["histogram"] = gathered.histogram
+    return added
+
+
+def _few_chunks(func: Any, group: Any, key: str, element: Any, dataset_kwargs: Any, iospec: Any) -> None:
+    """Write one element, arrays in chunks of `ROWS` rows."""
+    shape = getattr(element, "shape", ())
+    if iospec.encoding_type in ("array", "string-array") and len(shape) and 0 not in shape:
+        dataset_kwargs = {**dataset_kwargs, "chunks": (min(ROWS, shape[0]), *shape[1:])}
+    func(group, key, element, dataset_kwargs=dataset_kwargs)
