@@ -50,6 +50,8 @@ class SEDDTransformer(nn.Module):
         Whether the log total count of a cell can be given.
     gene_embeddings : (n_vars, p), optional
         Pretrained gene vectors to project instead of learning one per gene.
+    gene_embedding_dim
+        Their width p, to rebuild a model whose vectors come from its `state_dict`.
 
     Raises
     ------
@@ -75,6 +77,7 @@ class SEDDTransformer(nn.Module):
         condition_sizes: Sequence[int] = (),
         condition_library: bool = False,
         gene_embeddings: Any = None,
+        gene_embedding_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -91,14 +94,18 @@ class SEDDTransformer(nn.Module):
             "condition_sizes": [int(size) for size in condition_sizes],
             "condition_library": bool(condition_library),
         }
+        if gene_embeddings is not None:
+            gene_embeddings = _table(gene_embeddings, (n_vars, gene_embedding_dim or -1), "gene_embeddings", None)
+        elif gene_embedding_dim is not None:
+            gene_embeddings = torch.zeros(n_vars, gene_embedding_dim)
+        self.config["gene_embedding_dim"] = None if gene_embeddings is None else gene_embeddings.shape[1]
         _check(self.config)
         self.n_vars, self.n_bins, self.mask_token = int(n_vars), int(n_bins), int(n_bins)
         marginals = _table(log_marginals, (n_vars, n_bins), "log_marginals", torch.zeros(n_vars, n_bins))
         values = _table(bin_values, (n_bins,), "bin_values", torch.arange(n_bins))
-        pretrained = None if gene_embeddings is None else _table(gene_embeddings, (n_vars, -1), "gene_embeddings", None)
 
         self.conditioner = Conditioner(hidden_dim, condition_sizes, condition_library)
-        genes = GeneEmbedding(n_vars, hidden_dim, pretrained)
+        genes = GeneEmbedding(n_vars, hidden_dim, gene_embeddings)
         size = (genes, hidden_dim, num_layers, num_heads, dropout, values, rank)
         self.backbone: FullBackbone | LatentBackbone
         self.backbone = FullBackbone(*size) if attention == "full" else LatentBackbone(*size, num_latents)
@@ -112,8 +119,9 @@ class SEDDTransformer(nn.Module):
         condition: Tensor | None = None,
         library: Tensor | None = None,
         targets: Tensor | None = None,
+        everywhere: bool = False,
     ) -> Tensor:
-        """Log scores of all states, or, given `targets`, the log-probability of those alone.
+        """Log scores of all states, or the log-probabilities of `targets` alone, or those of all bins `everywhere`.
 
         Parameters
         ----------
@@ -125,6 +133,8 @@ class SEDDTransformer(nn.Module):
             Log total count; NaN is null.
         targets : (B, n_vars) integer, optional
             The clean tokens. Training calls the module with them, so that wrappers of `forward` see every call.
+        everywhere
+            Whether every gene is asked for, masked or not, as a process without masks needs it.
 
         Returns
         -------
@@ -133,11 +143,15 @@ class SEDDTransformer(nn.Module):
             0 for its own token and -inf for any other.
         log_mu : (B, n_vars) float32, when `targets` are given
             As `log_mu_of`.
+        log_mu : (B, n_vars, n_bins) float32, when `everywhere`
         """
         if targets is not None:
             return self.log_mu_of(tokens, sigma, targets, condition=condition, library=library)
         tokens = tokens.long()
         readout = self.readout(tokens, sigma, condition=condition, library=library)
+        if everywhere:
+            genes = torch.arange(self.n_vars, device=tokens.device).repeat(len(tokens))
+            return self.head.log_mu(readout.flatten(0, 1), genes).view(*tokens.shape, self.n_bins)
         score = torch.full((*tokens.shape, self.n_bins + 1), -torch.inf, device=tokens.device)
         score.scatter_(-1, tokens.unsqueeze(-1), 0.0)
         log_r = -torch.log(torch.expm1(sigma.float()))

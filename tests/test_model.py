@@ -67,6 +67,17 @@ def test_masked_scores_are_probabilities_times_r_and_visible_genes_are_settled(a
 
 
 @DESIGNS
+def test_everywhere_gives_all_genes_and_agrees_where_masked(attention, head, num_latents):
+    model = build(attention=attention, head=head, num_latents=num_latents)
+    _, tokens, sigma = cells()
+    log_mu = model(tokens, sigma, everywhere=True)
+    masked = tokens == N_BINS
+    want = model(tokens, sigma)[..., :N_BINS] + torch.expm1(sigma).log()[:, None, None]
+    torch.testing.assert_close(log_mu[masked], want[masked], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(log_mu.exp().sum(-1), torch.ones(CELLS, N_VARS), atol=1e-4, rtol=0)
+
+
+@DESIGNS
 def test_log_mu_of_targets_is_the_full_output_at_masked_genes(attention, head, num_latents, monkeypatch):
     model = build(attention=attention, head=head, num_latents=num_latents)
     clean, tokens, sigma = cells()
@@ -172,6 +183,15 @@ def test_the_top_bin_of_the_negative_binomial_holds_its_tail(n_bins):
 def test_config_rebuilds_the_model_from_json():
     model = build(condition_sizes=[3], head="nb", attention="full")
     again = SEDDTransformer(**json.loads(json.dumps(model.config))).eval()
+    again.load_state_dict(model.state_dict())
+    _, tokens, sigma = cells()
+    torch.testing.assert_close(again(tokens, sigma), model(tokens, sigma), atol=0, rtol=0)
+
+
+def test_a_model_of_pretrained_gene_vectors_is_rebuilt_from_config_and_weights():
+    vectors = torch.randn(N_VARS, 9, generator=torch.Generator().manual_seed(5))
+    model = build(gene_embeddings=vectors)
+    again = SEDDTransformer(**model.config).eval()
     again.load_state_dict(model.state_dict())
     _, tokens, sigma = cells()
     torch.testing.assert_close(again(tokens, sigma), model(tokens, sigma), atol=0, rtol=0)

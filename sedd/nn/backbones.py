@@ -30,7 +30,7 @@ class GeneEmbedding(nn.Module):
             self.register_buffer("pretrained", None)
             self.weight = nn.Parameter(torch.randn(n_vars, dim) / dim**0.5)
         else:
-            self.register_buffer("pretrained", pretrained.float(), persistent=False)
+            self.register_buffer("pretrained", pretrained.float())
             self.projection = nn.Linear(pretrained.shape[1], dim)
 
     def forward(self) -> Tensor:
