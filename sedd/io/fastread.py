@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ class ChunkReader:
             try:
                 values = np.asarray(self.array[start:stop])
             except (OSError, ValueError, KeyError, RuntimeError) as error:
-                raise UserError(f"{self.name}: values {start} to {stop} cannot be read ({error}); {_WAY_OUT}") from error
+                raise UserError(
+                    f"{self.name}: values {start} to {stop} cannot be read ({error}); {_WAY_OUT}"
+                ) from error
             out[int(targets[low]) : int(targets[low]) + values.size] = values
 
     def _read_shard(self, shard: int, slots: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
@@ -187,7 +190,7 @@ _WAY_OUT = "run `sedd verify` on the store and convert it again"
 
 
 def _pread(descriptor: int, buffer: np.ndarray, offset: int, path: Path) -> None:
-    view = memoryview(buffer)
+    view = memoryview(buffer)  # type: ignore[arg-type]
     done = os.preadv(descriptor, [view], offset) if offset >= 0 else 0
     while 0 < done < len(view):
         more = os.preadv(descriptor, [view[done:]], offset + done)
@@ -202,7 +205,7 @@ def _groups(lengths: np.ndarray) -> list[tuple[int, int]]:
     """Cut chunks into runs of about `_SCRATCH` encoded bytes."""
     which = (np.cumsum(lengths) - lengths) // _SCRATCH
     edges = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), lengths.size]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _direct_layout(array: zarr.Array) -> tuple[Path, int, int, bool] | None:

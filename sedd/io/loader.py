@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,19 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ..errors import UserError, warn_user
 from ..kernels.discretize import Binning
 from ..kernels.tokens import RowFiller
+from .adapters import CSRBatch, TorchDataset
+from .choose import cumulative_weights, encode_label, find_genes, make_split, parse_bytes
 from .pipeline import Pipeline, Recipe
 from .plan import FULL_SHUFFLE_BYTES, CellList, EpochOrder, RankPlan, Split
 from .stats import histogram
 from .store import CellStore
 from .window import RowReader, WholeStore
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
 @dataclass
@@ -58,23 +59,10 @@ class Batch:
         return int(self.cell.shape[0])
 
 
-def parse_bytes(size: int | str) -> int:
-    """Read a size such as `2GiB`, `500 MB` or a number of bytes."""
-    text = str(size).replace(" ", "").lower()
-    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
-    try:
-        value = int(float(digits) * _UNITS[text[len(digits) :]])
-    except (KeyError, ValueError):
-        raise UserError(f"memory_budget is '{size}'; expected a size such as 2GiB or 500MB") from None
-    if value <= 0:
-        raise UserError(f"memory_budget is '{size}'; expected more than nothing")
-    return value
-
-
 class CellLoader:
     """Batches of tokens from a store, in an order that is a pure function of (seed, epoch).
 
-    Iterating gives the batches of one epoch from the current position on. The order does not depend on the batch size, the
+    Iterating gives the batches of the current epoch: from its start, or once from where `load_state_dict` points. The order does not depend on the batch size, the
     number of threads or ranks or the memory budget; see docs/loader.md.
 
     Parameters
@@ -103,6 +91,8 @@ class CellLoader:
         Bound on the memory for cells and batches under way.
     dtype : {"auto", "float32"}
         `float32` gives counts instead of tokens.
+    target_sum, log1p : float, bool
+        With `float32`: scale each cell to this sum over the panel, take log(1 + x).
     pin_memory : bool or "auto"
         Page-locked batches; "auto" where there is a CUDA device.
     shuffle : bool or {"full", "window"}
@@ -150,6 +140,8 @@ class CellLoader:
         threads: int = 2,
         memory_budget: int | str = "2GiB",
         dtype: str = "auto",
+        target_sum: float = 0.0,
+        log1p: bool = False,
         pin_memory: bool | str = "auto",
         shuffle: bool | str = True,
         drop_last: bool = False,
@@ -171,31 +163,35 @@ class CellLoader:
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
         self.threads, self.drop_last = threads, drop_last
         self.memory_budget = parse_bytes(memory_budget)
-        self.cells = _make_split(self.store, split, val_fraction, split_seed, limit_cells)
+        self.cells = make_split(self.store, split, val_fraction, split_seed, limit_cells)
         self.n_cells = self.cells.n_cells
         is_train = split == "train" if isinstance(split, str) else getattr(split, "part", "") == "train"
         self.pad = (is_train and world_size > 1) if pad is None else pad
         self.mode = self._shuffle_mode(shuffle)
-        panel = _find_genes(self.store, genes)
+        panel = find_genes(self.store, genes)
         self.n_vars = self.store.n_vars if panel is None else len(panel)
-        self.binning = None if dtype == "float32" else self._fit_binning(binning, n_bins, panel, val_fraction, split_seed)
+        self._binning, self._fit = self._choose_binning(binning, n_bins, panel, val_fraction, split_seed)
+        if dtype == "float32":
+            self._binning, self._fit = None, None
         self.label_categories: dict[str, np.ndarray] = {}
         codes = {}
         for name in labels:
-            codes[name], self.label_categories[name] = _encode_label(self.store, name)
+            codes[name], self.label_categories[name] = encode_label(self.store, name)
         self._recipe = Recipe(
             filler=RowFiller(
                 self.store.n_vars,
                 genes=panel,
-                binning=self.binning,
+                binning=self._binning,
                 max_count=int(self.store.max_value) if self.store.is_counts else 0,
+                target_sum=target_sum,
+                log1p=log1p,
             ),
             codes=codes,
             mask=mask,
             count=max(1, round(mask_ratio * self.n_vars)),
             noise=noise,
             seed=seed,
-            cumulative=_cumulative(self.store, self.cells, weights),
+            cumulative=cumulative_weights(self.store, self.cells, weights),
             pinned=torch.cuda.is_available() if pin_memory == "auto" else bool(pin_memory),
         )
         self._client = client
@@ -203,6 +199,7 @@ class CellLoader:
         self._pid = os.getpid()
         self.epoch = 0
         self._position = 0
+        self._resume_at: int | None = None
         self.wait_seconds = 0.0
 
     # -- what an epoch is ----------------------------------------------------------------------------------------
@@ -220,23 +217,36 @@ class CellLoader:
         arrays = self.store.x_arrays
         return self.store.nnz * (arrays["data"].dtype.itemsize + arrays["indices"].dtype.itemsize)
 
-    def _fit_binning(
+    def _choose_binning(
         self, binning: Binning | str, n_bins: int, panel: np.ndarray | None, val_fraction: float, split_seed: int
-    ) -> Binning:
+    ) -> tuple[Binning | None, Callable[[], Binning] | None]:
+        """The rule that makes tokens, and how to fit the values that they decode to if that is still to be done."""
         if isinstance(binning, Binning):
-            return binning
+            return binning, None
         if not self.store.is_counts:
             raise UserError(
-                f"{self.store.path} holds real values, not counts; pass a Binning fitted with Binning.fit(kind, n, values=...)"
+                f"{self.store.path} holds real values; pass binning=Binning.fit(kind, n_bins, values=...), or dtype='float32'"
             )
-        train = Split(self.store.n_obs, val_fraction, split_seed, "train")
-        hist = histogram(self.store, train.cells())
-        return Binning.fit(binning, n_bins, hist=hist if panel is None else hist[panel])
 
-    def _plan(self) -> RankPlan:
-        return RankPlan(
-            self.n_cells, self.batch_size, self.rank, self.world_size, self._position, self.drop_last, self.pad
-        )
+        def fit() -> Binning:
+            train = Split(self.store.n_obs, val_fraction, split_seed, "train")
+            hist = histogram(self.store, train.cells())
+            return Binning.fit(binning, n_bins, hist=hist if panel is None else hist[panel])
+
+        if binning == "counts" or (binning in ("auto", "identity") and self.store.max_value < n_bins):
+            # Tokens need no fit here, only decoding does, and that is a pass over the store: left until asked for.
+            return Binning("counts", n_bins, None, np.arange(n_bins, dtype=np.float32)), fit
+        return fit(), None
+
+    @property
+    def binning(self) -> Binning | None:
+        """How counts become tokens and tokens counts; fitted on first use. None with `dtype="float32"`."""
+        if self._fit is not None:
+            self._binning, self._fit = self._fit(), None
+        return self._binning
+
+    def _plan(self, start: int) -> RankPlan:
+        return RankPlan(self.n_cells, self.batch_size, self.rank, self.world_size, start, self.drop_last, self.pad)
 
     @property
     def order(self) -> EpochOrder:
@@ -245,8 +255,7 @@ class CellLoader:
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
-        plan = RankPlan(self.n_cells, self.batch_size, self.rank, self.world_size, 0, self.drop_last, self.pad)
-        return -(-plan.n_mine // self.batch_size)
+        return -(-self._plan(0).n_mine // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch."""
@@ -254,6 +263,7 @@ class CellLoader:
             raise UserError(f"epoch is {epoch}; expected 0 or more")
         self.epoch = int(epoch)
         self._position = 0
+        self._resume_at = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the consumer is: after the batches it has been given. The same on every rank, under 1 KB."""
@@ -283,32 +293,49 @@ class CellLoader:
                     "continue with the data and settings it was taken with"
                 )
         self.set_epoch(int(state["epoch"]))
-        self._position = int(state["position"])
+        self._position = self._resume_at = int(state["position"])
 
     # -- running -------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.n_cells == 0:
+        for fields in self._iterate("dense"):
+            yield Batch(**fields)
+
+    def as_csr(self) -> Iterator[CSRBatch]:
+        """Iterate over the same cells in the same order as float32 CSR matrices: counts, normalised if asked for."""
+        for fields in self._iterate("csr"):
+            yield CSRBatch(**fields)
+
+    def as_torch_dataset(self) -> TorchDataset:
+        """Wrap the loader for `torch.utils.data.DataLoader(dataset, batch_size=None)`."""
+        return TorchDataset(self)
+
+    def part(self, index: int, parts: int) -> CellLoader:
+        """A loader like this one that takes the `index`-th of `parts` equal shares of this one's cells."""
+        other = copy.copy(self)
+        other._pipeline, other._pid = None, os.getpid()
+        other.rank, other.world_size = self.rank + self.world_size * index, self.world_size * parts
+        return other
+
+    def _iterate(self, form: str) -> Iterator[dict[str, Any]]:
+        start = self._resume_at or 0
+        self._position, self._resume_at = start, None
+        span, epoch, plan = self.batch_size * self.world_size, self.epoch, self._plan(start)
+        if plan.n_mine == 0:
             return
-        plan = self._plan()
-        if self._position and plan.n_steps == 0:  # resumed after the last batch: the epoch is over
-            return
-        span = self.batch_size * self.world_size
-        epoch, start = self.epoch, self._position
-        runs = self._running().run(plan, self.order)
+        batches = self._running().run(plan, self.order, form)
         try:
-            while True:
+            for step in itertools.count(1):
                 began = time.perf_counter()
-                item = next(runs, None)
+                fields = next(batches, None)
                 self.wait_seconds += time.perf_counter() - began
-                if item is None:
+                if fields is None:
                     return
-                step, fields = item
                 if self.epoch == epoch:
-                    self._position = min(start + (step + 1) * span, self.n_cells)
-                yield Batch(**fields)
+                    self._position = min(start + step * span, self.n_cells)
+                yield fields
         finally:
-            runs.close()
+            batches.close()
 
     def _running(self) -> Pipeline:
         if self._pipeline is not None and self._pid != os.getpid():
@@ -352,61 +379,3 @@ def _check_numbers(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
-
-
-def _make_split(
-    store: CellStore, split: Any, val_fraction: float, seed: int, limit: int | None
-) -> Split | CellList:
-    if isinstance(split, str):
-        return Split(store.n_obs, val_fraction, seed, split, limit)
-    if isinstance(split, Split):
-        if split.n_obs != store.n_obs:
-            raise UserError(f"the split is of {split.n_obs} cells, {store.path} has {store.n_obs}; make it anew")
-        return split if limit is None else Split(split.n_obs, split.val_fraction, split.seed, split.part, limit)
-    numbers = np.unique(np.asarray(split.numbers if isinstance(split, CellList) else split, dtype=np.int64))
-    if numbers.size and (numbers[0] < 0 or numbers[-1] >= store.n_obs):
-        raise UserError(f"split names cells {numbers[0]} to {numbers[-1]}; {store.path} has {store.n_obs} cells")
-    if limit is not None and limit < numbers.size:
-        numbers = numbers[np.arange(limit) * numbers.size // limit]
-    return CellList(numbers)
-
-
-def _find_genes(store: CellStore, genes: Sequence[str] | None) -> np.ndarray | None:
-    if genes is None:
-        return None
-    places = pd.Index(store.var_names).get_indexer(pd.Index([str(gene) for gene in genes]))
-    missing = [gene for gene, place in zip(genes, places, strict=True) if place < 0]
-    if missing:
-        raise UserError(
-            f"{store.path}: {len(missing)} of {len(places)} genes are not in the store (first: '{missing[0]}'; "
-            f"the store's look like '{store.var_names[0]}'); leave them out or fix their names"
-        )
-    return places.astype(np.int64)
-
-
-def _encode_label(store: CellStore, name: str) -> tuple[np.ndarray, np.ndarray]:
-    if name not in store.obs.columns:
-        raise UserError(f"{store.path}: no label '{name}' in obs; it has {', '.join(map(str, store.obs.columns)) or 'none'}")
-    column = store.obs[name]
-    categorical = column if isinstance(column.dtype, pd.CategoricalDtype) else column.astype("category")
-    return categorical.cat.codes.to_numpy().astype(np.int64), categorical.cat.categories.to_numpy()
-
-
-def _cumulative(store: CellStore, cells: Split | CellList, weights: Any) -> np.ndarray | None:
-    """Running sum of the weights of the split's cells."""
-    if weights is None:
-        return None
-    if isinstance(weights, dict):
-        per_cell = np.ones(store.n_obs)
-        for name, of_label in weights.items():
-            codes, categories = _encode_label(store, name)
-            table = np.array([float(of_label.get(label, 0.0)) for label in categories] + [float(of_label.get("", 0.0))])
-            per_cell *= table[codes]
-    else:
-        per_cell = np.asarray(weights, dtype=np.float64)
-    if per_cell.shape != (store.n_obs,):
-        raise UserError(f"weights has shape {per_cell.shape}; expected one for each of the store's {store.n_obs} cells")
-    mine = per_cell[cells.cells()]
-    if not (np.isfinite(mine).all() and bool(np.all(mine >= 0)) and mine.sum() > 0):
-        raise UserError("weights must be finite, not negative, and not all zero over the cells of the split")
-    return np.cumsum(mine)

@@ -45,7 +45,8 @@ class Slabs:
         weakref.finalize(lent, self._free.append, slab).atexit = False
         # NumPy makes a view of a view refer to the owner of the memory, past `lent`; through a memoryview every array and
         # tensor made from the result keeps `lent` itself alive, whose end is the end of the loan.
-        return np.frombuffer(memoryview(lent), np.uint8).view(dtype).reshape(shape)
+        loan = np.frombuffer(memoryview(lent), np.uint8)  # type: ignore[arg-type]
+        return loan.view(dtype).reshape(shape)
 
     def _find(self, size: int) -> np.ndarray:
         for _ in range(len(self._free)):

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import google_crc32c
-import llvmlite.binding as llvm
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numba
 import numcodecs.blosc
 import numpy as np
@@ -26,9 +26,7 @@ _crc32c = types.ExternalFunction("sedd_crc32c_value", types.uint32(types.uintp, 
 _blosc = types.ExternalFunction(
     "sedd_blosc_decompress_ctx", types.intc(types.uintp, types.uintp, types.uintp, types.intc)
 )
-_zstd = types.ExternalFunction(
-    "sedd_zstd_decompress", types.uintp(types.uintp, types.uintp, types.uintp, types.uintp)
-)
+_zstd = types.ExternalFunction("sedd_zstd_decompress", types.uintp(types.uintp, types.uintp, types.uintp, types.uintp))
 
 
 @cache
@@ -38,7 +36,7 @@ def available() -> bool:
     They are bound by name, not by address, so that the compiled loop can be cached on disk.
     """
     try:
-        checksum = ctypes.CDLL(google_crc32c._crc32c.__file__).crc32c_value  # type: ignore[attr-defined]
+        checksum = ctypes.CDLL(google_crc32c._crc32c.__file__).crc32c_value
         codecs = ctypes.CDLL(numcodecs.blosc.__file__)
         functions = {
             "sedd_crc32c_value": checksum,

@@ -7,16 +7,18 @@ from windows that are there. Both release the GIL while they work. The consumer 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import dask
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from ..errors import UserError
+from ..kernels.gather import gather_rows, row_pointers
 from ..kernels.tokens import MaskRule, RowFiller
 from .memory import Slabs
 from .plan import CellList, EpochOrder, RankPlan, Split, noise_times, weighted_ranks
@@ -178,7 +180,7 @@ class Pipeline:
 
         return _Run(low, high, self._readers.submit(read if self.client is None else read_elsewhere))
 
-    def _make(
+    def _make_dense(
         self, plan: RankPlan, order: EpochOrder, low: int, high: int, runs: list[_Run]
     ) -> list[dict[str, Any]]:
         """Fill the batches of the cells `low .. high - 1`."""
@@ -225,10 +227,48 @@ class Pipeline:
             batches.append(fields)
         return batches
 
+    def _make_csr(
+        self, plan: RankPlan, order: EpochOrder, low: int, high: int, runs: list[_Run]
+    ) -> list[dict[str, Any]]:
+        """Gather the batches of the cells `low .. high - 1` as CSR matrices."""
+        batches = []
+        for first in range(low, high, plan.batch_size):
+            last = min(first + plan.batch_size, high)
+            blocks, cells = [], []
+            for run in (run for run in runs if run.low < last and run.high > first):
+                run_cells, rows = run.result.result()
+                part = slice(max(first, run.low) - run.low, min(last, run.high) - run.low)
+                blocks.append(self._gather(rows, part))
+                cells.append(run_cells[part])
+            cell = np.concatenate(cells)
+            x = blocks[0] if len(blocks) == 1 else sp.vstack(blocks, format="csr")
+            batches.append({"x": x, "cell": cell, "labels": {name: of[cell] for name, of in self.recipe.codes.items()}})
+        return batches
+
+    def _gather(self, rows: Rows, part: slice) -> sp.csr_matrix:
+        filler, starts, stops = self.recipe.filler, rows.starts[part], rows.stops[part]
+        indptr = row_pointers(rows.indices, starts, stops, n_store=filler.n_store, columns=filler.columns)
+        indices = self._slabs.take((int(indptr[-1]),), np.dtype(np.int32))
+        data = self._slabs.take((int(indptr[-1]),), np.dtype(np.float32))
+        gather_rows(
+            rows.indices,
+            rows.data,
+            starts,
+            stops,
+            columns=filler.columns,
+            indptr=indptr,
+            out_indices=indices,
+            out_data=data,
+            target_sum=filler.target_sum,
+            log1p=filler.log1p,
+        )
+        # scipy copies all indices on each slice when the two index types differ.
+        return sp.csr_matrix((data, indices, indptr.astype(np.int32)), shape=(starts.size, filler.n_panel))
+
     # -- an epoch ------------------------------------------------------------------------------------------------
 
-    def run(self, plan: RankPlan, order: EpochOrder) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (step, fields of a batch) from the plan's start to the end of the epoch.
+    def run(self, plan: RankPlan, order: EpochOrder, form: str) -> Generator[dict[str, Any], None, None]:
+        """Yield the fields of each batch, `dense` or `csr`, from the plan's start to the end of the epoch.
 
         Leaving the iterator drops what is queued. An exception in a thread is raised here.
         """
@@ -240,7 +280,7 @@ class Pipeline:
         runs: deque[_Run] = deque()
         pending: deque[Future[list[dict[str, Any]]]] = deque()
         asked, read_to = 0, 0
-        step = 0
+        make = self._make_dense if form == "dense" else self._make_csr
 
         def read_more() -> bool:
             nonlocal read_to
@@ -258,7 +298,7 @@ class Pipeline:
                     while read_to < stop:
                         read_more()
                     needed = [run for run in runs if run.low < stop and run.high > asked]
-                    pending.append(self._makers.submit(self._make, plan, order, asked, stop, needed))
+                    pending.append(self._makers.submit(make, plan, order, asked, stop, needed))
                     asked = stop
                     while runs and runs[0].high <= asked:
                         runs.popleft()
@@ -266,9 +306,7 @@ class Pipeline:
                         pass
                 if not pending:
                     return
-                for fields in pending.popleft().result():
-                    yield step, fields
-                    step += 1
+                yield from pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()

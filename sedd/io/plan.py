@@ -318,7 +318,8 @@ def _times(positions: Any, key: Any, out: Any) -> None:
     masks = (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F, 0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF)
     for i in range(positions.shape[0]):
         x = np.uint64(positions[i])
-        for step in range(6):  # bit i of the result: parity of the bits j of x with i a subset of j, Pascal's matrix mod 2
+        # Pascal's matrix mod 2: bit i becomes the parity of the bits j of x for which the binary digits of j include i's.
+        for step in range(6):
             keep = np.uint64(masks[step]) if step < 5 else np.uint64(0x00000000FFFFFFFF)
             x ^= (x >> (np.uint64(1) << np.uint64(step))) & keep
         x += key  # nested scrambling: sums and products carry upwards only, so a bit depends on the lower ones alone

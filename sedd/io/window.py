@@ -48,11 +48,14 @@ class RowReader:
         self.store = store
         arrays = store.x_arrays
         self._readers = {
-            name: ChunkReader(arrays[name], name=f"{store.path}: X/{name}", direct=direct) for name in ("indices", "data")
+            name: ChunkReader(arrays[name], name=f"{store.path}: X/{name}", direct=direct)
+            for name in ("indices", "data")
         }
         self.chunk = self._readers["data"].chunk
         if self._readers["indices"].chunk != self.chunk:
-            raise UserError(f"{store.path}: X/indices and X/data have chunks of different length; convert the input again")
+            raise UserError(
+                f"{store.path}: X/indices and X/data have chunks of different length; convert the input again"
+            )
         self._slabs = Slabs()
 
     @property

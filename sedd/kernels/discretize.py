@@ -18,7 +18,8 @@ from ..errors import UserError
 
 KINDS = ("identity", "counts", "linear", "log", "quantile")
 MAX_BINS = 1 << 16
-MAX_TABLE = 1 << 22  # counts looked up in a table; rarer, larger ones take the last entry, which is right for every kind
+# Counts are looked up in a table of at most this size; a larger count takes the last entry, as in the top bin.
+MAX_TABLE = 1 << 22
 
 
 def token_dtype(n_bins: int) -> np.dtype:
@@ -260,7 +261,7 @@ class Binning:
         return int(hist[:, self.n_bins :].sum()) if hist.shape[1] > self.n_bins else 0
 
     def table(self, max_count: int) -> np.ndarray:
-        """Tokens of the counts 0 .. max_count: the lookup table of the kernel, at least 256 entries long."""
+        """Tokens of the counts 0 .. max_count: the lookup table of the kernel, 256 to `MAX_TABLE` entries long."""
         if self.kind == "quantile":
             raise UserError("quantile bins differ from cell to cell; there is no table of them")
         size = min(max(int(max_count) + 1, 256), MAX_TABLE)

@@ -18,10 +18,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
 
 from ..errors import UserError
 
-GOLDEN32 = 0x9E3779B9
 GOLDEN64 = 0x9E3779B97F4A7C15
 _MIX_A, _MIX_B = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _LOW_A, _LOW_B = 0x21F0AAAD, 0xD35A2D97
@@ -72,15 +74,28 @@ def _cell_key(stream: Any, cell: Any) -> Any:
     return mix64(np.uint64(stream) + np.uint64(cell) * np.uint64(GOLDEN64))
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _gene_hash(gene: Any, low: Any, high: Any) -> Any:
-    x = np.uint32(np.uint32(gene) * np.uint32(GOLDEN32) + low)
-    x = np.uint32(x ^ (x >> np.uint32(16)))
-    x = np.uint32(x * np.uint32(_LOW_A))
-    x = np.uint32(x ^ (x >> np.uint32(15)))
-    x = np.uint32(x ^ high)
-    x = np.uint32(x * np.uint32(_LOW_B))
-    return np.uint32(x ^ (x >> np.uint32(15)))
+@intrinsic
+def _gene_hash(typing_context: Any, gene: Any, low: Any, high: Any) -> Any:
+    """Hash a gene under the two halves of its cell's key.
+
+    Written as LLVM instructions: Numba widens the product of two uint32 to 64 bits, which a CPU multiplies four times
+    slower in vectors.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def constant(value: int) -> Any:
+            return ir.Constant(ir.IntType(32), value)
+
+        gene, low, high = arguments
+        x = builder.add(gene, low)
+        x = builder.xor(x, builder.lshr(x, constant(16)))
+        x = builder.mul(x, constant(_LOW_A))
+        x = builder.xor(x, builder.lshr(x, constant(15)))
+        x = builder.xor(x, high)
+        x = builder.mul(x, constant(_LOW_B))
+        return builder.xor(x, builder.lshr(x, constant(15)))
+
+    return types.uint32(types.uint32, types.uint32, types.uint32), generate
 
 
 @numba.njit(cache=True, nogil=True)
@@ -94,7 +109,7 @@ def mask_row(stream: Any, cell: Any, threshold: Any, out: Any) -> None:
     high = np.uint32(key >> np.uint64(32))
     last = np.uint32(threshold - np.uint64(1))  # `<= last` and not `< threshold`: 2**32 does not fit in 32 bits
     for gene in range(out.shape[0]):
-        out[gene] = _gene_hash(gene, low, high) <= last
+        out[gene] = _gene_hash(np.uint32(gene), low, high) <= last
 
 
 @numba.njit(cache=True, nogil=True)
@@ -115,7 +130,7 @@ def exact_row(stream: Any, cell: Any, count: Any, hashes: Any, buckets: Any, out
     low = np.uint32(key & np.uint64(0xFFFFFFFF))
     high = np.uint32(key >> np.uint64(32))
     for gene in range(n_vars):
-        hashes[gene] = _gene_hash(gene, low, high)
+        hashes[gene] = _gene_hash(np.uint32(gene), low, high)
     buckets[:] = 0
     for gene in range(n_vars):
         buckets[hashes[gene] >> np.uint32(_BUCKET_SHIFT)] += 1
@@ -286,7 +301,7 @@ def _hashes_torch(seed: int, epoch: int, cells: torch.Tensor, n_vars: int) -> to
     key = (key ^ _shift_right(key, 27)) * _signed(_MIX_B)
     key = key ^ _shift_right(key, 31)
     low, high = (key & 0xFFFFFFFF)[:, None], _shift_right(key, 32)[:, None]
-    x = (torch.arange(n_vars, device=cells.device) * GOLDEN32 + low) & 0xFFFFFFFF
+    x = (torch.arange(n_vars, device=cells.device) + low) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * _LOW_A) & 0xFFFFFFFF
     x = (((x ^ (x >> 15)) ^ high) * _LOW_B) & 0xFFFFFFFF
     return x ^ (x >> 15)

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 
 from ..errors import UserError
-from .discretize import Binning, digit, quantile_edges
+from .discretize import MAX_TABLE, Binning, digit, quantile_edges
 from .mask import BUCKETS, exact_row, mask_row, mask_stream, thresholds
 
 _EDGES, _QUANTILE, _VALUE = 0, 1, 2
@@ -21,7 +21,7 @@ _BAD_INDEX, _BAD_VALUE = -1.0, -2.0
 def _check_row(indices: Any, data: Any, start: Any, stop: Any, n_store: Any) -> float:
     """Return 0, or a negative code: an index out of range would write over memory that is not the row's."""
     bad_index, bad_value = False, False
-    for i in range(start, stop):  # no early exit, so that the loop is vectorised; for unsigned types half of it vanishes
+    for i in range(start, stop):  # no early exit, so that the loop is vectorised
         bad_index |= (np.int64(indices[i]) >= n_store) | (np.int64(indices[i]) < 0)
         bad_value |= not data[i] >= 0
     if bad_index:
@@ -83,6 +83,27 @@ def _real_row(
             elif data[i] > 0:
                 out[gene] = digit(np.float64(data[i]), own_edges)
     return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _transform_row(indices: Any, start: Any, stop: Any, columns: Any, scale: Any, log: Any, out: Any) -> None:
+    """Scale the non-zeros of a row and take log(1 + x) of them; zeros stay zeros under both."""
+    for i in range(start, stop):
+        gene = np.int64(indices[i])
+        if columns.shape[0] > 0:
+            gene = np.int64(columns[gene])
+        if gene >= 0:
+            value = np.float64(out[gene]) * scale
+            out[gene] = np.log1p(value) if log else value
+
+
+@numba.njit(cache=True, nogil=True)
+def _transformed_rows(
+    indices: Any, starts: Any, stops: Any, columns: Any, library: Any, target: Any, log: Any, out: Any
+) -> None:
+    for row in range(starts.shape[0]):
+        scale = target / library[row] if target > 0 and library[row] > 0 else 1.0
+        _transform_row(indices, starts[row], stops[row], columns, scale, log, out[row])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -184,13 +205,29 @@ class RowFiller:
         None writes the values themselves as float32.
     max_count : int
         Largest value in the store: the length of the lookup table. Unused for real values.
+    target_sum : float
+        Without a binning: scale each row to this sum over the panel; 0 leaves rows as they are.
+    log1p : bool
+        Without a binning: take log(1 + x), after scaling.
     """
 
-    def __init__(self, n_store: int, *, genes: np.ndarray | None, binning: Binning | None, max_count: int = 0) -> None:
+    def __init__(
+        self,
+        n_store: int,
+        *,
+        genes: np.ndarray | None,
+        binning: Binning | None,
+        max_count: int = 0,
+        target_sum: float = 0.0,
+        log1p: bool = False,
+    ) -> None:
+        if binning is not None and (target_sum or log1p):
+            raise UserError("counts that become tokens are not normalised; ask for dtype='float32' to normalise them")
         self.n_store = n_store
         self.columns = panel_columns(n_store, genes)
         self.n_panel = n_store if genes is None else len(genes)
         self.binning = binning
+        self.target_sum, self.log1p = float(target_sum), bool(log1p)
         self.dtype = np.dtype(np.float32) if binning is None else binning.dtype
         self._table = np.empty(0, self.dtype)
         self._edges = np.empty(0)
@@ -201,7 +238,8 @@ class RowFiller:
             self._edges = np.zeros(binning.n_bins - 1)
         else:
             self._mode = _EDGES
-            self._table = binning.table(max_count)
+            if binning.edges is None or max_count < MAX_TABLE:
+                self._table = binning.table(max_count)
             if binning.edges is not None:
                 self._edges = binning.edges
 
@@ -274,7 +312,7 @@ class RowFiller:
             np.empty((0, 0), np.bool_) if masked is None else masked,
         )
         by_table, by_value = _KERNELS[parallel]
-        if self._mode == _EDGES and data.dtype.kind in "ui":
+        if self._table.size and data.dtype.kind in "ui":
             by_table(indices, data, starts, stops, self.n_store, self.columns, self._table, *tail)
         else:
             by_value(indices, data, starts, stops, self.n_store, self.columns, self._mode, self._real_edges(), *tail)
@@ -284,12 +322,16 @@ class RowFiller:
             if library[row] == _BAD_INDEX:
                 raise UserError(f"{at}: a gene index is outside the store's {self.n_store} genes; the store is damaged")
             raise UserError(f"{at}: a value is negative or NaN; expected counts >= 0")
+        if self.target_sum > 0 or self.log1p:
+            _transformed_rows(indices, starts, stops, self.columns, library, self.target_sum, self.log1p, out)
         return library
 
     def _real_edges(self) -> np.ndarray:
         if self._mode == _EDGES and self._edges.size == 0:
             assert self.binning is not None
-            raise UserError(f"binning '{self.binning.kind}' is for counts; bin real values with linear, log or quantile")
+            raise UserError(
+                f"binning '{self.binning.kind}' is for counts; bin real values with linear, log or quantile"
+            )
         return self._edges
 
 

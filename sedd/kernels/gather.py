@@ -1,0 +1,127 @@
+"""Rows from anywhere in a soup of non-zeros -> one compact CSR block, in the types that scipy and others expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from ..errors import UserError
+
+
+@numba.njit(cache=True, nogil=True)
+def _count(indices: Any, starts: Any, stops: Any, n_store: Any, columns: Any, indptr: Any) -> bool:
+    """Write the row pointers; return whether all indices are inside the store."""
+    fine = True
+    indptr[0] = 0
+    for row in range(starts.shape[0]):
+        kept = stops[row] - starts[row]
+        bad = False
+        for i in range(starts[row], stops[row]):
+            bad |= (np.int64(indices[i]) >= n_store) | (np.int64(indices[i]) < 0)
+        fine &= not bad
+        if columns.shape[0] > 0 and not bad:
+            kept = 0
+            for i in range(starts[row], stops[row]):
+                kept += columns[np.int64(indices[i])] >= 0
+        indptr[row + 1] = indptr[row] + kept
+    return fine
+
+
+@numba.njit(cache=True, nogil=True)
+def _gather(
+    indices: Any, data: Any, starts: Any, stops: Any, columns: Any, indptr: Any, out_indices: Any, out_data: Any
+) -> None:
+    for row in range(starts.shape[0]):
+        at, start = indptr[row], starts[row]
+        if columns.shape[0] == 0:
+            for i in range(stops[row] - start):
+                out_indices[at + i] = indices[start + i]
+                out_data[at + i] = data[start + i]
+        else:
+            for i in range(start, stops[row]):
+                gene = columns[np.int64(indices[i])]
+                if gene >= 0:
+                    out_indices[at] = gene
+                    out_data[at] = data[i]
+                    at += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _transform(indptr: Any, data: Any, target: Any, log: Any) -> None:
+    for row in range(indptr.shape[0] - 1):
+        total = 0.0
+        for i in range(indptr[row], indptr[row + 1]):
+            total += data[i]
+        scale = target / total if target > 0 and total > 0 else 1.0
+        for i in range(indptr[row], indptr[row + 1]):
+            value = np.float64(data[i]) * scale
+            data[i] = np.log1p(value) if log else value
+
+
+def row_pointers(
+    indices: np.ndarray, starts: np.ndarray, stops: np.ndarray, *, n_store: int, columns: np.ndarray
+) -> np.ndarray:
+    """Row pointers of the block that `gather_rows` would write.
+
+    Parameters
+    ----------
+    indices : (nnz,) integers, columns of the store
+    starts, stops : (B,) int64; row `i` is `indices[starts[i]:stops[i]]`
+    n_store : int
+        Genes in the store.
+    columns : (n_store,) int32
+        Column of each gene in the panel, -1 outside it; of length 0 for all genes.
+
+    Returns
+    -------
+    indptr : (B + 1,) int64
+
+    Raises
+    ------
+    ValueError
+        If a row reaches outside `indices` or an index outside the store.
+    """
+    if starts.size and not (int(starts.min()) >= 0 and int(stops.max()) <= indices.size):
+        raise UserError(f"rows reach from {starts.min()} to {stops.max()} in an array of {indices.size} values")
+    indptr = np.empty(starts.size + 1, np.int64)
+    if not _count(indices, starts, stops, n_store, columns, indptr):
+        raise UserError(f"a gene index is outside the store's {n_store} genes; the store is damaged")
+    return indptr
+
+
+def gather_rows(
+    indices: np.ndarray,
+    data: np.ndarray,
+    starts: np.ndarray,
+    stops: np.ndarray,
+    *,
+    columns: np.ndarray,
+    indptr: np.ndarray,
+    out_indices: np.ndarray,
+    out_data: np.ndarray,
+    target_sum: float = 0.0,
+    log1p: bool = False,
+) -> None:
+    """Copy rows into one compact block.
+
+    Parameters
+    ----------
+    indices, data, starts, stops, columns
+        As for `row_pointers`.
+    indptr : (B + 1,) int64 from `row_pointers`
+    out_indices : (indptr[-1],) int32, overwritten
+    out_data : (indptr[-1],) any type, overwritten
+    target_sum : float
+        Scale each row to this sum; 0 leaves rows as they are. Needs floating `out_data`, as `log1p` does.
+    log1p : bool
+        Take log(1 + x), after scaling.
+    """
+    if out_indices.size != indptr[-1] or out_data.size != indptr[-1]:
+        raise UserError(f"out arrays hold {out_indices.size} and {out_data.size} values; expected {indptr[-1]}")
+    if (target_sum or log1p) and out_data.dtype.kind != "f":
+        raise UserError(f"{out_data.dtype} values cannot be normalised; ask for floating point")
+    _gather(indices, data, starts, stops, columns, indptr, out_indices, out_data)
+    if target_sum or log1p:
+        _transform(indptr, out_data, float(target_sum), log1p)
