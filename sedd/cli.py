@@ -6,7 +6,10 @@ the command that needs them, so `sedd --help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -103,7 +106,22 @@ def _expand_config_files(arguments: list[str]) -> list[str]:
 def _parse(cls: Any, name: str, arguments: list[str]) -> Any:
     epilogue = {"train": "\n\n--config FILE.yaml sets any of these; the command line wins."}
     description = (cls.__doc__ or "").strip() + epilogue.get(name, "")
-    return tyro.cli(cls, args=arguments, prog=f"sedd {name}", description=description, config=_TYRO)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=arguments, prog=f"sedd {name}", description=description, config=_TYRO)
+    except SystemExit as stopped:
+        if stopped.code in (0, None):
+            raise
+        raise UserError(_one_line(said.getvalue()) + f" (`sedd {name} --help` lists the options.)") from None
+
+
+def _one_line(box: str) -> str:
+    """The text inside tyro's box of an error, without its title and its pointer to the help."""
+    lines = [line.strip("│╭╰╮╯─ \t") for line in box.splitlines()]
+    words = " ".join(line for line in lines[1:] if line)
+    words = re.split(r"For full helptext", words)[0]
+    return re.sub(r"^Error parsing [\w.]+: ", "", words).strip()
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

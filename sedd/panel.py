@@ -223,6 +223,11 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore,
     if data.genes != state["args"]["genes"]:
         hist = histogram(store, train.cells()) if store.is_counts else None
         wanted = _choose_genes(data, store, hist, train.n_cells)
+    if wanted != state["genes"]:
+        raise UserError(
+            f"--resume: the checkpoint was trained on {len(state['genes'])} other genes than the {len(wanted)} of --genes "
+            f"{data.genes}; pass --genes {state['args']['genes']} as then, or start anew in another --checkpoint_dir."
+        )
     if (data.binning, data.num_bins) != (state["args"]["binning"], state["args"]["num_bins"]):
         raise UserError(
             f"--resume: the checkpoint has --binning {state['args']['binning']} --num_bins {state['args']['num_bins']}, the "

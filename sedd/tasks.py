@@ -207,7 +207,8 @@ def generate(
     if unknown:
         there = ", ".join(model.categories) or "none (train with --condition COLUMN)"
         raise UserError(f"the model is not conditioned on {unknown[0]!r}; its condition columns are: {there}.")
-    if library_size is not None and not model.model.config["condition_library"]:
+    by_library = model.model.config["condition_library"]
+    if library_size is not None and not by_library:
         raise UserError("--library_size needs a model trained with --condition_library_size; this one was not.")
     codes = [
         model.condition_codes(column, np.array([where[column]] if column in where else [None], object))[0]
@@ -217,7 +218,9 @@ def generate(
     reverse = make_sampler(
         sampler, model.model, model.graph, model.noise, num_steps=num_steps, temperature=temperature, guidance=guidance
     )
-    drawn_libraries = np.random.default_rng(seed).choice(model.libraries, n)
+    totals = np.full(n, np.nan if library_size is None else library_size)
+    if by_library and library_size is None:
+        totals = np.random.default_rng(seed).choice(model.libraries, n)
     blocks = []
     with _bar(n, "generate", progress) as bar:
         for lo in range(0, n, batch_size):
@@ -225,9 +228,9 @@ def generate(
             context: dict[str, Any] = {"condition": None, "library": None}
             if codes:
                 context["condition"] = torch.tensor([codes] * size, device=model.device)
-            if model.model.config["condition_library"]:
-                total = drawn_libraries[lo : lo + size] if library_size is None else np.full(size, library_size)
-                context["library"] = torch.as_tensor(np.log(np.maximum(total, 1)), dtype=torch.float32, device=model.device)
+            if by_library:
+                total = np.log(np.maximum(totals[lo : lo + size], 1))
+                context["library"] = torch.as_tensor(total, dtype=torch.float32, device=model.device)
             start = torch.full((size, n_vars), mask, device=model.device)
             tokens = reverse.sample(start, seed=seed, cells=np.arange(lo, lo + size), **context)
             blocks.append(sp.csr_matrix(model.binning.decode(tokens.cpu().numpy())))

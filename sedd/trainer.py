@@ -165,7 +165,7 @@ class SEDDTrainer:
         torch.manual_seed(config.run.seed)
         self.model = panel.build_model(config.model)
         if resumed is not None:
-            _check_same_model(resumed, self.model.config, panel)
+            _check_same_model(resumed, self.model.config)
             self.model.load_state_dict(resumed["model"])
         self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
         optimizer = torch.optim.AdamW(
@@ -267,7 +267,7 @@ class SEDDTrainer:
                 loss, per_cell = self._loss(batch)
                 accelerator.backward(loss * (len(batch.cell) / n_cells))
             total += per_cell.sum()
-        mean = float(total) / n_cells
+        mean: float = float(total) / n_cells
         if not math.isfinite(mean):
             cells = [int(c) for c in group[0].cell[:4]]
             raise FloatingPointError(
@@ -384,7 +384,7 @@ class SEDDTrainer:
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "scheduler": {k: v for k, v in self._scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scheduler": self._scheduler.state_dict(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             # The generators are seeded anew from these at every step, so they are the whole random state.
             "random": {"seed": self.config.run.seed, "step": self.step},
@@ -486,12 +486,7 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return x >> 1
 
 
-def _check_same_model(state: dict[str, Any], built: dict[str, Any], panel: Panel) -> None:
-    if state["genes"] != list(panel.genes):
-        raise UserError(
-            f"--resume: the checkpoint was trained on {len(state['genes'])} other genes than the {len(panel.genes)} of this "
-            "run; leave --genes out (the checkpoint's are then used) or start anew in another --checkpoint_dir."
-        )
+def _check_same_model(state: dict[str, Any], built: dict[str, Any]) -> None:
     different = {k: (v, built.get(k)) for k, v in state["model_config"].items() if built.get(k) != v}
     if different:
         name, (old, new) = next(iter(different.items()))

@@ -89,7 +89,7 @@ class Validator:
                     sigma = self._noise.sigma_at(masked.double().mean(1)).float()
                     given: dict[str, Any] = {"condition": batch.condition, "library": batch.library}
                     log_prob = model(shown, sigma, targets=batch.tokens, **given)
-                    mean, _ = model.expectation(shown, sigma, values, **given)
+                mean, _ = model.expectation(shown, sigma, values, **given)
                 error = (mean - values[batch.tokens.long()]).abs()[masked]
                 mine = [len(nats), nats.sum(), (nats**2).sum(), masked.sum(), -log_prob[masked].sum(), error.sum()]
                 sums += torch.tensor([float(x) for x in mine], dtype=torch.float64)
@@ -99,6 +99,7 @@ class Validator:
 
     def _batches(self) -> Iterator[CellBatch]:
         device = self._accelerator.device
+        self._loader.set_epoch(0)
         for batch in self._loader:
             condition, library = self._panel.conditions(batch, self._config.model, device)
             yield CellBatch(batch.tokens.to(device), condition, library, batch.cell)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,3 +66,10 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first run, and a test process has many."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

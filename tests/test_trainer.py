@@ -1,0 +1,362 @@
+"""Training: a run that is stopped and continued is the run that was not, and bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, make_counts
+
+from sedd import checkpoint
+from sedd.cli import main
+from sedd.errors import SeddWarning
+
+
+def train(data: Path, directory: Path, *flags: str) -> int:
+    return main(["train", "--data_path", str(data), "--checkpoint_dir", str(directory), *TINY_FLAGS, *flags])
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = checkpoint.load(a), checkpoint.load(b)
+    assert (first["epoch"], first["step"]) == (second["epoch"], second["step"])
+    for part in ("model", "optimizer", "ema"):
+        flat_a, flat_b = _tensors(first[part]), _tensors(second[part])
+        assert flat_a.keys() == flat_b.keys()
+        for name, value in flat_a.items():
+            assert torch.equal(value, flat_b[name]), f"{part} {name}"
+    for entry, other in zip(first["history"], second["history"], strict=True):
+        for name in ("epoch", "step", "train_loss", "val_nelbo", "val_mae", "learning_rate"):
+            assert entry[name] == other[name]
+
+
+def _tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {k: t for key, item in items for k, t in _tensors(item, f"{name}.{key}").items()}
+
+
+def test_a_run_writes_what_is_promised(tiny_run: Path) -> None:
+    names = {p.name for p in tiny_run.iterdir()}
+    assert {"best.pt", "final.pt", "args.json", "history.json", "metrics.jsonl"} <= names
+    history = json.loads((tiny_run / "history.json").read_text())
+    assert [entry["epoch"] for entry in history] == [1, 2]
+    assert history[1]["val_nelbo"] < history[0]["val_nelbo"]
+    state = checkpoint.load(tiny_run / "final.pt")
+    for key in ("model", "ema", "optimizer", "scheduler", "random", "epoch", "step", "loader", "best_loss", "history", "genes"):
+        assert key in state
+    assert state["binning"]["kind"] == "identity"
+    assert state["categories"] == {"cell_type": ["B cell", "T cell", "monocyte"]}
+    assert json.loads((tiny_run / "args.json").read_text())["hidden_dim"] == 16
+
+
+def test_two_epochs_and_three_more_are_five_bit_for_bit(tiny_h5ad: Path, tmp_path: Path) -> None:
+    assert train(tiny_h5ad, tmp_path / "five", "--num_epochs", "5") == 0
+    assert train(tiny_h5ad, tmp_path / "two", "--num_epochs", "2") == 0
+    assert train(tiny_h5ad, tmp_path / "two", "--num_epochs", "5", "--resume", str(tmp_path / "two" / "final.pt")) == 0
+    assert_same_weights(tmp_path / "five" / "final.pt", tmp_path / "two" / "final.pt")
+
+
+def test_a_signal_in_mid_epoch_saves_and_the_run_goes_on_bit_for_bit(tiny_h5ad: Path, tmp_path: Path) -> None:
+    assert train(tiny_h5ad, tmp_path / "whole", "--num_epochs", "3") == 0
+    stopped = tmp_path / "stopped"
+
+    def interrupt() -> None:
+        while not (stopped / "history.json").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    status = train(tiny_h5ad, stopped, "--num_epochs", "3")
+    thread.join()
+    assert status == 75
+    saved = checkpoint.numbered_checkpoints(stopped, "step")
+    assert len(saved) == 1
+    assert not (stopped / "final.pt").exists()
+    assert train(tiny_h5ad, stopped, "--num_epochs", "3", "--resume", "auto") == 0
+    assert_same_weights(tmp_path / "whole" / "final.pt", stopped / "final.pt")
+    steps = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_step_checkpoints_continue_bit_for_bit_and_only_the_last_are_kept(tiny_h5ad: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    assert train(tiny_h5ad, whole, "--checkpoint_every", "5", "--keep_checkpoints", "2") == 0
+    assert [p.name for p in checkpoint.numbered_checkpoints(whole)] == ["step_20.pt", "step_25.pt"]
+    for step in (20, 25):
+        again = tmp_path / f"from{step}"
+        assert train(tiny_h5ad, again, "--resume", str(whole / f"step_{step}.pt")) == 0
+        assert_same_weights(whole / "final.pt", again / "final.pt")
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten_unasked(
+    tiny_h5ad: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in tiny_run.glob("*.*")}
+    assert train(tiny_h5ad, tiny_run) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in tiny_run.glob("*.*")} == before
+
+
+def test_overwrite_starts_anew_and_spares_other_files(tiny_h5ad: Path, tmp_path: Path) -> None:
+    assert train(tiny_h5ad, tmp_path, "--num_epochs", "1") == 0
+    (tmp_path / "notes.txt").write_text("mine")
+    assert train(tiny_h5ad, tmp_path, "--num_epochs", "1", "--overwrite", "--seed", "5") == 0
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert checkpoint.load(tmp_path / "final.pt")["args"]["seed"] == 5
+    assert len((tmp_path / "history.json").read_text()) < 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--hidden_dim", "18", "--num_heads", "4"], "not divisible"),
+        (["--mask_ratio", "1.5"], "--mask_ratio is 1.5"),
+        (["--genes", "nowhere.txt"], "no such file"),
+        (["--condition", "tissue"], "no such obs column; there are: cell_type, donor, depth"),
+        (["--condition", "depth"], "continuous"),
+        (["--layer", "spliced"], "spliced"),
+        (["--resume", "nowhere.pt"], "no such checkpoint"),
+        (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--gene_embeddings", "nowhere.npz"], "cannot be read as gene vectors"),
+    ],
+)
+def test_bad_settings_are_one_line_and_leave_nothing(
+    tiny_h5ad: Path, tmp_path: Path, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tiny_h5ad, tmp_path / "run", *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert says in error[-1]
+    assert error[-1].startswith("sedd train: error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def _broken(kind: str, path: Path) -> None:
+    adata = make_counts(40, 30)
+    if kind == "negative":
+        adata.X.data[5] = -1
+    elif kind == "nan":
+        adata.X.data[5] = np.nan
+    elif kind == "infinite":
+        adata.X.data[5] = np.inf
+    elif kind == "log":
+        adata.X.data = np.log1p(adata.X.data)
+        adata.layers["counts"] = make_counts(40, 30).X
+    elif kind == "no cells":
+        adata = adata[:0].copy()
+    elif kind == "no genes":
+        adata = adata[:, :0].copy()
+    adata.write_h5ad(path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:4000])
+    elif kind == "text":
+        path.write_text("gene,cell\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("negative", "negative"),
+        ("nan", "NaN"),
+        ("infinite", "infinite"),
+        ("log", "log-normalised"),
+        ("no cells", "no cells"),
+        ("no genes", "no genes"),
+        ("truncated", "cut short"),
+        ("text", "HDF5"),
+        ("missing", "no such file"),
+    ],
+)
+def test_bad_data_is_one_line_and_leaves_nothing(
+    tmp_path: Path, kind: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "bad.h5ad"
+    if kind != "missing":
+        _broken(kind, data)
+    before = sorted(tmp_path.iterdir())
+    assert train(data, tmp_path / "run") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "bad.h5ad" in error
+    assert says in error
+    if kind == "log":
+        assert "--layer counts" in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_odd_but_usable_is_warned_about_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = make_counts(80, 30)
+    dense = adata.X.toarray()
+    dense[3] = 0
+    dense[:, 4] = 0
+    names = list(adata.var_names)
+    names[1] = names[0]
+    odd = ad.AnnData(dense, obs=adata.obs)
+    odd.var_names = names
+    data = tmp_path / "odd.h5ad"
+    odd.write_h5ad(data)
+    assert train(data, tmp_path / "run", "--num_epochs", "1") == 0
+    said = capsys.readouterr().err
+    for word in ("repeat", "no counts", "never seen"):
+        assert sum(word in line for line in said.splitlines() if line.startswith("warning:")) >= 1, word
+    assert len(checkpoint.load(tmp_path / "run" / "final.pt")["genes"]) == 30
+
+
+def test_resuming_on_other_genes_or_another_model_is_refused(
+    tiny_h5ad: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genes = tmp_path / "genes.txt"
+    genes.write_text("gene1\ngene2\ngene3\n")
+    resume = ["--resume", str(tiny_run), "--condition", "cell_type", "--condition_library_size"]
+    assert train(tiny_h5ad, tmp_path / "a", *resume, "--genes", str(genes)) == 2
+    assert "other genes" in capsys.readouterr().err
+    assert train(tiny_h5ad, tmp_path / "b", *resume, "--hidden_dim", "32") == 2
+    assert "hidden_dim 16" in capsys.readouterr().err
+    other = tmp_path / "other.h5ad"
+    make_counts(seed=3).write_h5ad(other)
+    assert train(other, tmp_path / "c", *resume) == 2
+    assert "is not the data of the checkpoint" in capsys.readouterr().err
+    assert not [p for p in tmp_path.iterdir() if p.is_dir() and p.suffix != ".zarr"]
+
+
+def test_auto_resume_passes_over_a_damaged_checkpoint(tiny_h5ad: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(tiny_h5ad, run, "--num_epochs", "2", "--checkpoint_every", "5") == 0
+    (run / "final.pt").write_bytes((run / "final.pt").read_bytes()[:1000])
+    with pytest.warns(SeddWarning, match="passed over"):
+        found = checkpoint.find_newest(run)
+    assert found is not None
+    assert found.name != "final.pt"
+    assert train(tiny_h5ad, run, "--num_epochs", "3", "--resume", "auto") == 0
+    assert checkpoint.load(run / "final.pt")["epoch"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(
+    tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sedd import trainer
+
+    run = tmp_path / "run"
+    assert train(tiny_h5ad, run, "--num_epochs", "1") == 0
+    before = (run / "final.pt").read_bytes()
+    real, calls = trainer.diffusion_loss, []
+
+    def poisoned(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, per_cell = real(*args, **kwargs)  # type: ignore[arg-type]
+        calls.append(1)
+        return (loss, per_cell * float("nan")) if len(calls) == 3 else (loss, per_cell)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", poisoned)
+    assert train(tiny_h5ad, run, "--num_epochs", "2", "--resume", "auto") == 1
+    assert "the loss is nan at step" in capsys.readouterr().err
+    assert (run / "final.pt").read_bytes() == before
+
+
+def test_gradient_accumulation_is_the_larger_batch(tiny_h5ad: Path, tmp_path: Path) -> None:
+    flags = ["--num_epochs", "1", "--dropout", "0"]
+    assert train(tiny_h5ad, tmp_path / "one", *flags, "--batch_size", "32") == 0
+    assert train(tiny_h5ad, tmp_path / "two", *flags, "--batch_size", "16", "--gradient_accumulation_steps", "2") == 0
+    one, two = (checkpoint.load(tmp_path / name / "final.pt") for name in ("one", "two"))
+    assert one["step"] == two["step"]
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--objective", "masked", "--mask_ratio", "0.3"],
+        ["--attention", "full"],
+        ["--head", "nb"],
+        ["--binning", "linear", "--num_bins", "12"],
+        ["--binning", "log", "--num_bins", "8"],
+        ["--binning", "quantile", "--num_bins", "6"],
+        ["--noise", "geometric"],
+        ["--genes", "20"],
+        ["--limit_cells", "60", "--val_fraction", "0.2"],
+        ["--ema_decay", "0", "--grad_clip", "0", "--weight_decay", "0"],
+        ["--mixed_precision", "bf16"],
+    ],
+)
+def test_every_way_to_train_trains_and_generates(tiny_h5ad: Path, tmp_path: Path, flags: list[str]) -> None:
+    from sedd.tasks import denoise, generate
+
+    assert train(tiny_h5ad, tmp_path / "run", *flags) == 0
+    history = checkpoint.load(tmp_path / "run" / "final.pt")["history"]
+    assert all(np.isfinite(entry["val_nelbo"]) for entry in history)
+    made = generate(tmp_path / "run", 5, num_steps=4, progress=False)
+    assert np.isfinite(made.X.data).all()
+    clean = denoise(tmp_path / "run", tiny_h5ad, rounds=1, progress=False)
+    assert np.isfinite(clean.X).all() if isinstance(clean.X, np.ndarray) else np.isfinite(clean.X.data).all()
+
+
+def test_early_stopping_stops(tiny_h5ad: Path, tmp_path: Path) -> None:
+    flags = ["--num_epochs", "30", "--early_stopping", "1", "--learning_rate", "0.3"]
+    assert train(tiny_h5ad, tmp_path / "run", *flags) == 0
+    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) < 30
+
+
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
+    tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tiny_h5ad, tmp_path / "run", "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert "parameters" in said
+    assert "steps 14 an epoch, 28 in all" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_is_made_once_and_made_again_when_the_file_changes(tmp_path: Path) -> None:
+    data, cache = tmp_path / "a.h5ad", tmp_path / "cache"
+    make_counts().write_h5ad(data)
+    flags = ["--num_epochs", "1", "--cache_dir", str(cache), "--overwrite"]
+    assert train(data, tmp_path / "run", *flags) == 0
+    store = cache / "a.zarr"
+    first = (store / "zarr.json").stat().st_mtime_ns
+    assert train(data, tmp_path / "run", *flags) == 0
+    assert (store / "zarr.json").stat().st_mtime_ns == first
+    make_counts(seed=9).write_h5ad(data)
+    assert train(data, tmp_path / "run", *flags) == 0
+    assert (store / "zarr.json").stat().st_mtime_ns != first
+
+
+def test_validation_values_do_not_reach_bins_genes_or_marginals(tmp_path: Path) -> None:
+    adata = make_counts()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert train(tmp_path / "a.h5ad", tmp_path / "a", "--genes", "30", "--num_epochs", "1") == 0
+    state = checkpoint.load(tmp_path / "a" / "final.pt")
+    from sedd.io.plan import Split
+
+    val = Split(adata.n_obs, 0.1, 0, "val").cells()
+    rng = np.random.default_rng(0)
+    dense = adata.X.toarray()
+    dense[val] = rng.permutation(dense[val].ravel()).reshape(dense[val].shape)
+    assert (dense != adata.X.toarray()).any()
+    adata.X = dense
+    adata.write_h5ad(tmp_path / "b.h5ad")
+    assert train(tmp_path / "b.h5ad", tmp_path / "b", "--genes", "30", "--num_epochs", "1") == 0
+    other = checkpoint.load(tmp_path / "b" / "final.pt")
+    assert other["genes"] == state["genes"]
+    assert other["binning"] == state["binning"]
+    for name in ("indptr", "indices", "data"):
+        assert torch.equal(other["histogram"][name], state["histogram"][name])
+
+
+def test_train_py_the_script_and_the_command_are_one_function() -> None:
+    outputs = []
+    for command in (["train.py"], ["scripts/train_rnaseq.py"], ["-m", "sedd", "train"]):
+        done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1] == outputs[2]
+    for flag in ("--data-path", "--mask-ratio", "--resume", "--condition"):
+        assert flag in outputs[0]
