@@ -12,7 +12,8 @@ from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, UniformGraph, make_graph
 from sedd.likelihood import nelbo
 from sedd.loss import diffusion_loss, hide, masked_weight, score_entropy
-from sedd.noise import GeometricNoise, LogLinearNoise, Noise
+from sedd.model import SEDDTransformer
+from sedd.noise import GeometricNoise, LogLinearNoise, Noise, stratified_times
 
 GRAPHS = ["absorbing", "uniform"]
 NOISE = LogLinearNoise()
@@ -241,6 +242,24 @@ def test_training_reaches_the_entropy_of_the_data(name: str) -> None:
     assert untrained > joint.entropy() + 0.4
     assert reached == pytest.approx(exact, abs=0.05)
     assert exact == pytest.approx(joint.entropy(), abs=0.1)
+
+
+@pytest.mark.parametrize("attention", ["latent", "full"])
+def test_the_network_learns_under_the_uniform_graph(attention: str) -> None:
+    joint, graph, noise = Joint.random(2, 3, sharpness=2.0), UniformGraph(3), GeometricNoise(1e-2, 10)
+    torch.manual_seed(0)
+    model = SEDDTransformer(2, 3, hidden_dim=16, num_layers=1, num_heads=2, dropout=0.0, attention=attention)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    test = joint.sample(1_000, seed=9)
+    before = nelbo(model, graph, noise, [test], n_masks=4).mean
+    for tokens in joint.sample(40 * 128, seed=1).split(128):
+        loss, _ = diffusion_loss(model, graph, noise, tokens, None, stratified_times(128))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert before == pytest.approx(2 * np.log(3), abs=0.2)
+    assert nelbo(model, graph, noise, [test], n_masks=4).mean < before - 0.2
 
 
 def test_bad_objectives_are_errors() -> None:

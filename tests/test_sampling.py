@@ -15,6 +15,7 @@ from toy import ExactModel, Joint
 from sedd.draws import uniforms
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
+from sedd.model import SEDDTransformer
 from sedd.noise import GeometricNoise, LogLinearNoise, make_noise
 from sedd.sampling import AnalyticSampler, EulerSampler, Sampler, draw, make_sampler
 
@@ -355,3 +356,43 @@ def test_unknown_sampler_and_aimless_guidance_are_errors() -> None:
         make_sampler("euler", model, AbsorbingGraph(3), NOISE, guidance=1.5).sample(torch.full((2, 2), 3))
     with pytest.raises(UserError, match="needs the absorbing graph"):
         make_sampler("euler", model, UniformGraph(3), NOISE, order="confidence")
+
+
+def network(**settings: Any) -> SEDDTransformer:
+    torch.manual_seed(0)
+    model = SEDDTransformer(12, 5, hidden_dim=16, num_layers=1, num_heads=2, **settings)
+    with torch.no_grad():
+        for p in model.parameters():  # outputs start at the marginals, which no input moves
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.mark.parametrize("attention", ["latent", "full"])
+@pytest.mark.parametrize("graph", ["absorbing", "uniform"])
+def test_the_network_draws_the_same_cells_in_batches_of_any_size(attention: str, graph: str) -> None:
+    model = network(attention=attention)
+    start = torch.full((40, 12), 5)
+    start[:, :3] = 1
+    sizes = (1, 7, 64)
+    cells = [
+        make_sampler("analytic", model, make_graph(graph, 5), NOISE, num_steps=6, batch_size=b).sample(start)
+        for b in sizes
+    ]
+    assert cells[0].max() < 5
+    assert torch.equal(cells[0][:, :3], start[:, :3])
+    # Matrix products of other shapes round differently, which moves a draw once in millions.
+    assert all(torch.equal(cells[0], other) for other in cells[1:])
+    assert len(torch.unique(cells[0], dim=0)) > 5
+
+
+def test_guidance_of_the_network_is_the_conditional_model_at_one_and_the_free_one_at_zero() -> None:
+    model = network(condition_sizes=(3,), condition_library=True)
+    start, condition, library = torch.full((300, 12), 5), torch.full((300, 1), 2), torch.full((300,), 6.0)
+    unguided = make_sampler("analytic", model, AbsorbingGraph(5), NOISE, num_steps=4)
+    guided = make_sampler("analytic", model, AbsorbingGraph(5), NOISE, num_steps=4, guidance=1.0)
+    given = {"condition": condition, "library": library}
+    assert torch.equal(guided.sample(start, **given), unguided.sample(start, **given))
+    null = {"condition": torch.zeros_like(condition), "library": torch.full_like(library, float("nan"))}
+    free = make_sampler("analytic", model, AbsorbingGraph(5), NOISE, num_steps=4, guidance=0.0)
+    assert torch.equal(free.sample(start, **given), unguided.sample(start, **null))
+    assert not torch.equal(free.sample(start, **given), guided.sample(start, **given))
