@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import log_ndtr, stdtrit
 from torch import Tensor, nn
 
 from sedd.draws import random_subsets, uniforms
@@ -102,13 +103,51 @@ def confidence_interval(values: np.ndarray) -> tuple[float, float]:
     -------
     low, high : float
     """
-    from scipy.stats import t as student
-
     n = values.size
     if n < 2:
         return -float("inf"), float("inf")
-    half = float(student.ppf(0.975, n - 1)) * float(values.std(ddof=1)) / n**0.5
+    half = float(stdtrit(n - 1, 0.975)) * float(values.std(ddof=1)) / n**0.5
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+@dataclass(frozen=True)
+class LibraryPrior:
+    """A law of cells' total counts: a log-normal number, rounded down.
+
+    A model that is given the total N of a cell says p(x | N). As N is a function of x, `-log p(N) - log p(x | N)` is then a
+    bound on `-log p(x)`, to be compared with models that are given nothing.
+
+    Attributes
+    ----------
+    location, scale
+        Mean and standard deviation of the logarithm.
+    """
+
+    location: float
+    scale: float
+
+    @classmethod
+    def fit(cls, totals: np.ndarray) -> LibraryPrior:
+        """Fit to the totals of training cells.
+
+        Parameters
+        ----------
+        totals : (n,) non-negative integers, at least two
+        """
+        logs = np.log(np.asarray(totals, np.float64) + 0.5)
+        if logs.size < 2:
+            raise UserError(f"a law of totals needs at least 2 training cells; found {logs.size}.")
+        return cls(float(logs.mean()), max(float(logs.std()), 1e-3))
+
+    def nats(self, totals: np.ndarray) -> np.ndarray:
+        """Return `-log p(N)` of each total, (n,) float64."""
+        totals = np.asarray(totals, np.float64)
+        with np.errstate(divide="ignore"):
+            low, high = ((np.log(totals + k) - self.location) / self.scale for k in (0, 1))
+        # Of the two tails the one that does not round to 1.
+        low, high = np.where(low > 0, -high, low), np.where(low > 0, -low, high)
+        upper = log_ndtr(high)
+        return -(upper + np.log(-np.expm1(np.minimum(log_ndtr(low) - upper, -1e-15))))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from toy import ExactModel, Joint
 
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
-from sedd.likelihood import CellBatch, Likelihood, confidence_interval, nelbo
+from sedd.likelihood import CellBatch, LibraryPrior, Likelihood, confidence_interval, nelbo
 from sedd.loss import hide
 from sedd.noise import GeometricNoise, LogLinearNoise
 
@@ -138,6 +138,17 @@ def test_confidence_interval_is_students_and_covers_at_its_rate() -> None:
     assert covered == pytest.approx(0.95, abs=0.02)
 
 
+def test_law_of_totals_sums_to_one_and_fits() -> None:
+    totals = np.floor(np.random.default_rng(0).lognormal(7.0, 0.4, size=4_000))
+    prior = LibraryPrior.fit(totals)
+    assert (prior.location, prior.scale) == pytest.approx((7.0, 0.4), abs=0.02)
+    every = np.arange(200_000)
+    p = np.exp(-prior.nats(every))
+    assert p.sum() == pytest.approx(1, abs=1e-9)
+    assert prior.nats(totals).mean() == pytest.approx(np.log(0.4 * np.sqrt(2 * np.pi * np.e)) + 7.0, abs=0.05)
+    assert np.isfinite(prior.nats(np.array([0, 1, 10**6]))).all()
+
+
 def test_bad_requests_are_errors() -> None:
     joint = Joint.random(2, 3)
     model, cells = ExactModel(joint), joint.sample(4)
@@ -149,5 +160,7 @@ def test_bad_requests_are_errors() -> None:
         nelbo(model, AbsorbingGraph(3), NOISE, [cells], n_masks=0)
     with pytest.raises(UserError, match="no cells to evaluate"):
         nelbo(model, AbsorbingGraph(3), NOISE, [])
+    with pytest.raises(UserError, match="at least 2 training cells; found 1"):
+        LibraryPrior.fit(np.array([7]))
     with pytest.raises(UserError, match="cannot pair 4 cells with 3"):
         Likelihood(np.zeros(4), 2).minus(Likelihood(np.zeros(3), 2))
