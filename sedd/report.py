@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 from sedd import report_figures as figures
 from sedd.errors import UserError
-from sedd.metrics.table import METRICS, better_text, reading
+from sedd.metrics.table import METRICS, SECTIONS, better_text, reading
 from sedd.report_style import CSS
-from sedd.report_tables import section_table, settings_tables
+from sedd.report_tables import glance_table, section_table, settings_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class _Plot:
 
 def _plots(data: ReportData, umap: bool) -> Iterator[_Plot]:
     baselines = data.metrics.get("likelihood", {}).get("nats_per_cell", {}).get("baselines", {})
-    learning = "Learning"
+    learning = "likelihood"
     yield _Plot(
         "training_loss",
         learning,
@@ -109,7 +109,7 @@ def _plots(data: ReportData, umap: bool) -> Iterator[_Plot]:
         true, mean = data.hidden_true, data.hidden_mean
         yield _Plot(
             "predicted_against_true",
-            "Hidden genes",
+            "imputation",
             "Each hidden entry by the mean that was predicted for it and the count it had. The orange line, the average "
             "of the true counts, follows the dashed one when predictions are right on average.",
             lambda: figures.predicted_against_true(true, mean),
@@ -118,13 +118,13 @@ def _plots(data: ReportData, umap: bool) -> Iterator[_Plot]:
         below, upto = data.hidden_cdf_below, data.hidden_cdf
         yield _Plot(
             "calibration",
-            "Hidden genes",
+            "imputation",
             "Flat at 1 when the stated odds are honest; a hump means too cautious, a bowl too sure.",
             lambda: figures.calibration(below, upto),
         )
         yield _Plot(
             "coverage",
-            "Hidden genes",
+            "imputation",
             "Of intervals that should hold half of the true counts, half should: the blue line on the dashed one.",
             lambda: figures.coverage(below, upto),
         )
@@ -135,14 +135,14 @@ def _plots(data: ReportData, umap: bool) -> Iterator[_Plot]:
         title = f"{info.title} ({better_text(metric)})" if isinstance(info.better, float) else info.title
         yield _Plot(
             f"steps_{metric}",
-            "Sampling",
+            "generation",
             "More steps unmask fewer genes at a time and so respect more of how genes go together.",
             lambda metric=metric, title=title: figures.steps_against_quality(data.steps, metric, title),  # type: ignore[misc]
         )
 
 
 def _generation_plots(data: ReportData, umap: bool) -> Iterator[_Plot]:
-    section = "Generated cells"
+    section = "generation"
     real, real_labels = figures.subsample(data.real, data.real_labels)
     fake, fake_labels = figures.subsample(data.generated, data.generated_labels)
     reference = None if data.reference is None else figures.subsample(data.reference)[0]
@@ -183,7 +183,7 @@ def write_report(path: str | os.PathLike[str], data: ReportData, *, umap: bool =
     ----------
     path : path
         The page (`*.html`), or a directory, which then gets `report.html`. Figures go to `figures/` beside the page,
-        each as SVG and PNG; the page itself holds them inline and needs no other file.
+        as SVG; the page itself holds them inline and needs no other file.
     data : ReportData
     umap : bool
         Draw UMAP in place of principal components; needs the package `umap-learn`.
@@ -209,18 +209,16 @@ def write_report(path: str | os.PathLike[str], data: ReportData, *, umap: bool =
         for plot in _plots(data, umap):
             figure = plot.draw()
             if figure is not None:
-                svg = _save(figure, folder / plot.name)
+                svg = _save(figure, folder / f"{plot.name}.svg")
                 gallery.setdefault(plot.section, []).append(_figure_html(plot, svg))
     _write_whole(page, _page(data, gallery).encode("utf-8"))
     return page
 
 
-def _save(figure: Figure, stem: Path) -> bytes:
-    vector, raster = io.BytesIO(), io.BytesIO()
+def _save(figure: Figure, path: Path) -> bytes:
+    vector = io.BytesIO()
     figure.savefig(vector, format="svg", dpi=200, metadata={"Date": None})
-    figure.savefig(raster, format="png", dpi=160)
-    _write_whole(stem.with_suffix(".svg"), vector.getvalue())
-    _write_whole(stem.with_suffix(".png"), raster.getvalue())
+    _write_whole(path, vector.getvalue())
     return vector.getvalue()
 
 
@@ -294,30 +292,24 @@ def _is_number(value: Any) -> bool:
 
 
 def _page(data: ReportData, gallery: Mapping[str, Sequence[str]]) -> str:
-    tables = "".join(section_table(section, rows) for section, rows in data.metrics.items() if rows)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in data.notes)
-    results = ""
-    if tables:
-        results = (
-            '<section id="results"><h2>Results beside baselines</h2><p class="how">Bold is the best of sedd and the '
-            "baselines. Columns in <em>italics</em> are what real cells score against real cells: as good as it gets."
-            f"</p>{tables}</section>"
-        )
-    plots = "".join(
-        f'<section id="{_slug(name)}"><h2>{escape(name)}</h2><div class="gallery">{"".join(items)}</div></section>'
-        for name, items in gallery.items()
+    sections, links = [], []
+    found = [*SECTIONS, *(name for name in data.metrics if name not in SECTIONS)]
+    for name in found:
+        table = section_table(data.metrics[name]) if data.metrics.get(name) else ""
+        plots = f'<div class="gallery">{"".join(gallery[name])}</div>' if name in gallery else ""
+        if table or plots:
+            title = SECTIONS.get(name, name)
+            sections.append(f'<section id="{escape(name)}"><h2>{escape(title)}</h2>{plots}{table}</section>')
+            links.append((name, title))
+    glance = glance_table(data.metrics)
+    navigation = "".join(
+        f'<a href="#{escape(name)}">{escape(title)}</a>' for name, title in [*links, ("run", "What was run")]
     )
-    links = [("results", "Results")] if tables else []
-    links += [(_slug(name), name) for name in gallery] + [("run", "What was run")]
-    navigation = "".join(f'<a href="#{target}">{escape(name)}</a>' for target, name in links)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(data.title)}</title><style>{CSS}</style></head><body><header><h1>{escape(data.title)}</h1>"
         f'<p class="lead">{escape(summary(data))}</p>{notes}<nav>{navigation}</nav></header><main>'
-        f"{results}{plots}{settings_tables(data.settings)}</main></body></html>\n"
+        f"{glance}{''.join(sections)}{settings_tables(data.settings)}</main></body></html>\n"
     )
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(" ", "-")

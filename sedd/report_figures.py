@@ -187,8 +187,10 @@ def gene_scatter(real: Any, generated: Any, moment: str) -> Figure:
     axes.scatter(x, y, s=6, color=MODEL, alpha=0.35, linewidths=0, rasterized=len(x) > 500)
     span = [min(x.min(), y.min()), max(x.max(), y.max())]
     axes.plot(span, span, color="black", linestyle="--", linewidth=1)
+    if moment == "zero_fraction":
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.text(0.04, 0.95, f"{len(x):,} genes\nSpearman {rank:.3f}", transform=axes.transAxes, va="top", fontsize=8)
-    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_aspect("equal", adjustable="box" if moment == "zero_fraction" else "datalim")
     return figure
 
 
@@ -253,6 +255,7 @@ def cell_map(
     else:
         axes.set_title(f"{kind}: {which} cells by label")
         xy = real if which == "real" else generated
+        labels = np.where(np.isin(labels, ["nan", "None", ""]), "no label", labels)
         names, n = np.unique(labels, return_counts=True)
         for i, name in enumerate(names[np.argsort(-n)]):
             color = CYCLE[i] if i < len(CYCLE) else MUTED

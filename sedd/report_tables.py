@@ -8,12 +8,61 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from sedd.metrics.table import METRICS, SECTIONS, better_text, format_value, metric_label, reading, winner
+from sedd.metrics.table import METRICS, best_baseline, better_text, format_value, metric_label, reading, winner
 
 PACKAGES = ("sedd", "torch", "numpy", "scipy", "scikit-learn", "anndata", "zarr", "dask", "numba", "accelerate")
 
 
-def section_table(section: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+HEADLINES = (
+    ("likelihood", "nats_per_cell"),
+    ("imputation", "nll"),
+    ("imputation", "rmse_log1p"),
+    ("denoising", "mse"),
+    ("denoising", "poisson"),
+    ("generation", "w2"),
+    ("generation", "auc"),
+    ("embedding", "knn_accuracy"),
+)
+
+
+def glance_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The headline metrics: sedd, the best baseline and what real cells get; empty if none of them was measured."""
+    body = []
+    for section, metric in HEADLINES:
+        row = metrics.get(section, {}).get(metric)
+        if row is None or row.get("sedd") is None:
+            continue
+        name, value = best_baseline(metric, row)
+        won = winner(metric, row) == "sedd"
+        ideal = format_value(row.get("anchors", {}).get("real cells"))
+        rival = f'{format_value(value)}<span class="ci">{escape(name)}</span>' if name else "-"
+        body.append(
+            f'<tbody><tr><th scope="row">{escape(metric_label(metric))}<span class="better">{escape(_better(metric))}'
+            f'</span></th><td data-label="sedd"{_best(won)}>{format_value(row["sedd"])}</td>'
+            f'<td data-label="best baseline"{_best(not won)}><span>{rival}</span></td>'
+            f'<td data-label="real cells" class="anchor">{ideal}</td></tr></tbody>'
+        )
+    if not body:
+        return ""
+    return (
+        '<section id="glance"><h2>At a glance</h2><p class="how">Bold is the better of sedd and the best baseline. '
+        "<em>Real cells</em> are scored against other real cells: as good as it gets.</p>"
+        '<div class="scroll"><table><thead><tr><th scope="col">Metric</th><th scope="col">sedd</th>'
+        '<th scope="col">best baseline</th><th scope="col"><em>real cells</em></th></tr></thead>'
+        f"{''.join(body)}</table></div></section>"
+    )
+
+
+def _best(won: bool) -> str:
+    return ' class="best"' if won else ""
+
+
+def _better(metric: str) -> str:
+    text = better_text(metric)
+    return f"{text} is better" if text in ("lower", "higher") else text
+
+
+def section_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A section's metrics beside their baselines, each followed by how to read it."""
     rivals = list(dict.fromkeys(name for row in rows.values() for name in row.get("baselines", {})))
     anchors = list(dict.fromkeys(name for row in rows.values() for name in row.get("anchors", {})))
@@ -29,23 +78,18 @@ def section_table(section: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
             text = format_value(value)
             if name == "sedd" and row.get("ci"):
                 text += f'<span class="ci">{format_value(row["ci"][0])} to {format_value(row["ci"][1])}</span>'
-            kind = ' class="best"' if name == best else ""
-            out.append(f'<td data-label="{escape(name)}"{kind}>{text}</td>')
+            out.append(f'<td data-label="{escape(name)}"{_best(name == best)}><span>{text}</span></td>')
         for name in anchors:
             text = format_value(row.get("anchors", {}).get(name))
             out.append(f'<td data-label="{escape(name)}" class="anchor">{text}</td>')
         meaning = f"{info.meaning[0].upper()}{info.meaning[1:]}. " if info else ""
-        better = (
-            f"{better_text(metric)}{'' if info and isinstance(info.better, float) else ' is better'}" if info else ""
-        )
         body.append(
-            f'<tbody><tr><th scope="row">{escape(metric_label(metric))}<span class="better">{escape(better)}</span></th>'
+            f'<tbody><tr><th scope="row">{escape(metric_label(metric))}<span class="better">{escape(_better(metric))}</span></th>'
             f'{"".join(out)}</tr><tr class="reading"><td colspan="{len(head) + 1}">'
             f"{escape(meaning + _capital(reading(metric, row)))}</td></tr></tbody>"
         )
-    title = escape(SECTIONS.get(section, section))
     return (
-        f'<div class="scroll"><table><caption>{title}</caption><thead><tr><th scope="col">Metric</th>{cells}</tr></thead>'
+        f'<div class="scroll"><table><thead><tr><th scope="col">Metric</th>{cells}</tr></thead>'
         f"{''.join(body)}</table></div>"
     )
 

@@ -14,6 +14,7 @@ from sedd.metrics.counts import log_cp10k, to_dense
 from sedd.metrics.denoising import (
     denoising_metrics,
     denoising_table,
+    expected_log_cp10k,
     mse_log_cp10k,
     poisson_nll,
     split_molecules,
@@ -61,6 +62,7 @@ __all__ = [
     "denoising_metrics",
     "denoising_table",
     "exact_w2",
+    "expected_log_cp10k",
     "fit_nb_dispersion",
     "fit_pca",
     "format_value",

@@ -156,6 +156,7 @@ class CountBaselines:
     Attributes
     ----------
     mean : (n_vars,) mean training count
+    histogram : (n_vars, n_values) how many training cells have each count
     log_p : (n_vars, n_values) smoothed log marginals; counts of `n_values - 1` and more share the last value
     dispersion : (n_vars,) of the negative binomial with mean `mean`
     share : (n_vars,) share of a cell's molecules; `library * share` is the library-scaled mean
@@ -163,6 +164,7 @@ class CountBaselines:
     """
 
     mean: np.ndarray
+    histogram: np.ndarray
     log_p: np.ndarray
     dispersion: np.ndarray
     share: np.ndarray
@@ -196,6 +198,7 @@ class CountBaselines:
         csr, library = csr[library > 0], library[library > 0]
         return cls(
             mean=mean,
+            histogram=histogram,
             log_p=log_marginals(histogram),
             dispersion=fit_nb_dispersion(csr),
             share=mean / max(mean.sum(), _MIN_MEAN),
@@ -250,10 +253,12 @@ class CountBaselines:
         return out
 
     def sample(self, n_cells: int, seed: int = 0) -> np.ndarray:
-        """Cells whose genes are independent draws from the smoothed marginals: `(n_cells, n_vars)` int64."""
+        """Cells whose genes are independent draws from the training counts: `(n_cells, n_vars)` int64.
+
+        Smoothing would be wrong here: a uniform floor under every count gives silent genes large counts now and then.
+        """
         rng = np.random.default_rng(seed)
-        cumulative = np.exp(self.log_p).cumsum(axis=1)
         out = np.empty((n_cells, len(self.mean)), dtype=np.int64)
-        for j, row in enumerate(cumulative):
-            out[:, j] = np.minimum(np.searchsorted(row, rng.random(n_cells), side="right"), len(row) - 1)
+        for j, row in enumerate(self.histogram.cumsum(axis=1)):
+            out[:, j] = np.searchsorted(row, rng.integers(row[-1], size=n_cells), side="right")
         return out

@@ -83,6 +83,34 @@ def poisson_nll(predicted: Matrix, held_out: Matrix, kept: Matrix, epsilon: floa
     return float(np.mean(rate - data * np.log(rate + epsilon)))
 
 
+def expected_log_cp10k(rate: Matrix, depth: np.ndarray, target: float = 1e4) -> np.ndarray:
+    """Expectation of `log1p(CP10k)` of counts that are Poisson with these rates, in cells of known depth.
+
+    Parameters
+    ----------
+    rate : (n_cells, n_vars) expected counts, non-negative
+    depth : (n_cells,) positive totals that the counts will be divided by
+    target : float
+
+    Returns
+    -------
+    log_counts : (n_cells, n_vars) float64, the prediction that minimises `mse_log_cp10k` if the rates are right
+
+    Notes
+    -----
+    At a depth of 100 molecules a single one is 100 CP10k, so the expected logarithm lies far below the logarithm of the
+    expectation. The mean squared error rewards whoever submits the former; the benchmark gives it to every method.
+    """
+    rates = to_dense(rate)
+    scale = target / np.asarray(depth, np.float64)[:, None]
+    out, probability = np.zeros_like(rates), np.exp(-rates)
+    reach = float(rates.max(initial=0))
+    for count in range(1, int(reach + 8 * np.sqrt(reach) + 12)):
+        probability = probability * rates / count
+        out += probability * np.log1p(count * scale)
+    return out
+
+
 def denoising_metrics(
     predicted: Matrix, held_out: Matrix, kept: Matrix, *, predicted_log: Matrix | None = None
 ) -> dict[str, float]:

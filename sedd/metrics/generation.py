@@ -174,7 +174,7 @@ def nearest_distance(cells: np.ndarray, train: np.ndarray) -> np.ndarray:
 
 
 def generation_metrics(
-    real: Matrix, other: Matrix, *, pca: PCA, train: Matrix | None = None, seed: int = 0
+    real: Matrix, other: Matrix, *, pca: PCA, train: Matrix | None = None, seed: int = 0, trees: int = 100
 ) -> dict[str, float]:
     """Every generation metric of one set of cells against real held-out cells.
 
@@ -185,7 +185,8 @@ def generation_metrics(
     train : (k, n_vars) counts, optional
         Cells for `nearest_ratio`: the median distance of `other` to its nearest training cell over that of `real`;
         1 is right, well below 1 is memorisation.
-    seed : int
+    seed, trees : int
+        Of the random forest.
 
     Returns
     -------
@@ -200,7 +201,7 @@ def generation_metrics(
         "w2": gaussian_w2(a, b),
         "w2_exact": exact_w2(pick_a, pick_b),
         "mmd2": mmd2_unbiased(a, b),
-        "auc": real_or_fake_auc(a, b, seed=seed),
+        "auc": real_or_fake_auc(a, b, seed=seed, trees=trees),
         "correlation": gene_correlation_error(real, other),
         **gene_moment_errors(real, other),
         "library_ks": library_ks(real, other),
@@ -225,7 +226,7 @@ def generation_split(n_train: int, n_test: int, seed: int = 0) -> tuple[np.ndarr
 
 
 def generation_table(
-    generated: Matrix, real: Matrix, train: Matrix, *, seed: int = 0, max_cells: int = 2000
+    generated: Matrix, real: Matrix, train: Matrix, *, seed: int = 0, max_cells: int = 2000, trees: int = 100
 ) -> dict[str, dict[str, Any]]:
     """Generated cells against held-out cells, beside a baseline and two anchors.
 
@@ -237,6 +238,8 @@ def generation_table(
     max_cells : int
         Larger sets are sampled down to this many cells first (training cells to five times as many), since exact
         distances cost the square or the cube of it.
+    trees : int
+        Of the random forest.
 
     Returns
     -------
@@ -264,7 +267,7 @@ def generation_table(
     scores = {}
     for name, cells in candidates.items():
         others = known[outside] if name == "real cells" else known  # a training cell is not its own neighbour
-        scores[name] = generation_metrics(held_out, cells, pca=pca, train=others, seed=seed)
+        scores[name] = generation_metrics(held_out, cells, pca=pca, train=others, seed=seed, trees=trees)
     return {
         metric: {
             "sedd": value,

@@ -93,6 +93,15 @@ def winner(metric: str, row: Mapping[str, Any]) -> str | None:
     return min(known, key=lambda name: known[name]) if known else None
 
 
+def best_baseline(metric: str, row: Mapping[str, Any]) -> tuple[str, float]:
+    """Name and value of the best baseline of a row; an empty name and NaN if there is none."""
+    rivals = {k: v for k, v in row.get("baselines", {}).items() if _known(v)}
+    if metric not in METRICS or not rivals:
+        return "", math.nan
+    name = min(rivals, key=lambda k: _loss(rivals[k], METRICS[metric].better))
+    return name, rivals[name]
+
+
 def format_value(value: Any) -> str:
     """Four significant digits, or a dash for what was not measured."""
     if not _known(value):
@@ -119,20 +128,16 @@ def reading(metric: str, row: Mapping[str, Any]) -> str:
     metric : key of `METRICS`
     row : {"sedd": value, "baselines": {name: value}, "anchors": {name: value}, "ci": (low, high)}
     """
-    best = winner(metric, row)
     ours = row.get("sedd")
-    if best is None or ours is None or not math.isfinite(ours):
+    if metric not in METRICS or ours is None or not math.isfinite(ours):
         return ""
-    better = METRICS[metric].better
-    rivals = {k: v for k, v in row.get("baselines", {}).items() if _known(v)}
-    parts = []
-    if rivals:
-        name = min(rivals, key=lambda k: _loss(rivals[k], better))
-        text = f"{name}, {format_value(rivals[name])}"
-        verdict = "better than" if _loss(ours, better) < _loss(rivals[name], better) else "not better than"
-        parts.append(f"sedd is {verdict} the best baseline ({text})")
+    name, value = best_baseline(metric, row)
+    if name:
+        better = METRICS[metric].better
+        verdict = "better than" if _loss(ours, better) < _loss(value, better) else "not better than"
+        parts = [f"sedd is {verdict} the best baseline ({name}, {format_value(value)})"]
     else:
-        parts.append(f"sedd scores {format_value(ours)}")
+        parts = [f"sedd scores {format_value(ours)}"]
     anchors = ", ".join(f"{name} get {format_value(v)}" for name, v in row.get("anchors", {}).items() if _known(v))
     if anchors:
         parts.append(anchors)

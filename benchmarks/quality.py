@@ -1,0 +1,336 @@
+"""Imputation, denoising, likelihood, generation and embedding of sedd and its peers, on the same cells and masks.
+
+    python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --peer_python PEERS/bin/python
+    python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --checkpoint experiments/pbmc3k
+
+The first line runs the peers (an interpreter with scvi-tools and magic-impute), the second sedd; each writes its part of
+`benchmarks/results/quality_NAME.json` and leaves the rest. Cells are split 80/20 by `default_rng(0).permutation`, genes
+seen in 3 cells or more are kept, and of those the most variable on the training cells. A seed decides what is hidden,
+which molecules are held out and how a method is initialised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import scanpy as sc
+from quality_methods import alra, knn_denoise, knn_impute
+from scipy import sparse
+from sklearn.decomposition import PCA
+
+from sedd import metrics as m
+from sedd.metrics.baselines import nb_cdf, nb_log_prob
+
+FRACTIONS = (15, 30, 50)
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "scVI NB": ("scvi", {"likelihood": "nb", "kl_warmup": 50, "modelled_library": True}),
+    "scVI ZINB": ("scvi", {"likelihood": "zinb", "kl_warmup": 50, "modelled_library": False}),
+    "MAGIC": ("magic", {"reverse": False}),
+    "MAGIC (reverse)": ("magic", {"reverse": True}),
+}
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set, split and hidden for one seed."""
+
+    seed: int
+    genes: np.ndarray
+    train_rows: np.ndarray
+    test_rows: np.ndarray
+    labels: np.ndarray | None
+    train: sparse.csr_array
+    test: sparse.csr_array
+    hidden: dict[int, np.ndarray]
+    kept: sparse.csr_array
+    held_out: sparse.csr_array
+    baselines: m.CountBaselines
+
+    @property
+    def test_dense(self) -> np.ndarray:
+        return self.test.toarray()
+
+
+def prepare(data: Path, n_genes: int, label: str | None, seed: int) -> Task:
+    """Split the cells, choose the panel on training cells, hide entries and molecules."""
+    adata = anndata.read_h5ad(data)
+    counts = sparse.csr_array(adata.X).astype(np.int64)
+    seen = np.asarray((counts > 0).sum(axis=0)).ravel() >= 3
+    order = np.random.default_rng(0).permutation(adata.n_obs)
+    train_rows, test_rows = np.split(order, [int(0.8 * adata.n_obs)])
+    training = anndata.AnnData(sparse.csr_matrix(counts[train_rows][:, seen]))
+    sc.pp.highly_variable_genes(training, flavor="seurat_v3", n_top_genes=n_genes)
+    panel = np.flatnonzero(seen)[training.var["highly_variable"].to_numpy()]
+    counts = sparse.csr_array(counts[:, panel])
+    rng = np.random.default_rng(1000 + seed)
+    hidden = {}
+    for fraction in FRACTIONS:
+        ranks = rng.random((len(test_rows), n_genes)).argsort(axis=1).argsort(axis=1)
+        hidden[fraction] = ranks < round(n_genes * fraction / 100)
+    kept, held_out = m.split_molecules(counts, 0.9, np.random.default_rng(seed))
+    return Task(
+        seed=seed,
+        genes=np.asarray(adata.var_names[panel], dtype=str),
+        train_rows=train_rows,
+        test_rows=test_rows,
+        labels=None if label is None else adata.obs[label].astype(str).to_numpy(),
+        train=sparse.csr_array(counts[train_rows]),
+        test=sparse.csr_array(counts[test_rows]),
+        hidden=hidden,
+        kept=kept,
+        held_out=held_out,
+        baselines=m.CountBaselines.fit(counts[train_rows]),
+    )
+
+
+def save_task(task: Task, path: Path) -> None:
+    """Write what a peer may see as plain arrays."""
+    arrays: dict[str, np.ndarray] = {f"hidden_{k}": v for k, v in task.hidden.items()}
+    for name, matrix in (("train", task.train), ("test", task.test), ("kept", task.kept)):
+        for part in ("data", "indices", "indptr", "shape"):
+            arrays[f"{name}_{part}"] = np.asarray(getattr(matrix, part))
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def run_peer(method: str, task_file: Path, output: Path, seed: int, python: str) -> None:
+    """Run a peer in its own interpreter, on one thread, unless its answers are there already."""
+    if output.exists():
+        return
+    kind, options = PEERS[method]
+    script = Path(__file__).with_name("quality_peers.py")
+    partial = output.with_name("partial_" + output.name)
+    command = [python, str(script), kind, str(task_file), str(partial), "--seed", str(seed)]
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+    subprocess.run([*command, "--options", json.dumps(options)], check=True, env={**os.environ, **single})
+    partial.replace(output)
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def score_denoising(task: Task, method: str, denoised: np.ndarray, log_estimate: np.ndarray | None = None) -> Record:
+    """Denoising on the test cells, and on all cells as transductive methods are usually scored.
+
+    `mse` is that of the denoised counts as they are; `mse_expected_log` gives the method the estimator that this error
+    rewards, the expectation of the logarithm at the depth of the held-out molecules.
+    """
+    ratio = task.held_out.sum() / task.kept.sum()
+    record: Record = {"protocol": "denoising", "method": method, "seed": task.seed}
+    everything = np.arange(task.kept.shape[0])
+    for name, rows in (("", task.test_rows), ("_all_cells", everything)):
+        if len(denoised) == len(task.test_rows) and name:
+            continue
+        guess = denoised if len(denoised) == len(task.test_rows) else denoised[rows]
+        kept, held = task.kept[rows], task.held_out[rows]
+        scores = m.denoising_metrics(guess, held, kept)
+        depth = np.asarray(kept.sum(axis=1)).ravel() * ratio
+        rate = guess / np.maximum(guess.sum(axis=1, keepdims=True), 1e-12) * depth[:, None]
+        expected = m.expected_log_cp10k(rate, np.maximum(depth, 1e-12)) if log_estimate is None else log_estimate
+        scores["mse_expected_log"] = m.mse_log_cp10k(expected, held, predicted_is_log=True)
+        record |= {f"{key}{name}": value for key, value in scores.items()}
+    return record
+
+
+def score_imputation(task: Task, method: str, fraction: int, mean: np.ndarray, **given: np.ndarray) -> Record:
+    """Hidden entries of test cells; a method without a distribution gets an NB of the gene's dispersion around its mean."""
+    cell, gene = np.nonzero(task.hidden[fraction])
+    true = task.test_dense[cell, gene]
+    guess = mean[cell, gene].astype(np.float64)
+    if given:
+        log_prob = given["log_prob"][cell, gene].astype(np.float64)
+        below = given["cdf_below"][cell, gene].astype(np.float64)
+        upto = np.minimum(below + np.exp(log_prob), 1.0)
+    else:
+        dispersion = task.baselines.dispersion_scaled[gene]
+        log_prob = nb_log_prob(true, guess, dispersion)
+        below, upto = nb_cdf(true - 1, guess, dispersion), nb_cdf(true, guess, dispersion)
+    scores = m.recovery_metrics(true, guess, log_prob=log_prob, cdf_below=below, cdf=upto)
+    return {"protocol": "imputation", "method": method, "seed": task.seed, "hidden_percent": fraction, **scores}
+
+
+def score_likelihood(task: Task, method: str, nats: np.ndarray, conditions_on: str) -> Record:
+    mean, low, high = m.mean_confidence_interval(nats)
+    scores = {"nats_per_cell": mean, "ci_low": low, "ci_high": high, "conditions_on": conditions_on}
+    return {"protocol": "likelihood", "method": method, "seed": task.seed, **scores}
+
+
+def score_generation(task: Task, method: str, cells: Any, train_rows: np.ndarray | None = None) -> Record:
+    """Cells against the test cells; components from training cells that are on neither side."""
+    outside = m.generation_split(task.train.shape[0], task.test.shape[0], 0)[1]
+    pca = m.fit_pca(task.train[outside])
+    train = task.train if train_rows is None else task.train[train_rows]
+    scores = m.generation_metrics(task.test, cells, pca=pca, train=train, seed=task.seed)
+    return {"protocol": "generation", "method": method, "seed": task.seed, **scores}
+
+
+def score_embedding(task: Task, method: str, train: np.ndarray, test: np.ndarray) -> Record:
+    """kNN from training to test cells, and k-means on all of them; cells without a label take no part."""
+    assert task.labels is not None
+    a, b = task.labels[task.train_rows], task.labels[task.test_rows]
+    known_a, known_b = ~np.isin(a, ["nan", "unknown", ""]), ~np.isin(b, ["nan", "unknown", ""])
+    both, labels = np.concatenate([train[known_a], test[known_b]]), np.concatenate([a[known_a], b[known_b]])
+    scores = {
+        "knn_accuracy": m.knn_accuracy(train[known_a], a[known_a], test[known_b], b[known_b]),
+        "ari": m.cluster_ari(both, labels, task.seed),
+    }
+    return {"protocol": "embedding", "method": method, "seed": task.seed, **scores}
+
+
+# --- baselines, peers, sedd ------------------------------------------------------------------------------------------
+
+
+def baselines(task: Task) -> Iterator[Record]:
+    """Everything that needs no network: anchors, gene means, neighbours, ALRA, PCA."""
+    train_mean = np.asarray(task.kept[task.train_rows].mean(axis=0)).ravel()
+    yield score_denoising(task, "none", task.kept.toarray().astype(float))
+    yield score_denoising(task, "gene mean", np.broadcast_to(train_mean, task.kept.shape))
+    yield score_denoising(task, "kNN10", knn_denoise(task.kept, root=False, seed=task.seed))
+    yield score_denoising(task, "kNN10, square root", knn_denoise(task.kept, root=True, seed=task.seed))
+    yield score_denoising(task, "ALRA (own implementation)", alra(task.kept, seed=task.seed)[0])
+
+    base, test = task.baselines, task.test_dense
+    for fraction, hidden in task.hidden.items():
+        cell, gene = np.nonzero(hidden)
+        library = m.visible_library(test, hidden, base.share)[cell]
+        rows = m.recovery_table(base, gene=gene, true=test[cell, gene], predicted=base.mean[gene], library=library)
+        cdfs = base.cdfs(gene, test[cell, gene], library)
+        log_probs = base.log_probs(gene, test[cell, gene], library)
+        for name in ["all zeros", *log_probs]:
+            scores = {metric: row["baselines"][name] for metric, row in rows.items() if name in row["baselines"]}
+            if name in log_probs:
+                scores["nll"] = m.negative_log_score(log_probs[name])
+                scores |= {f"coverage_{n}": m.interval_coverage(*cdfs[name], n / 100) for n in (50, 90)}
+            head = {"protocol": "imputation", "method": name, "seed": task.seed, "hidden_percent": fraction}
+            yield {**head, **scores}
+        yield score_imputation(task, "kNN50", fraction, knn_impute(task.train, test, hidden))
+
+    every = np.arange(task.test.shape[1])[None, :]
+    total = test.sum(axis=1, keepdims=True)
+    for name, log_p in base.log_probs(every, test, total).items():
+        given = "the cell's total, as an offset" if name == "NB, library-scaled" else "nothing"
+        yield score_likelihood(task, name, -log_p.sum(axis=1), given)
+
+    rng = np.random.default_rng(task.seed)
+    anchor, outside = m.generation_split(task.train.shape[0], task.test.shape[0], 0)
+    yield score_generation(task, "real training cells (anchor)", task.train[anchor], outside)
+    copied = task.train[anchor[rng.integers(len(anchor), size=len(anchor))]]
+    yield score_generation(task, "training cells drawn with replacement (anchor)", copied)
+    yield score_generation(task, "gene marginals", base.sample(task.test.shape[0], task.seed))
+
+    if task.labels is not None:
+        pca = PCA(50, random_state=task.seed).fit(m.log_cp10k(task.train))
+        latent = [pca.transform(m.log_cp10k(x)) for x in (task.train, task.test)]
+        yield score_embedding(task, "PCA", *latent)
+
+
+def peer_records(task: Task, method: str, answers: Any) -> Iterator[Record]:
+    """Score what a peer wrote."""
+    yield score_denoising(task, method, np.maximum(answers["denoised"].astype(np.float64), 0))
+    for fraction in FRACTIONS:
+        given = {k: answers[f"{k}_{fraction}"] for k in ("log_prob", "cdf_below") if f"{k}_{fraction}" in answers}
+        yield score_imputation(task, method, fraction, answers[f"mean_{fraction}"], **given)
+    for suffix, given_what in (("", "the cell's total, as an offset"), ("_library_modelled", "nothing")):
+        if f"elbo{suffix}" in answers:
+            yield score_likelihood(task, f"{method}, ELBO", answers[f"elbo{suffix}"], given_what)
+            yield score_likelihood(task, f"{method}, importance-weighted (300)", answers[f"iw{suffix}"], given_what)
+    if "prior" in answers:
+        yield score_generation(task, f"{method}, prior", answers["prior"])
+        yield score_generation(task, f"{method}, posterior of training cells", answers["posterior"])
+    if "latent_train" in answers and task.labels is not None:
+        yield score_embedding(task, method, answers["latent_train"], answers["latent_test"])
+
+
+def _machine() -> dict[str, Any]:
+    names = ("numpy", "scipy", "scikit-learn", "anndata", "scanpy", "torch", "sedd")
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "packages": {name: version(name) for name in names},
+    }
+
+
+def update(path: Path, head: dict[str, Any], records: list[Record]) -> None:
+    """Replace the records of the same protocol, method, seed and mask, keep the others, write whole."""
+
+    def key(record: Record) -> tuple[Any, ...]:
+        return tuple(record.get(k) for k in ("protocol", "method", "seed", "hidden_percent", "conditions_on"))
+
+    old = json.loads(path.read_text()) if path.exists() else {"records": []}
+    merged = {key(r): r for r in old["records"]} | {key(r): r for r in records}
+    out = {**old, **head, "records": [merged[k] for k in sorted(merged, key=lambda k: tuple(map(str, k)))]}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(out, indent=1, allow_nan=True) + "\n")
+    temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--name", required=True, help="of the data set, in the name of the result")
+    parser.add_argument("--label", help="obs column with cell types; without it no embedding is scored")
+    parser.add_argument("--n_genes", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--peer_python", help="interpreter with scvi-tools and magic-impute; without it no peer is run")
+    parser.add_argument("--methods", nargs="+", default=["baselines", *PEERS], choices=["baselines", *PEERS])
+    parser.add_argument("--work", type=Path, default=Path("experiments/quality"), help="where peers' answers are kept")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    output = args.output or Path(__file__).parent / "results" / f"quality_{args.name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = args.work / args.name
+    work.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        task = prepare(args.data, args.n_genes, args.label, seed)
+        head = {
+            "data": args.name,
+            "cells": {"train": task.train.shape[0], "test": task.test.shape[0]},
+            "genes": len(task.genes),
+            "split": "default_rng(0).permutation, first 80 % train",
+            "machine": _machine(),
+        }
+        jobs: list[tuple[str, Callable[[], Iterator[Record]]]] = []
+        for method in args.methods:
+            if method == "baselines":
+                jobs.append((method, lambda: baselines(task)))  # noqa: B023  (run within this iteration)
+            elif args.peer_python:
+                jobs.append((method, lambda method=method: _peer(task, method, work, args.peer_python)))  # noqa: B023
+        for method, job in jobs:
+            start = time.perf_counter()
+            records = list(job())
+            update(output, head, records)
+            print(f"seed {seed}  {method}  {len(records)} records  {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _peer(task: Task, method: str, work: Path, python: str) -> Iterator[Record]:
+    task_file = work / f"task_{task.seed}.npz"
+    if not task_file.exists():
+        save_task(task, task_file)
+    slug = "".join(c if c.isalnum() else "_" for c in method.lower())
+    answer_file = work / f"{slug}_{task.seed}.npz"
+    run_peer(method, task_file, answer_file, task.seed, python)
+    with np.load(answer_file, allow_pickle=False) as answers:
+        extra = {"version": str(answers["version"]), "seconds": round(float(answers["seconds"]), 1)}
+        if "log" in answers:
+            extra["best_epoch"] = {k: v[0] for k, v in json.loads(str(answers["log"])).items()}
+        for record in peer_records(task, method, answers):
+            yield {**record, **extra}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
