@@ -130,6 +130,21 @@ def inverse_expm1(sigma: Tensor) -> Tensor:
     return 1 / torch.expm1(sigma)
 
 
+def check_states(tokens: Tensor, largest: int) -> None:
+    """Check that tokens are states from 0 to `largest`.
+
+    Raises
+    ------
+    UserError
+        If one is not.
+    """
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) <= largest:
+        wrong = int(tokens.max()) if int(tokens.max()) > largest else int(tokens.min())
+        raise UserError(
+            f"a token is {wrong}; expected 0 to {largest}, the states of this model. Bin the data with the model's own binning."
+        )
+
+
 class AbsorbingGraph(Graph):
     """Every value jumps to the mask at rate 1, and the mask stays."""
 

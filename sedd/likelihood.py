@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sedd.draws import random_subsets, uniforms
 from sedd.errors import UserError
-from sedd.graph import AbsorbingGraph, Graph
+from sedd.graph import AbsorbingGraph, Graph, check_states
 from sedd.loss import hide, masked_weight, score_entropy
 from sedd.noise import Noise
 
@@ -186,7 +186,7 @@ def nelbo(
     Raises
     ------
     UserError
-        On an unknown form, one that does not go with the graph, `n_masks < 1`, or no cells.
+        On an unknown form, one that does not go with the graph, `n_masks < 1`, no cells, or a token that is no value.
     """
     if form is None:
         form = "time_free" if isinstance(graph, AbsorbingGraph) else "time_integral"
@@ -202,6 +202,7 @@ def nelbo(
     try:
         parts, n_vars = [], 0
         for batch in _with_cells(batches):
+            check_states(batch.tokens, graph.n_bins - 1)
             n_vars = batch.tokens.shape[1]
             parts.append(estimate(model, graph, noise, batch, n_masks, seed).cpu())
     finally:

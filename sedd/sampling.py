@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sedd.draws import uniforms
 from sedd.errors import UserError
-from sedd.graph import AbsorbingGraph, Graph, UniformGraph, inverse_expm1
+from sedd.graph import AbsorbingGraph, Graph, UniformGraph, check_states, inverse_expm1
 from sedd.noise import Noise
 
 ORDERS = ("random", "confidence")
@@ -103,6 +103,9 @@ class Sampler(ABC):
             raise UserError(f"guidance is {guidance}; expected 0 or more; 1 is the conditional model itself.")
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; expected at least 1.")
+        n_bins = getattr(model, "n_bins", graph.n_bins)
+        if n_bins != graph.n_bins:
+            raise UserError(f"the model has {n_bins} states and the graph {graph.n_bins}; expected as many.")
         if order == "confidence" and not isinstance(graph, AbsorbingGraph):
             raise UserError("order 'confidence' needs the absorbing graph; the uniform one unmasks nothing.")
         self.model, self.graph, self.noise = model, graph, noise
@@ -149,8 +152,9 @@ class Sampler(ABC):
         Raises
         ------
         UserError
-            If guidance is asked for and nothing is given to be guided by.
+            If guidance is asked for and nothing is given to be guided by, or a token is none of the model's states.
         """
+        check_states(tokens, self.graph.mask_token)
         if self.guidance != 1 and condition is None and library is None:
             raise UserError(
                 f"guidance is {self.guidance} and there is nothing to be guided by; give a condition or leave it at 1."

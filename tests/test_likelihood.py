@@ -160,6 +160,8 @@ def test_bad_requests_are_errors() -> None:
         nelbo(model, AbsorbingGraph(3), NOISE, [cells], n_masks=0)
     with pytest.raises(UserError, match="no cells to evaluate"):
         nelbo(model, AbsorbingGraph(3), NOISE, [])
+    with pytest.raises(UserError, match=r"a token is 3; expected 0 to 2"):
+        nelbo(model, AbsorbingGraph(3), NOISE, [torch.tensor([[0, 3]])])
     with pytest.raises(UserError, match="at least 2 training cells; found 1"):
         LibraryPrior.fit(np.array([7]))
     with pytest.raises(UserError, match="cannot pair 4 cells with 3"):

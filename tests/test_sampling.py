@@ -354,6 +354,10 @@ def test_unknown_sampler_and_aimless_guidance_are_errors() -> None:
         make_sampler("ddim", model, AbsorbingGraph(3), NOISE)
     with pytest.raises(UserError, match="nothing to be guided by"):
         make_sampler("euler", model, AbsorbingGraph(3), NOISE, guidance=1.5).sample(torch.full((2, 2), 3))
+    with pytest.raises(UserError, match="a token is 4; expected 0 to 3"):
+        make_sampler("euler", model, AbsorbingGraph(3), NOISE).sample(torch.full((2, 2), 4))
+    with pytest.raises(UserError, match="the model has 3 states and the graph 4"):
+        make_sampler("euler", model, AbsorbingGraph(4), NOISE)
     with pytest.raises(UserError, match="needs the absorbing graph"):
         make_sampler("euler", model, UniformGraph(3), NOISE, order="confidence")
 
