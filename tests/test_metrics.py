@@ -253,6 +253,8 @@ def test_mmd_is_the_mean_over_pairs_and_is_unbiased() -> None:
     within_b = np.mean([k(b[i], b[j]) for i in range(5) for j in range(5) if i != j])
     between = np.mean([k(x, y) for x in a for y in b])
     assert m.mmd2_unbiased(a, b, 1.5) == pytest.approx(within_a + within_b - 2 * between)
+    median = np.median([np.linalg.norm(a[i] - a[j]) for i in range(7) for j in range(i)])
+    assert m.mmd2_unbiased(a, b) == m.mmd2_unbiased(a, b, float(median))
     null = [m.mmd2_unbiased(*rng.normal(size=(2, 40, 3))) for _ in range(200)]
     assert abs(np.mean(null)) < 3 * np.std(null) / np.sqrt(200)
     assert m.mmd2_unbiased(rng.normal(size=(100, 3)), rng.normal(2, 1, (100, 3))) > 0.2

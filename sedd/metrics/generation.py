@@ -85,11 +85,11 @@ def mmd2_unbiased(a: np.ndarray, b: np.ndarray, bandwidth: float | None = None) 
     a, b : (n, d) and (m, d) coordinates
     bandwidth : float, optional
         Standard deviation of the kernel `exp(-d^2 / (2 bandwidth^2))`; default: the median distance between two
-        different points of the two sets together.
+        different points of `a`, the reference, so that everything compared with it is measured by the same kernel.
     """
     squared = cdist(np.concatenate([a, b]), np.concatenate([a, b]), "sqeuclidean")
     if bandwidth is None:
-        bandwidth = float(np.sqrt(np.median(squared[np.triu_indices(len(squared), 1)])))
+        bandwidth = float(np.sqrt(np.median(squared[: len(a), : len(a)][np.triu_indices(len(a), 1)])))
     kernel = np.exp(squared / (-2 * max(bandwidth, 1e-12) ** 2))
     n, m = len(a), len(b)
     within_a = (kernel[:n, :n].sum() - n) / (n * (n - 1))
