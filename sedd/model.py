@@ -6,22 +6,19 @@ them permutes the output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sedd.errors import UserError
 from sedd.nn.backbones import FullBackbone, GeneEmbedding, LatentBackbone
 from sedd.nn.blocks import Conditioner
-from sedd.nn.heads import NegativeBinomialHead, SoftmaxHead
+from sedd.nn.heads import NegativeBinomialHead, SoftmaxHead, chunks
 
 HEADS: dict[str, type[SoftmaxHead] | type[NegativeBinomialHead]] = {"softmax": SoftmaxHead, "nb": NegativeBinomialHead}
-# Logits of this many (position, bin) pairs exist at a time, in the loss and its gradient alike.
-CHUNK = 1 << 21
 
 
 class SEDDTransformer(nn.Module):
@@ -71,7 +68,7 @@ class SEDDTransformer(nn.Module):
         attention: str = "latent",
         num_latents: int = 1,
         head: str = "softmax",
-        rank: int = 16,
+        rank: int = 4,
         log_marginals: Any = None,
         bin_values: Any = None,
         condition_sizes: Sequence[int] = (),
@@ -106,9 +103,12 @@ class SEDDTransformer(nn.Module):
 
         self.conditioner = Conditioner(hidden_dim, condition_sizes, condition_library)
         genes = GeneEmbedding(n_vars, hidden_dim, gene_embeddings)
-        size = (genes, hidden_dim, num_layers, num_heads, dropout, values, rank)
+        size = (genes, hidden_dim, num_layers, num_heads, dropout)
         self.backbone: FullBackbone | LatentBackbone
-        self.backbone = FullBackbone(*size) if attention == "full" else LatentBackbone(*size, num_latents)
+        if attention == "full":
+            self.backbone = FullBackbone(*size, values, rank)
+        else:
+            self.backbone = LatentBackbone(*size, marginals.softmax(-1), values, rank, num_latents)
         self.head = HEADS[head](marginals, values, rank)
 
     def forward(
@@ -188,20 +188,16 @@ class SEDDTransformer(nn.Module):
         condition: Tensor | None = None,
         library: Tensor | None = None,
     ) -> Tensor:
-        """Log-probability of `targets` at the masked genes, 0 elsewhere, (B, n_vars) float32.
-
-        Logits exist for `CHUNK` (position, bin) pairs at a time and are made again for the gradient.
-        """
-        tokens = tokens.long()
+        """Log-probability of `targets` at the masked genes, 0 elsewhere, (B, n_vars) float32."""
         readout = self.readout(tokens, sigma, condition=condition, library=library)
+        return self._at_masked(readout, tokens, targets)
+
+    # The number of masked genes differs from batch to batch; what comes before has static shapes and is compiled.
+    @torch.compiler.disable
+    def _at_masked(self, readout: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
         cells, genes = (tokens == self.mask_token).nonzero(as_tuple=True)
-        picked, wanted = readout[cells, genes], targets[cells, genes].long()
-        parts = [
-            checkpoint(self.head.log_mu_of, picked[part], genes[part], wanted[part], use_reentrant=False)
-            for part in self._chunks(len(genes))
-        ]
-        out = torch.zeros(tokens.shape, device=tokens.device)
-        return out.index_put((cells, genes), torch.cat(parts)) if parts else out + 0 * readout.sum(-1)
+        log_mu = self.head.log_mu_of(readout[cells, genes], genes, targets[cells, genes].long())
+        return torch.zeros(tokens.shape, device=tokens.device).index_put((cells, genes), log_mu)
 
     @torch.no_grad()
     def expectation(
@@ -234,7 +230,7 @@ class SEDDTransformer(nn.Module):
         mean = values[tokens.masked_fill(masked, 0)]
         var = torch.zeros_like(mean)
         cells, genes = masked.nonzero(as_tuple=True)
-        for part in self._chunks(len(genes)):
+        for part in chunks(len(genes), values):
             at = (cells[part], genes[part])
             p = self.log_mu(readout, *at).exp()
             mean[at] = p @ values
@@ -247,10 +243,6 @@ class SEDDTransformer(nn.Module):
     ) -> Tensor:
         """State of the trunk, averaged over its tokens, (B, hidden_dim)."""
         return self.backbone.trunk(tokens.long(), self.conditioner(sigma, condition, library)).mean(1)
-
-    def _chunks(self, n: int) -> Iterator[slice]:
-        step = max(1, CHUNK // self.n_bins)
-        return (slice(start, start + step) for start in range(0, n, step))
 
 
 class SEDDTransformerSmall(SEDDTransformer):

@@ -9,7 +9,7 @@ import torch
 
 from sedd.errors import UserError
 from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
-from sedd.nn.heads import NegativeBinomialHead
+from sedd.nn.heads import NegativeBinomialHead, SoftmaxHead
 
 N_VARS, N_BINS, CELLS = 23, 7, 5
 DESIGNS = pytest.mark.parametrize(
@@ -49,6 +49,8 @@ def test_permuting_genes_with_what_belongs_to_them_permutes_the_output(attention
     with torch.no_grad():
         model.backbone.genes.weight.copy_(model.backbone.genes.weight[order])
         model.head.bias.copy_(model.head.bias[order])
+        if attention == "latent":
+            model.backbone.usual.copy_(model.backbone.usual[order])
     torch.testing.assert_close(model(tokens[:, order], sigma), before[:, order], atol=1e-5, rtol=1e-5)
 
 
@@ -84,7 +86,7 @@ def test_log_mu_of_targets_is_the_full_output_at_masked_genes(attention, head, n
     r = 1 / torch.expm1(sigma)
     full = model(tokens, sigma).gather(-1, clean.unsqueeze(-1)).squeeze(-1) - r.log().unsqueeze(-1)
     want = torch.where(tokens == N_BINS, full, 0.0)
-    monkeypatch.setattr("sedd.model.CHUNK", 11 * N_BINS)
+    monkeypatch.setattr("sedd.nn.heads.CHUNK_CPU", 11 * N_BINS)
     got = model(tokens, sigma, targets=clean)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert got.dtype == torch.float32
@@ -115,17 +117,33 @@ def test_every_parameter_learns_and_the_loss_falls(attention):
     assert losses[-1] < losses[0]
 
 
-def test_chunks_change_neither_loss_nor_gradient(monkeypatch):
+def test_gradient_of_the_chosen_log_probabilities_is_that_of_the_whole_table(monkeypatch):
+    monkeypatch.setattr("sedd.nn.heads.CHUNK_CPU", 5 * N_BINS)
+    head = SoftmaxHead(marginals(), torch.arange(N_BINS).float(), 4)
+    generator = torch.Generator().manual_seed(4)
+    readout = torch.randn(40, 4, generator=generator, requires_grad=True)
+    genes = torch.randint(0, N_VARS, (40,), generator=generator)
+    targets = torch.randint(0, N_BINS, (40,), generator=generator)
+    weight = torch.randn(40, generator=generator)
+    table = head.log_mu(readout, genes).gather(-1, targets[:, None]).squeeze(-1)
+    chosen = head.log_mu_of(readout, genes, targets)
+    torch.testing.assert_close(chosen, table)
+    learned = [readout, head.basis, head.bias]
+    wanted = torch.autograd.grad((table * weight).sum(), learned)
+    for got, want in zip(torch.autograd.grad((chosen * weight).sum(), learned), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@DESIGNS
+def test_probabilities_are_float32_under_bfloat16_autocast(attention, head, num_latents):
+    model = build(attention=attention, head=head, num_latents=num_latents)
     clean, tokens, sigma = cells()
-
-    def gradients(chunk: int) -> list[torch.Tensor]:
-        monkeypatch.setattr("sedd.model.CHUNK", chunk)
-        model = build()
-        loss = model(tokens, sigma, targets=clean).sum()
-        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-
-    for one, many in zip(gradients(1 << 20), gradients(5 * N_BINS), strict=True):
-        torch.testing.assert_close(many, one, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(tokens, sigma, targets=clean)
+        assert model(tokens, sigma, everywhere=True).dtype == torch.float32
+    low.sum().backward()
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, model(tokens, sigma, targets=clean), atol=0.1, rtol=0.1)
 
 
 def test_a_cell_with_nothing_masked_costs_nothing_and_has_a_gradient():
@@ -138,7 +156,7 @@ def test_a_cell_with_nothing_masked_costs_nothing_and_has_a_gradient():
 
 @DESIGNS
 def test_expectation_is_the_moments_of_the_output(attention, head, num_latents, monkeypatch):
-    monkeypatch.setattr("sedd.model.CHUNK", 9 * N_BINS)
+    monkeypatch.setattr("sedd.nn.heads.CHUNK_CPU", 9 * N_BINS)
     model = build(attention=attention, head=head, num_latents=num_latents)
     _, tokens, sigma = cells()
     values = torch.tensor([0.0, 1, 2, 3, 4, 5, 8.5])

@@ -5,9 +5,21 @@ A head is given flat lists of positions, only those where a distribution is want
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# (position, bin) pairs whose probabilities exist at a time: what stays in a core's cache, what keeps a GPU busy.
+CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
+
+
+def chunks(n: int, like: Tensor) -> Iterator[slice]:
+    """Cut `n` positions into slices small enough for `like`'s device, given its last dimension, the bins."""
+    step = max(1, (CHUNK_CPU if like.device.type == "cpu" else CHUNK_GPU) // like.shape[-1])
+    return (slice(start, start + step) for start in range(0, n, step))
 
 
 class SoftmaxHead(nn.Module):
@@ -31,12 +43,44 @@ class SoftmaxHead(nn.Module):
 
     def log_mu(self, readout: Tensor, genes: Tensor) -> Tensor:
         """Return log-probabilities of all bins, (N, n_bins) float32."""
-        logits = F.embedding(genes, self.bias).float() + (readout @ self.basis).float()
-        return logits.log_softmax(-1)
+        with torch.autocast(readout.device.type, enabled=False):
+            return torch.addmm(F.embedding(genes, self.bias), readout.float(), self.basis).log_softmax(-1)
 
     def log_mu_of(self, readout: Tensor, genes: Tensor, targets: Tensor) -> Tensor:
-        """Return log-probabilities of `targets` (N,), (N,) float32."""
-        return self.log_mu(readout, genes).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        """Return log-probabilities of `targets` (N,), (N,) float32; logits exist for one chunk of positions at a time."""
+        with torch.autocast(readout.device.type, enabled=False):
+            return _LogSoftmaxOf.apply(readout.float(), self.basis, self.bias, genes, targets)
+
+
+class _LogSoftmaxOf(torch.autograd.Function):
+    """`log_softmax(bias[genes] + readout @ basis)` at `targets`, in float32 and in chunks.
+
+    The gradient makes the logits again, so that neither pass holds more than a chunk of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, readout: Tensor, basis: Tensor, bias: Tensor, genes: Tensor, targets: Tensor) -> Tensor:
+        out = readout.new_empty(len(genes))
+        log_total = torch.empty_like(out)
+        for part in chunks(len(genes), basis):
+            logits = torch.addmm(bias[genes[part]], readout[part], basis)
+            log_total[part] = logits.logsumexp(-1)
+            out[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - log_total[part]
+        ctx.save_for_backward(readout, basis, bias, genes, targets, log_total)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        readout, basis, bias, genes, targets, log_total = ctx.saved_tensors
+        to_readout, to_basis, to_bias = torch.empty_like(readout), torch.zeros_like(basis), torch.zeros_like(bias)
+        for part in chunks(len(genes), basis):
+            delta = torch.addmm(bias[genes[part]], readout[part], basis)
+            delta.sub_(log_total[part, None]).exp_().mul_(-gradient[part, None])
+            delta.scatter_add_(-1, targets[part, None], gradient[part, None])
+            torch.mm(delta, basis.T, out=to_readout[part])
+            to_basis.addmm_(readout[part].T, delta)
+            to_bias.index_add_(0, genes[part], delta)
+        return to_readout, to_basis, to_bias, None, None
 
 
 class NegativeBinomialHead(nn.Module):
@@ -57,7 +101,8 @@ class NegativeBinomialHead(nn.Module):
         self.mix = nn.Linear(rank, 2, bias=False)
 
     def _parameters_at(self, readout: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
-        log_mean, log_dispersion = (F.embedding(genes, self.bias) + self.mix(readout)).float().unbind(-1)
+        with torch.autocast(readout.device.type, enabled=False):
+            log_mean, log_dispersion = (F.embedding(genes, self.bias) + self.mix(readout.float())).unbind(-1)
         return log_mean, log_dispersion.clamp(-7, 12)
 
     def _log_pmf(self, count: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
