@@ -194,10 +194,14 @@ class H5ad:
             raise UserError(_why_not_hdf5(path, error)) from error
         if self._remote is None:
             self._fd = os.open(path, os.O_RDONLY)
-        if not isinstance(self.h5.get("obs"), h5py.Group | h5py.Dataset) or "var" not in self.h5:
-            found = ", ".join(list(self.h5)[:8]) or "nothing"
+        with reading(path, "its table of contents"):
+            found = list(self.h5)
+        if not {"X", "layers", "obs", "raw"} & set(found):
             self.close()
-            raise UserError(f"{path}: is HDF5 but not an h5ad (found {found}; expected X, obs and var).")
+            hint = " It may be a 10x file: read it with scanpy.read_10x_h5 and write_h5ad it." if "matrix" in found else ""
+            raise UserError(
+                f"{path}: is HDF5 but not an h5ad (found {', '.join(found[:8]) or 'nothing'}; expected X, obs and var).{hint}"
+            )
 
     def close(self) -> None:
         """Close the file."""
@@ -271,11 +275,19 @@ class H5ad:
 
     def _length(self, name: str) -> int:
         with reading(self.path, name):
+            if name not in self.h5:
+                return self._width(name)
             node = self.h5[name]
             if isinstance(node, h5py.Dataset):
                 return int(node.shape[0])
             index = node.attrs.get("_index", "_index")
             return int(node[index.decode() if isinstance(index, bytes) else index].shape[0])
+
+    def _width(self, name: str) -> int:
+        """Rows that a table which is not there would have, from the shape of its matrix."""
+        matrix = self.h5["raw/X" if name.startswith("raw") else "X"]
+        shape = matrix.shape if isinstance(matrix, h5py.Dataset) else matrix.attrs["shape"]
+        return int(shape[0 if name == "obs" else 1])
 
     def name(self, table: str, row: int) -> str:
         """Name of row `row` of `obs` or of a `var`, for messages."""
@@ -310,10 +322,12 @@ class H5ad:
 
     def _frame(self, name: str) -> pd.DataFrame:
         with reading(self.path, name):
+            if name not in self.h5:
+                return pd.DataFrame(index=np.arange(self._length(name)).astype(str))
             node = self.h5[name]
             if isinstance(node, h5py.Dataset):
                 return _compound_frame(node, self.h5.get("uns"))
-            frame = ad.io.read_elem(node)
+            frame = _read_quietly(node)
             frame.index = frame.index.astype(str)
             return frame
 
@@ -321,15 +335,26 @@ class H5ad:
         """`obsm`, `varm` or `uns` as a dict; empty when absent."""
         if name not in self.h5:
             return {}
-        with reading(self.path, name), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with reading(self.path, name):
             node = self.h5[name]
             if isinstance(node, h5py.Dataset):  # anndata 0.6: one compound column per array
                 rows = node[:]
                 return {key: np.asarray(rows[key]) for key in rows.dtype.names}
             if "encoding-type" in node.attrs:
-                return dict(ad.io.read_elem(node))
-            return {key: ad.io.read_elem(node[key]) for key in node}
+                return dict(_read_quietly(node))
+            return {key: _decoded(_read_quietly(node[key])) for key in node}
+
+
+def _read_quietly(node: Any) -> Any:
+    """An element of any age; that it is old is no news to the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ad.io.read_elem(node)
+
+
+def _decoded(value: Any) -> Any:
+    """Byte strings of old files as text."""
+    return value.astype(str) if isinstance(value, np.ndarray) and value.dtype.kind == "S" else value
 
 
 def _compound_frame(node: h5py.Dataset, uns: Any) -> pd.DataFrame:

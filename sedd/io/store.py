@@ -20,7 +20,6 @@ from scipy import sparse
 from sedd.errors import UserError
 from sedd.io import pack
 from sedd.io.fastread import ChunkReader
-from sedd.io.shards import CHUNK
 
 FORMAT = 1
 """Version of what is under `uns["sedd"]`."""
@@ -240,7 +239,7 @@ def describe(path: str) -> dict[str, Any]:
         "bytes per cell": round(size / max(1, store.n_obs), 1),
         "files": len(files),
         "codec": meta["codec"],
-        "chunk": CHUNK,
+        "chunk": int(store.x_arrays["data"].chunks[0]),
         "shuffled": meta["settings"]["shuffle"],
         "obs": list(map(str, store.obs.columns)),
         "var": list(map(str, store.var.columns)),

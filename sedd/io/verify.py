@@ -15,7 +15,6 @@ from sedd.io.files import fingerprint
 from sedd.io.genes import match_genes, unique_names
 from sedd.io.h5ad import H5ad, Matrix
 from sedd.io.run import TaskRunner
-from sedd.io.shards import CHUNK
 from sedd.io.store import CellStore, span_hashes
 
 BLOCK = 1 << 22
@@ -71,7 +70,7 @@ def verify(
             if fingerprint(name) != record["fingerprint"]
         ]
         _compare(store, inputs, hashes, runner)
-    n_chunks = sum(-(-array.shape[0] // CHUNK) for array in store.x_arrays.values())
+    n_chunks = sum(-(-array.shape[0] // array.chunks[0]) for array in store.x_arrays.values())
     return {
         "path": store.path,
         "chunks": n_chunks,
