@@ -10,6 +10,7 @@ export PATH="$here/.venv/bin:$PATH"
 mapfile -d '' -t flags < <(python "$here/train.py" --flags_from_environment)
 
 if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
-  exec accelerate launch --num_processes "$NUM_PROCESSES" "$here/train.py" "${flags[@]}" "$@"
+  # --multi_gpu: without it accelerate starts one process where there is no GPU.
+  exec accelerate launch --multi_gpu --num_processes "$NUM_PROCESSES" "$here/train.py" "${flags[@]}" "$@"
 fi
 exec python "$here/train.py" "${flags[@]}" "$@"

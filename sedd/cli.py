@@ -21,7 +21,7 @@ from sedd import __version__
 from sedd.commands import COMMANDS
 from sedd.config import TrainConfig, config_file_arguments, environment_arguments
 from sedd.errors import SeddWarning, UserError
-from sedd.signals import EXIT_INTERRUPTED, TrainingInterrupted
+from sedd.signals import EXIT_INTERRUPTED, TrainingInterrupted, follow_launcher, report_status
 
 _TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
@@ -48,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sedd {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]
+    status = _run(name, rest)
+    if name == "train":
+        report_status(status)
+    return status
+
+
+def _run(name: str, rest: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", SeddWarning)
@@ -79,6 +86,7 @@ def _train(arguments: list[str]) -> int:
         sys.stdout.write("".join(f"{word}\0" for word in environment_arguments(os.environ)))
         return 0
     config: TrainConfig = _parse(TrainConfig, "train", _expand_config_files(arguments))
+    follow_launcher()
     from sedd.trainer import SEDDTrainer
 
     SEDDTrainer(config).fit()

@@ -16,7 +16,7 @@ from sedd import tasks
 from sedd.cells import Cells, obs_digest, read_anndata
 from sedd.errors import UserError
 from sedd.kernels.mask import exact_mask
-from sedd.likelihood import CellBatch, nelbo
+from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
 from sedd.pretrained import Pretrained
 from sedd.report import ReportData, write_report
@@ -160,9 +160,23 @@ def _likelihood(
         for lo, hi, _, tokens, context in tasks.batches(model, cells, batch_size, "likelihood", progress)
     )
     per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
+    given_total = per_cell
+    totals = np.asarray(counts.sum(1)).ravel()
+    if model.model.config["condition_library"]:  # the total is a function of the counts: paid for, p(x) is comparable again
+        per_cell = given_total + LibraryPrior.fit(np.asarray(train.sum(1)).ravel()).nats(totals)
     top = model.binning.n_bins - 1 if model.binning.kind == "counts" else None
     if model.binning.kind in _COUNT_BINNINGS:
-        rows = likelihood_table(CountBaselines.fit(train), per_cell, counts, top=top)
+        baselines = CountBaselines.fit(train)
+        rows = likelihood_table(baselines, per_cell, counts, top=top)
+        if model.model.config["condition_library"]:
+            scaled = baselines.log_probs(
+                np.arange(counts.shape[1])[None, :], counts.toarray().astype(np.int64), totals[:, None], top
+            )["NB, library-scaled"]
+            rows["nats_per_cell_given_total"] = {
+                "sedd": float(given_total.mean()),
+                "ci": confidence_interval(given_total),
+                "baselines": {"NB, library-scaled": -float(scaled.sum(1).mean())},
+            }
     else:
         baselines = CountBaselines.fit(sp.csr_matrix(_tokens(model, train)))
         rows = likelihood_table(baselines, per_cell, sp.csr_matrix(_tokens(model, counts)))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -52,3 +56,19 @@ class StopRequest:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
+
+
+def report_status(status: int) -> None:
+    """Leave the exit status in the file named by SEDD_STATUS_FILE: `accelerate launch` turns every failure into 1."""
+    path = os.environ.get("SEDD_STATUS_FILE")
+    if path and os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(f"{status}\n")
+
+
+def follow_launcher() -> None:
+    """Have the kernel send SIGTERM when `accelerate launch` dies: it does not pass on every signal.
+
+    One process gets none of the launcher's signals; several get no SIGUSR1. Only Linux has this.
+    """
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by the launcher, for its children
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -85,7 +86,10 @@ class SEDDTrainer:
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
         resumed = self._resume_state()
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(
+            # Accelerate takes processes without GPUs for single ones unless it is told that they are meant to use the CPU.
+            cpu=several and not torch.cuda.is_available(),
             mixed_precision=self.config.optim.mixed_precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
         )
@@ -251,7 +255,7 @@ class SEDDTrainer:
                     loss=f"{per_cell:.1f}", wait=f"{sums['wait'] / max(sums['seconds'], 1e-9):.1%}", refresh=False
                 )
                 bar.update(n_cells * self.accelerator.num_processes)
-                self._tracker.step(self.step, per_cell, self._scheduler.get_last_lr()[0], sums)
+                self._tracker.step(self.step, per_cell, float(self._scheduler.get_last_lr()[0]), sums)
                 self._save_if_due()
 
     def _optimizer_step(self, group: list[Batch]) -> tuple[float, int]:
@@ -267,7 +271,7 @@ class SEDDTrainer:
                 loss, per_cell = self._loss(batch)
                 accelerator.backward(loss * (len(batch.cell) / n_cells))
             total += per_cell.sum()
-        mean: float = float(total) / n_cells
+        mean = float(total) / n_cells
         if not math.isfinite(mean):
             cells = [int(c) for c in group[0].cell[:4]]
             raise FloatingPointError(

@@ -1,0 +1,245 @@
+"""What a user does with a model: AnnData in, AnnData out, nothing observed altered, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from conftest import make_counts
+
+from sedd.cli import main
+from sedd.errors import SeddWarning, UserError
+from sedd.evaluation import evaluate
+from sedd.pretrained import Pretrained
+from sedd.tasks import denoise, embed, generate, impute
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run: Path) -> Pretrained:
+    return Pretrained.load(tiny_run)
+
+
+def dense(matrix: object) -> np.ndarray:
+    return np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix)  # type: ignore[attr-defined]
+
+
+def test_hidden_entries_are_predicted_and_all_others_are_bit_identical(model: Pretrained) -> None:
+    adata = make_counts()
+    out = impute(model, adata, hide=0.2, cells="val", progress=False)
+    hidden = dense(out.layers["sedd_hidden"]).astype(bool)
+    true = dense(adata[out.obs_names, out.var_names].X)
+    assert (hidden.sum(1) == round(0.2 * 60)).all()
+    assert np.array_equal(dense(out.X)[~hidden], true[~hidden])
+    assert np.array_equal(dense(out.layers["counts"]), true)
+    assert (dense(out.layers["sedd_std"])[hidden] > 0).any()
+    predicted = dense(out.X)[hidden]
+    mean = np.broadcast_to(true.mean(0), true.shape)[hidden]
+    assert np.abs(predicted - true[hidden]).mean() < np.abs(mean - true[hidden]).mean()
+
+
+def test_a_prediction_does_not_depend_on_what_it_predicts(model: Pretrained) -> None:
+    adata = make_counts()
+    first = impute(model, adata, hide=0.2, progress=False)
+    hidden = dense(first.layers["sedd_hidden"]).astype(bool)
+    other = dense(adata.X).copy()
+    other[hidden] = np.random.default_rng(0).permutation(other[hidden])
+    # The total of a cell is a condition of this model, so it is kept as it was.
+    model_without = Pretrained.load(model.path)
+    changed = adata.copy()
+    changed.X = other
+    second = impute(model_without, changed, hide=0.2, progress=False)
+    same_total = dense(changed.X).sum(1) == dense(adata.X).sum(1)
+    assert np.array_equal(dense(second.layers["sedd_hidden"]).astype(bool), hidden)
+    assert np.array_equal(dense(first.X)[same_total][hidden[same_total]], dense(second.X)[same_total][hidden[same_total]])
+
+
+def test_obs_labels_and_var_survive(model: Pretrained) -> None:
+    adata = make_counts()
+    out = impute(model, adata, predict=["gene3"], progress=False)
+    assert out.obs.equals(adata.obs)
+    assert out.obs["cell_type"].isna().sum() == 1
+    assert list(out.var["symbol"]) == list(adata.var["symbol"])
+    assert out.uns["sedd"]["task"] == "impute"
+    hidden = dense(out.layers["sedd_hidden"])
+    assert hidden[:, 3].all()
+    assert hidden.sum() == adata.n_obs
+
+
+def test_genes_are_matched_by_name_and_missing_ones_are_predicted(model: Pretrained) -> None:
+    adata = make_counts()
+    shuffled = adata[:, np.random.default_rng(0).permutation(60)[:50]].copy()
+    with pytest.warns(SeddWarning, match="50 of the model's 60 genes"):
+        out = impute(model, shuffled, progress=False)
+    assert list(out.var_names) == list(model.genes)
+    hidden = dense(out.layers["sedd_hidden"]).astype(bool)
+    missing = ~np.isin(model.genes.astype(str), shuffled.var_names)
+    assert (hidden == missing).all()
+    assert np.array_equal(dense(out.X)[:, ~missing], dense(adata.X)[:, ~missing])
+    with pytest.raises(UserError, match="has 20 of the model's 60 genes"):
+        impute(model, adata[:, :20].copy(), progress=False)
+
+
+def test_zeros_are_what_is_imputed_when_nothing_is_named(model: Pretrained) -> None:
+    adata = make_counts()
+    out = impute(model, adata, progress=False)
+    true = dense(adata.X)
+    assert np.array_equal(dense(out.X)[true > 0], true[true > 0])
+    assert (dense(out.X)[true == 0] > 0).mean() > 0.9
+
+
+def test_samples_are_counts_and_agree_with_the_mean(model: Pretrained) -> None:
+    adata = make_counts(40)
+    out = impute(model, adata, hide=0.3, num_samples=30, num_steps=20, progress=False)
+    hidden = dense(out.layers["sedd_hidden"]).astype(bool)
+    samples = np.stack([dense(out.layers[f"sedd_sample_{k}"]) for k in range(30)])
+    assert (samples == np.rint(samples)).all()
+    assert np.array_equal(samples[:, ~hidden], np.broadcast_to(dense(adata.X)[~hidden], samples[:, ~hidden].shape))
+    np.testing.assert_allclose(dense(out.X)[hidden], samples.mean(0)[hidden], rtol=1e-4, atol=1e-5)
+    closed = impute(model, adata, hide=0.3, progress=False)
+    assert abs(dense(closed.X)[hidden].mean() - dense(out.X)[hidden].mean()) < 0.1
+
+
+def test_results_do_not_depend_on_the_batch_size(model: Pretrained) -> None:
+    adata = make_counts(30)
+    for task in (lambda b: impute(model, adata, hide=0.2, batch_size=b, progress=False), lambda b: denoise(model, adata, batch_size=b, progress=False)):
+        np.testing.assert_allclose(dense(task(7).X), dense(task(64).X), rtol=2e-4, atol=1e-5)
+    one, other = (generate(model, 9, num_steps=10, batch_size=b, progress=False) for b in (4, 64))
+    assert np.array_equal(dense(one.X), dense(other.X))
+
+
+def test_denoising_is_nearer_to_the_truth_than_the_counts(model: Pretrained) -> None:
+    adata = make_counts()
+    out = denoise(model, adata, progress=False)
+    held_out = make_counts()
+    groups = held_out.obs["cell_type"].to_numpy()
+    true = dense(held_out.X)
+    rate = np.stack([true[groups == g].mean(0) if isinstance(g, str) else true.mean(0) for g in groups])
+    assert ((dense(out.X) - rate) ** 2).mean() < ((true - rate) ** 2).mean()
+    assert out.obs.equals(adata.obs)
+
+
+def test_generated_cells_carry_the_label_asked_for_and_look_like_it(model: Pretrained) -> None:
+    real = make_counts()
+    means = {}
+    for label in ("B cell", "T cell"):
+        made = generate(model, 60, where={"cell_type": label}, num_steps=20, guidance=1.5, progress=False)
+        assert (made.obs["cell_type"] == label).all()
+        assert list(made.var_names) == list(model.genes)
+        means[label] = dense(made.X).mean(0)
+    groups = real.obs["cell_type"].to_numpy()
+    for label, mean in means.items():
+        distance = {g: np.abs(dense(real.X)[groups == g].mean(0) - mean).sum() for g in means}
+        assert min(distance, key=distance.__getitem__) == label
+
+
+def test_unknown_labels_and_columns_are_errors_that_list_the_known(model: Pretrained) -> None:
+    with pytest.raises(UserError, match="known: 'B cell', 'T cell', 'monocyte'"):
+        generate(model, 1, where={"cell_type": "neuron"})
+    with pytest.raises(UserError, match="its condition columns are: cell_type"):
+        generate(model, 1, where={"tissue": "blood"})
+    with pytest.raises(UserError, match="at least one cell"):
+        generate(model, 0)
+
+
+@pytest.mark.parametrize("setting", [{"num_steps": 0}, {"temperature": 0.0}, {"sampler": "magic"}])
+def test_a_bad_sampler_setting_is_one_clear_error(model: Pretrained, setting: dict) -> None:
+    with pytest.raises(UserError):
+        generate(model, 2, progress=False, **setting)
+
+
+def test_embedding_separates_the_types_better_than_chance(model: Pretrained) -> None:
+    from sedd.metrics import knn_accuracy
+
+    adata = make_counts()
+    out = embed(model, adata, progress=False)
+    assert out.obsm["X_sedd"].shape == (240, 16)
+    known = ~out.obs["cell_type"].isna().to_numpy()
+    states, labels = out.obsm["X_sedd"][known], out.obs["cell_type"].astype(str).to_numpy()[known]
+    assert knn_accuracy(states[:150], labels[:150], states[150:], labels[150:]) > 0.5
+
+
+def test_values_that_are_no_counts_are_refused(model: Pretrained) -> None:
+    logged = make_counts()
+    logged.X.data = np.log1p(logged.X.data)
+    with pytest.raises(UserError, match="not a whole number"):
+        impute(model, logged, hide=0.1, progress=False)
+    logged.layers["counts"] = make_counts().X
+    assert impute(model, logged, layer="counts", hide=0.1, progress=False).n_obs == 240
+    with pytest.raises(UserError, match="there are: counts"):
+        impute(model, logged, layer="spliced", progress=False)
+
+
+def test_evaluation_writes_its_page_and_beats_the_product_of_marginals(
+    tiny_run: Path, tiny_h5ad: Path, tmp_path: Path
+) -> None:
+    found = evaluate(tiny_run, tiny_h5ad, output=tmp_path, n_masks=8, num_steps=8, progress=False)
+    assert found.report is not None
+    page = found.report.read_text()
+    assert "<html" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    row = json.loads((tmp_path / "metrics.json").read_text())["likelihood"]["nats_per_cell"]
+    assert row["sedd"] < row["baselines"]["gene marginals"]
+    assert {"likelihood", "imputation", "generation"} <= set(found.metrics)
+
+
+def test_the_commands_make_the_files_and_refuse_to_replace_them(
+    tiny_run: Path, tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = str(tiny_run), str(tiny_h5ad)
+    out = {name: str(tmp_path / f"{name}.h5ad") for name in ("imputed", "denoised", "generated", "embedded")}
+    assert main(["impute", run, data, "-o", out["imputed"], "--hide", "0.15", "--cells", "val"]) == 0
+    assert main(["denoise", run, data, "-o", out["denoised"], "--rounds", "1", "--folds", "2"]) == 0
+    where = ["--where", "cell_type=B cell", "--guidance", "1.5", "--library_size", "60"]
+    assert main(["generate", run, "-n", "40", "-o", out["generated"], "--num_steps", "4", *where]) == 0
+    assert main(["embed", run, data, "-o", out["embedded"]]) == 0
+    assert ad.read_h5ad(out["imputed"]).n_obs == 24
+    assert ad.read_h5ad(out["generated"]).n_obs == 40
+    written = ["--imputed", out["imputed"], "--generated", out["generated"]]
+    assert main(["evaluate", run, data, "-o", str(tmp_path / "report"), *written, "--n_masks", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "Held-out NELBO" in said
+    assert said.strip().endswith("report.html")
+    before = Path(out["generated"]).read_bytes()
+    assert main(["generate", run, "-n", "4", "-o", out["generated"]]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert Path(out["generated"]).read_bytes() == before
+    assert main(["info", run]) == 0
+    assert "latent attention" in capsys.readouterr().out
+    assert main(["runs", str(tiny_run.parent)]) == 0
+    assert "2/2" in capsys.readouterr().out
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["impute", "nowhere", "x.h5ad", "-o", "o.h5ad"], "no such file or directory"),
+        (["generate", "RUN", "-o", "o.h5ad", "--where", "B cell"], "expected COLUMN=LABEL"),
+        (["impute", "RUN", "nowhere.h5ad", "-o", "o.h5ad"], "nowhere.h5ad: no such file"),
+        (["impute", "RUN", "DATA", "-o", "o.h5ad", "--predict", "XYZ"], "does not know"),
+        (["impute", "RUN", "DATA", "-o", "o.h5ad", "--hide", "1.5"], "--hide is 1.5"),
+        (["evaluate", "RUN", "DATA", "-o", "d", "--imputed", "DATA"], "sedd impute --hide"),
+        (["info", "nowhere"], "no such file or directory"),
+        (["runs", "nowhere"], "no such directory"),
+        (["frobnicate"], "unknown command"),
+    ],
+)
+def test_bad_commands_are_one_line_status_2_and_leave_nothing(
+    arguments: list[str],
+    says: str,
+    tiny_run: Path,
+    tiny_h5ad: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = {"RUN": str(tiny_run), "DATA": str(tiny_h5ad)}
+    assert main([named.get(word, word) for word in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert says in error[-1]
+    assert not list(tmp_path.iterdir())
