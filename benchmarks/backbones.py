@@ -1,0 +1,179 @@
+"""Held-out likelihood of the designs of the network against the time they were trained for.
+
+    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent latent_4 nb --epochs 5
+    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent full --seconds 120
+    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent --epochs 15 --n_bins 0
+
+Cells, genes and split are those of `benchmarks/quality.py`. The bound is the time-free one on the held-out cells, in nats per
+cell and conditioned on nothing, with the averaged weights. Counts of `--n_bins - 1` and more share the last bin; with 0 every
+count has its own, and the bound is one on the raw counts. Time is processor time of training, one thread by default, so
+that it can be compared on a machine that others use as well. Adds to `benchmarks/results/backbones.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from quality import Task, prepare
+from sampling import NOISE, processor
+
+from sedd import metrics as m
+from sedd.ema import EMA
+from sedd.graph import AbsorbingGraph
+from sedd.kernels.discretize import smoothed_log_shares
+from sedd.likelihood import Likelihood, nelbo
+from sedd.loss import diffusion_loss
+from sedd.model import SEDDTransformer
+from sedd.noise import stratified_times
+
+DESIGNS: dict[str, dict[str, Any]] = {
+    "latent": {"attention": "latent", "num_latents": 1},
+    "latent_4": {"attention": "latent", "num_latents": 4},
+    "latent_8": {"attention": "latent", "num_latents": 8},
+    "nb": {"attention": "latent", "num_latents": 1, "head": "nb"},
+    "full": {"attention": "full"},
+}
+SETTINGS = (
+    *("hidden_dim", "num_layers", "num_heads", "batch_size", "learning_rate", "weight_decay"),
+    *("warmup_steps", "ema_decay", "seed", "seconds"),
+)
+Record = dict[str, Any]
+
+
+class Clock:
+    """Processor and wall-clock seconds while it runs."""
+
+    def __init__(self) -> None:
+        self.cpu = self.wall = 0.0
+
+    def __enter__(self) -> Clock:
+        self._began = time.process_time(), time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.cpu += time.process_time() - self._began[0]
+        self.wall += time.perf_counter() - self._began[1]
+
+
+def build(task: Task, n_bins: int, args: argparse.Namespace, design: str) -> SEDDTransformer:
+    """A new model that starts at the training marginals."""
+    torch.manual_seed(args.seed)
+    histogram = m.count_histogram(task.train, n_bins).astype(np.float64)
+    return SEDDTransformer(
+        task.train.shape[1],
+        n_bins,
+        hidden_dim=args.hidden_dim,
+        num_layers=args.num_layers,
+        num_heads=args.num_heads,
+        log_marginals=torch.from_numpy(smoothed_log_shares(histogram)),
+        **DESIGNS[design],
+    )
+
+
+def run(task: Task, args: argparse.Namespace, design: str) -> Record:
+    """Train one design and follow its bound."""
+    n_bins = args.n_bins or int(max(task.train.max(), task.test.max())) + 1
+    train, test = (torch.from_numpy(x.toarray()).clamp(max=n_bins - 1) for x in (task.train, task.test))
+    model, graph = build(task, n_bins, args, design), AbsorbingGraph(n_bins)
+    ema = EMA(model, decay=args.ema_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
+    )
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / args.warmup_steps))
+    clock, curve, step = Clock(), [], 0
+
+    def bound(n_masks: int) -> Likelihood:
+        with ema.applied(model):
+            return nelbo(model, graph, NOISE, test.split(64), n_masks=n_masks)
+
+    def out_of_time() -> bool:
+        return bool(args.seconds) and clock.cpu >= args.seconds
+
+    for epoch in range(1, args.epochs + 1):
+        for batch in train[torch.randperm(len(train))].split(args.batch_size):
+            with clock:
+                t = stratified_times(len(batch), 1 - float(torch.rand(())))
+                masked = torch.rand(batch.shape, dtype=torch.float64) < NOISE.mask_probability(t)[:, None]
+                loss, _ = diffusion_loss(model, graph, NOISE, batch, masked, t)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                warm_up.step()
+                ema.update(model)
+            step += 1
+            if out_of_time():
+                break
+        if epoch % args.every == 0 or epoch == args.epochs or out_of_time():
+            last = epoch == args.epochs or out_of_time()
+            found = bound(args.masks if last else max(1, args.masks // 8))
+            curve.append({"epoch": epoch, "step": step, "cpu_seconds": round(clock.cpu, 1), "nelbo": round(found.mean, 2)})
+            print(design, curve[-1], flush=True)
+        if out_of_time():
+            break
+    return {
+        "design": design,
+        "n_bins": n_bins,
+        "epochs": epoch,
+        "steps": step,
+        "cpu_seconds": round(clock.cpu, 1),
+        "wall_seconds": round(clock.wall, 1),
+        "nelbo": round(found.mean, 2),
+        "nelbo_ci": [round(x, 2) for x in found.interval],
+        "masks_per_cell": args.masks,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "curve": curve,
+        "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "numpy", "scanpy")},
+    }
+
+
+def save(path: Path, record: Record) -> None:
+    """Put a record into the file in place of the one it repeats."""
+    records = json.loads(path.read_text()) if path.exists() else []
+    key = ("design", "n_bins", "epochs", "settings")
+    records = [r for r in records if any(r[k] != record[k] for k in key)] + [record]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--designs", nargs="+", choices=list(DESIGNS), default=["latent", "full"])
+    parser.add_argument("--n_genes", type=int, default=2000)
+    parser.add_argument("--n_bins", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.0, help="of processor time to stop after; 0 for no limit")
+    parser.add_argument("--hidden_dim", type=int, default=128)
+    parser.add_argument("--num_layers", type=int, default=3)
+    parser.add_argument("--num_heads", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--warmup_steps", type=int, default=50)
+    parser.add_argument("--ema_decay", type=float, default=0.995)
+    parser.add_argument("--every", type=int, default=1, help="epochs between looks at the held-out cells")
+    parser.add_argument("--masks", type=int, default=16, help="per held-out cell at the end; an eighth of it in between")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "backbones.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    task = prepare(args.data, args.n_genes, None, args.seed)
+    for design in args.designs:
+        save(args.output, run(task, args, design))
+
+
+if __name__ == "__main__":
+    main()

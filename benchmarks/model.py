@@ -1,0 +1,207 @@
+"""What the network costs: training cells/s, peak memory and model FLOPs utilisation, by size, genes and attention.
+
+    python benchmarks/model.py
+    python benchmarks/model.py --sizes small --genes 2000 20000 --attention latent --device cuda --compile
+
+Each case runs in a process of its own, on a GPU if there is one, and is added to `benchmarks/results/model_DEVICE.json` in
+place of the case it repeats. A step is the forward pass on random cells half of whose genes are masked, its gradient and
+AdamW. Utilisation is the arithmetic that the model needs over the time it took, as a share of what a large matrix product
+reaches here in the same precision; exponentials, normalisation and anything recomputed count as time, not as work.
+Cases whose step needs more than `--max_tflop` are not run; the file says so.
+
+The summary holds the ratios that matter: time per cell and gene at 20,000 genes over that at 2,000, which is 1 for a cost
+linear in the genes, and how many times more cells/s the latents train than full attention of the same size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from sampling import processor
+
+from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
+
+SIZES: dict[str, type[SEDDTransformer]] = {
+    "small": SEDDTransformerSmall,
+    "medium": SEDDTransformerMedium,
+    "large": SEDDTransformerLarge,
+}
+Record = dict[str, Any]
+
+
+def training_flop(model: SEDDTransformer) -> float:
+    """Floating-point operations to train on one cell, half of its genes masked: 3 times those of a forward pass.
+
+    Every parameter of a matrix costs two operations per token it meets; besides there are the products of attention, of
+    latents with genes, and the logits of masked genes.
+    """
+    config = model.config
+    genes, dim, rank = config["n_vars"], config["hidden_dim"], config["rank"]
+    tokens = genes if config["attention"] == "full" else config["num_latents"]
+    attends = tokens > 1
+    block = (4 * dim * dim if attends else 0) + 8 * dim * dim
+    modulation = (6 if attends else 3) * dim * dim
+    per_layer = 2 * tokens * block + 2 * modulation + (4 * tokens * tokens * dim if attends else 0)
+    if config["attention"] == "full":
+        ends = 2 * genes * dim * rank
+    else:
+        features = model.backbone.VALUE_DIM
+        latents = tokens * dim
+        ends = 2 * genes * dim * (features + rank) + 2 * dim * latents * (features + rank)
+    logits = 2 * (genes / 2) * rank * config["n_bins"] if config["head"] == "softmax" else 0
+    return 3.0 * (config["num_layers"] * per_layer + ends + logits)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second that a large matrix product reaches: the best of several."""
+    n = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(5):
+        synchronize(device)
+        began = clock(device)
+        a @ a
+        synchronize(device)
+        best = max(best, 2 * n**3 / (clock(device) - began))
+    return best
+
+
+def clock(device: torch.device) -> float:
+    """Seconds per thread: on a CPU that others use as well, the processor's time is what the work took."""
+    return time.perf_counter() if device.type == "cuda" else time.process_time() / torch.get_num_threads()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(case: Record, settings: Record) -> Record:
+    """Train for some steps and time them; runs in a process of its own, whose memory is the case's."""
+    torch.set_num_threads(settings["threads"])
+    device = torch.device(settings["device"])
+    low = device.type == "cuda"
+    torch.manual_seed(0)
+    model = SIZES[case["size"]](
+        case["genes"], settings["n_bins"], attention=case["attention"], num_latents=case["num_latents"]
+    ).to(device)
+    record: Record = {**case, "parameters": sum(p.numel() for p in model.parameters())}
+    record["gflop_per_cell"] = round(training_flop(model) / 1e9, 3)
+    batch = 1 if case["attention"] == "full" and not low else settings["batch_size"]
+    if training_flop(model) * batch > settings["max_tflop"] * 1e12:
+        return {**record, "skipped": f"a step needs more than {settings['max_tflop']} TFLOP"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    network = torch.compile(model, dynamic=False) if settings["compile"] else model
+    clean = torch.randint(0, 3, (batch, case["genes"]), device=device)
+    tokens = clean.masked_fill(torch.rand(clean.shape, device=device) < 0.5, model.mask_token)
+    sigma = torch.full((batch,), 0.693, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+            loss = -network(tokens, sigma, targets=clean).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    synchronize(device)
+    steps, wall, began = 0, time.perf_counter(), clock(device)
+    while steps < 2 or time.perf_counter() - wall < settings["seconds"]:
+        step()
+        synchronize(device)
+        steps += 1
+    wall, seconds = time.perf_counter() - wall, clock(device) - began
+    peak = torch.cuda.max_memory_allocated(device) if low else _peak_memory()
+    reached = training_flop(model) * batch * steps / seconds
+    return {
+        **record,
+        "batch_size": batch,
+        "cells_per_s": round(batch * steps / seconds, 3),
+        "cells_per_s_wall": round(batch * steps / wall, 3),
+        "us_per_cell_and_gene": round(seconds / (batch * steps * case["genes"]) * 1e6, 4),
+        "peak_memory_mib": round(peak / 2**20, 1),
+        "flops_utilisation": round(reached / matmul_flops(device, torch.bfloat16 if low else torch.float32), 4),
+    }
+
+
+def _peak_memory() -> int:
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def summary(records: list[Record]) -> Record:
+    """The ratios, for each size."""
+    speed = {(r["size"], r["genes"], r["attention"]): r.get("cells_per_s") for r in records}
+    found: Record = {}
+    for size in SIZES:
+        few, many = speed.get((size, 2000, "latent")), speed.get((size, 20000, "latent"))
+        full = speed.get((size, 2000, "full"))
+        ratios = {
+            "latent_cost_per_gene_20000_over_2000": few / (10 * many) if few and many else None,
+            "latent_over_full_cells_per_s_at_2000": few / full if few and full else None,
+        }
+        found[size] = {name: None if value is None else round(value, 2) for name, value in ratios.items()}
+    return found
+
+
+def save(path: Path, record: Record, settings: Record) -> None:
+    """Put a case into the file in place of the one it repeats."""
+    old = json.loads(path.read_text())["records"] if path.exists() else []
+    key = ("size", "genes", "attention")
+    records = [r for r in old if any(r[k] != record[k] for k in key)] + [record]
+    device = torch.device(settings["device"])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    content = {
+        "machine": {"device": name, "python": platform.python_version(), "torch": version("torch")},
+        "settings": settings,
+        "summary": summary(records),
+        "records": sorted(records, key=lambda r: (r["attention"], list(SIZES).index(r["size"]), r["genes"])),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--genes", type=int, nargs="+", default=[500, 2000, 8000, 20000])
+    parser.add_argument("--attention", nargs="+", choices=("latent", "full"), default=["latent", "full"])
+    parser.add_argument("--num_latents", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=16, help="cells per step; full attention on a CPU takes 1")
+    parser.add_argument("--n_bins", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=2.0, help="to time each case for")
+    parser.add_argument("--max_tflop", type=float, default=2.0 if not torch.cuda.is_available() else 1e6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    settings = {name: getattr(args, name) for name in ("device", "threads", "compile", "n_bins", "batch_size", "seconds")}
+    settings["max_tflop"] = args.max_tflop
+    kind = torch.device(args.device).type
+    output = args.output or Path(__file__).parent / "results" / f"model_{kind}.json"
+    context = multiprocessing.get_context("spawn")
+    for attention in args.attention:
+        for size in args.sizes:
+            for genes in args.genes:
+                case = {"size": size, "genes": genes, "attention": attention, "num_latents": args.num_latents}
+                with context.Pool(1) as pool:
+                    record = pool.apply(measure, (case, settings))
+                print(record, flush=True)
+                save(output, record, settings)
+
+
+if __name__ == "__main__":
+    main()
