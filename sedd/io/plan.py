@@ -7,7 +7,7 @@ epoch at once, and each rank computes the cells of its own positions alone, of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -15,6 +15,9 @@ import numpy as np
 
 from ..errors import UserError
 from ..kernels.mask import GOLDEN64, mix64, stream_key
+from .split import CellList, Split, split_cells
+
+__all__ = ["CellList", "EpochOrder", "RankPlan", "Split", "noise_times", "permute", "split_cells", "weighted_ranks"]
 
 LANES = 192
 """Lanes of a window: rank r of W reads only its own lanes when W divides this (1, 2, 3, 4, 6, 8, 12, 16, 24, .. 64, 96)."""
@@ -25,9 +28,9 @@ LANE_WINDOW = 128
 FULL_SHUFFLE_BYTES = 1 << 30
 """Stores whose non-zeros take up to this much memory are permuted as a whole; half the default memory budget."""
 
-_SPLIT_GROUP = 64  # cells among which a split draws its share: small, so that the k-th cell of a split is found quickly
-_ORDER, _BLOCKS, _SPLIT, _NOISE, _WEIGHTS = 0x6F726465, 0x626C6F63, 0x73706C69, 0x6E6F6973, 0x77656967
+_ORDER, _BLOCKS, _NOISE, _WEIGHTS = 0x6F726465, 0x626C6F63, 0x6E6F6973, 0x77656967
 _ROUNDS = 5
+_SCRAMBLED = 20  # leading bits of a noise time that are scrambled one by one; the others share a flip
 
 
 @numba.njit(cache=True, nogil=True)
@@ -80,167 +83,6 @@ def permute(items: np.ndarray, n: int, key: int) -> np.ndarray:
     out = np.empty_like(items)
     _permute_many(items, n, np.uint64(key), out)
     return out
-
-
-@numba.njit(cache=True, nogil=True)
-def _val_before(cell: Any, n_obs: Any, n_val: Any, phase: Any) -> Any:
-    return (cell * n_val + phase) // n_obs
-
-
-@numba.njit(cache=True, nogil=True)
-def _is_val(cell: Any, n_obs: Any, n_val: Any, phase: Any, key: Any) -> Any:
-    start = cell // _SPLIT_GROUP * _SPLIT_GROUP
-    stop = min(start + _SPLIT_GROUP, n_obs)
-    share = _val_before(stop, n_obs, n_val, phase) - _val_before(start, n_obs, n_val, phase)
-    return _permute(cell - start, stop - start, mix64(key + np.uint64(start))) < share
-
-
-@numba.njit(cache=True, nogil=True)
-def _are_val(cells: Any, n_obs: Any, n_val: Any, phase: Any, key: Any, out: Any) -> None:
-    for i in range(cells.shape[0]):
-        out[i] = _is_val(cells[i], n_obs, n_val, phase, key)
-
-
-@numba.njit(cache=True, nogil=True)
-def _split_cells(ranks: Any, n_obs: Any, n_val: Any, phase: Any, key: Any, want_val: Any, out: Any) -> None:
-    """Find the `ranks[i]`-th cell of a split, by the closed form of the cells before each group and a search inside it."""
-    total = n_val if want_val else n_obs - n_val
-    n_groups = (n_obs + _SPLIT_GROUP - 1) // _SPLIT_GROUP
-    members = np.empty(_SPLIT_GROUP, np.int64)
-    current, first, count = np.int64(-1), np.int64(0), np.int64(0)
-    for i in range(ranks.shape[0]):
-        rank = ranks[i]
-        if not (current >= 0 and first <= rank < first + count):
-            group = min(np.int64(np.float64(rank) / total * n_obs) // _SPLIT_GROUP, n_groups - 1)
-            while True:
-                start = group * _SPLIT_GROUP
-                stop = min(start + _SPLIT_GROUP, n_obs)
-                before = _val_before(start, n_obs, n_val, phase)
-                after = _val_before(stop, n_obs, n_val, phase)
-                if not want_val:
-                    before, after = start - before, stop - after
-                if rank < before:
-                    group -= 1
-                elif rank >= after:
-                    group += 1
-                else:
-                    break
-            current, first, count = group, before, np.int64(0)
-            for cell in range(start, stop):
-                if _is_val(cell, n_obs, n_val, phase, key) == want_val:
-                    members[count] = cell
-                    count += 1
-        out[i] = members[rank - first]
-
-
-@dataclass(frozen=True)
-class Split:
-    """A set of cells that is described, not listed.
-
-    The validation cells are exactly `round(val_fraction * n_obs)`, spread evenly: each run of 64 cells of the store gives
-    its share of them, chosen by a keyed permutation, so that a store sorted by label is also split within each label.
-
-    Attributes
-    ----------
-    n_obs : int
-        Cells in the store.
-    val_fraction : float in [0, 1)
-    seed : int
-    part : {"train", "val", "all"}
-    limit : int or None
-        Keep only this many cells, evenly spaced over the part.
-    """
-
-    n_obs: int
-    val_fraction: float = 0.1
-    seed: int = 0
-    part: str = "train"
-    limit: int | None = None
-    n_val: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.part not in ("train", "val", "all"):
-            raise UserError(f"unknown split '{self.part}'; expected train, val, all or an array of cell numbers")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction is {self.val_fraction}; expected a share from 0 to below 1")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit_cells is {self.limit}; expected at least 1")
-        object.__setattr__(self, "n_val", int(np.floor(self.val_fraction * self.n_obs + 0.5)))
-
-    @property
-    def _key(self) -> int:
-        return stream_key(_SPLIT, self.seed)
-
-    @property
-    def _phase(self) -> int:
-        return self._key % max(self.n_obs, 1)
-
-    @property
-    def _n_part(self) -> int:
-        return {"train": self.n_obs - self.n_val, "val": self.n_val, "all": self.n_obs}[self.part]
-
-    @property
-    def n_cells(self) -> int:
-        """Cells in this part."""
-        return self._n_part if self.limit is None else min(self.limit, self._n_part)
-
-    def __len__(self) -> int:
-        return self.n_cells
-
-    def cells(self, ranks: np.ndarray | None = None) -> np.ndarray:
-        """Cell numbers of the given ranks (the k-th cell of the part, in the store's order); of all ranks by default."""
-        ranks = np.arange(self.n_cells) if ranks is None else np.ascontiguousarray(ranks, dtype=np.int64)
-        if ranks.size and (ranks.min() < 0 or ranks.max() >= self.n_cells):
-            raise UserError(f"ranks run from {ranks.min()} to {ranks.max()}; the split has {self.n_cells} cells")
-        if self.n_cells < self._n_part:
-            ranks = ranks * self._n_part // self.n_cells
-        if self.part == "all" or ranks.size == 0:
-            return ranks.copy()
-        out = np.empty_like(ranks)
-        want_val = self.part == "val"
-        _split_cells(ranks, self.n_obs, self.n_val, self._phase, np.uint64(self._key), want_val, out)
-        return out
-
-    def contains(self, cells: np.ndarray) -> np.ndarray:
-        """Tell of each cell whether it is in this part; `limit` is not looked at."""
-        cells = np.ascontiguousarray(cells, dtype=np.int64)
-        out = np.ones(cells.shape, np.bool_)
-        if self.part != "all":
-            _are_val(cells, self.n_obs, self.n_val, self._phase, np.uint64(self._key), out)
-        return ~out if self.part == "train" else out
-
-
-def split_cells(n_obs: int, val_fraction: float, seed: int) -> tuple[Split, Split]:
-    """Divide cells into a training and a validation part.
-
-    Parameters
-    ----------
-    n_obs : int
-    val_fraction : float in [0, 1)
-        Exactly `round(val_fraction * n_obs)` cells are for validation.
-    seed : int
-
-    Returns
-    -------
-    train, val : Split
-    """
-    return Split(n_obs, val_fraction, seed, "train"), Split(n_obs, val_fraction, seed, "val")
-
-
-@dataclass(frozen=True)
-class CellList:
-    """A split given as a list of cells."""
-
-    numbers: np.ndarray
-
-    @property
-    def n_cells(self) -> int:
-        """Cells in the list."""
-        return int(self.numbers.size)
-
-    def cells(self, ranks: np.ndarray | None = None) -> np.ndarray:
-        """Cell numbers of the given ranks, of all by default."""
-        return self.numbers if ranks is None else self.numbers[ranks]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -322,11 +164,12 @@ def _times(positions: Any, key: Any, out: Any) -> None:
         for step in range(6):
             keep = np.uint64(masks[step]) if step < 5 else np.uint64(0x00000000FFFFFFFF)
             x ^= (x >> (np.uint64(1) << np.uint64(step))) & keep
-        x += key  # nested scrambling: sums and products carry upwards only, so a bit depends on the lower ones alone
-        x ^= x * np.uint64(0x6C50B47C)
-        x ^= x * np.uint64(0xB82F1E52)
-        x ^= x * np.uint64(0xC7AFE638)
-        x ^= x * np.uint64(0x8D22F6E6)
+        low = np.uint64(0)  # nested scrambling: whether a bit is flipped is a hash of the scrambled bits below it
+        for bit in range(_SCRAMBLED):
+            salt = mix64(key ^ (low | (np.uint64(1) << np.uint64(bit + 1))))
+            low |= (((x >> np.uint64(bit)) ^ salt) & np.uint64(1)) << np.uint64(bit)
+        above = np.uint64(_SCRAMBLED)
+        x = low | (((x >> above) ^ mix64(key + low)) << above)
         reverse = np.uint64(0)
         for _ in range(53):
             reverse = (reverse << np.uint64(1)) | (x & np.uint64(1))

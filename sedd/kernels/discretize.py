@@ -182,8 +182,8 @@ class Binning:
             `linear` has one bin more than this: `np.digitize` against `num_bins` points starts at 1 for values >= 0.
         hist : (n_vars, max_count + 1) sparse, optional
             How often each gene has each count in the training cells, zeros in column 0.
-        values : (n,) real, optional
-            A sample of the training values with their zeros, for data that are not counts.
+        values : (n,) or (cells, n_vars) real, optional
+            A sample of the training values with their zeros, for data that are not counts. `quantile` needs whole cells.
 
         Returns
         -------
@@ -223,30 +223,26 @@ class Binning:
         elif kind not in KINDS:
             raise UserError(f"unknown binning '{kind}'; expected auto, {', '.join(KINDS)}")
         draft = cls(kind, n_bins, edges, np.zeros(n_bins, np.float32))
-        return draft.with_values(points, weight)
+        if kind != "quantile":
+            return draft._with_means(draft.tokens(points), points, weight)
+        if values is None or np.ndim(values) != 2:
+            raise UserError("quantile bins are those of each cell; pass values= of whole cells, (cells, n_vars)")
+        cells = np.asarray(values)
+        return draft._with_means(draft.tokens(cells).reshape(-1), cells.reshape(-1).astype(np.float64), None)
 
-    def with_values(self, points: np.ndarray, weight: np.ndarray) -> Binning:
-        """Return this binning with `values` set to the weighted mean of the `points` in each bin.
+    def _with_means(self, tokens: np.ndarray, points: np.ndarray, weight: np.ndarray | None) -> Binning:
+        """Return this binning with `values` set to the mean of the `points` in each bin.
 
-        An empty bin takes the value that a straight line between its neighbours gives it.
+        A count that was not seen decodes to itself, another empty bin to what a line between its neighbours gives.
         """
-        if self.kind == "quantile":
-            tokens = np.zeros(points.size, np.int64)
-            nonzero = points > 0
-            if nonzero.any():  # per cell the edges differ; over all cells the quantiles of the non-zeros stand in
-                order = np.cumsum(weight[nonzero]) - weight[nonzero] / 2
-                share = order / weight[nonzero].sum()
-                tokens[nonzero] = 1 + np.minimum((share * (self.n_bins - 1)).astype(np.int64), self.n_bins - 2)
-        else:
-            tokens = self.tokens(points).astype(np.int64)
         mass = np.bincount(tokens, weights=weight, minlength=self.n_bins)
-        total = np.bincount(tokens, weights=weight * points, minlength=self.n_bins)
-        seen = mass > 0
-        bins = np.arange(self.n_bins)
+        total = np.bincount(tokens, weights=points if weight is None else weight * points, minlength=self.n_bins)
+        seen, bins = mass > 0, np.arange(self.n_bins)
         means = np.interp(bins, bins[seen], total[seen] / mass[seen])
-        if self.kind in ("identity", "counts"):  # an unseen count is itself
-            means[:-1] = np.where(seen[:-1], means[:-1], bins[:-1])
-            means[-1] = means[-1] if seen[-1] else bins[-1]
+        if self.kind in ("identity", "counts"):
+            means = np.where(seen, means, bins)
+        elif self.kind == "quantile":
+            means[0] = 0  # the zeros, also where the sample has none
         return Binning(self.kind, self.n_bins, self.edges, means.astype(np.float32))
 
     @property

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import itertools
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sedd.io.plan import (
+    BLOCK,
+    LANE_WINDOW,
+    LANES,
+    CellList,
+    EpochOrder,
+    RankPlan,
+    Split,
+    noise_times,
+    permute,
+    split_cells,
+    weighted_ranks,
+)
+
+WINDOW = LANES * LANE_WINDOW
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 700), key=st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(n: int, key: int) -> None:
+    assert sorted(permute(np.arange(n), n, key)) == list(range(n))
+
+
+def test_permutations_of_few_items_are_equally_frequent() -> None:
+    seen = dict.fromkeys(itertools.permutations(range(4)), 0)
+    for key in range(24_000):
+        seen[tuple(permute(np.arange(4), 4, key).tolist())] += 1
+    assert sum((count - 1000) ** 2 / 1000 for count in seen.values()) < 60  # chi-square, 23 degrees: p of 4e-5
+
+
+@settings(deadline=None, max_examples=60)
+@given(n_obs=st.integers(1, 900), fraction=st.floats(0, 0.99), seed=st.integers(0, 2**40))
+def test_a_split_is_exact_and_loses_no_cell(n_obs: int, fraction: float, seed: int) -> None:
+    train, val = split_cells(n_obs, fraction, seed)
+    assert val.n_cells == int(np.floor(fraction * n_obs + 0.5))
+    a, b = train.cells(), val.cells()
+    assert sorted([*a, *b]) == list(range(n_obs))
+    assert (np.diff(a) > 0).all()
+    assert train.contains(a).all()
+    assert not train.contains(b).any()
+    assert val.contains(b).all()
+    some = np.random.default_rng(0).permutation(train.n_cells)
+    np.testing.assert_array_equal(train.cells(some), a[some])
+
+
+def test_a_split_is_even_along_the_store_and_differs_by_seed() -> None:
+    val = Split(64_000, 0.1, 3, "val").cells()
+    per_run = np.bincount(val // 64, minlength=1000)
+    assert set(per_run) == {6, 7}
+    position = np.bincount(val % 64, minlength=64)
+    assert np.sum((position - 100) ** 2 / 100) < 120  # chi-square, 63 degrees
+    other = Split(64_000, 0.1, 4, "val").cells()
+    assert 400 < np.intersect1d(val, other).size < 900
+
+
+def test_a_limit_keeps_cells_that_are_evenly_spaced() -> None:
+    whole, some = Split(10_000, 0.1, 0, "train"), Split(10_000, 0.1, 0, "train", limit=100)
+    assert some.n_cells == 100
+    np.testing.assert_array_equal(some.cells(), whole.cells(np.arange(100) * 90))
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 5000), seed=st.integers(0, 2**40), epoch=st.integers(0, 99))
+def test_an_epoch_sees_every_cell_once(n: int, seed: int, epoch: int) -> None:
+    for mode in ("full", "window", "none"):
+        ranks = EpochOrder(n, seed, epoch, mode).ranks(np.arange(n))
+        np.testing.assert_array_equal(np.sort(ranks), np.arange(n))
+
+
+def test_large_epochs_see_every_cell_once_in_new_orders() -> None:
+    n = 3 * WINDOW + 1234
+    first = EpochOrder(n, 1, 0, "window").ranks(np.arange(n))
+    np.testing.assert_array_equal(np.sort(first), np.arange(n))
+    second = EpochOrder(n, 1, 1, "window").ranks(np.arange(n))
+    assert (first == second).mean() < 0.001
+
+
+def test_a_window_reads_whole_blocks() -> None:
+    n = 8 * WINDOW
+    ranks = EpochOrder(n, 5, 0, "window").ranks(np.arange(WINDOW, 2 * WINDOW))
+    runs = np.flatnonzero(np.diff(np.sort(ranks)) != 1).size + 1
+    assert runs <= LANES * (LANE_WINDOW // BLOCK + 1)
+
+
+def test_a_rank_that_fits_the_lanes_reads_only_its_own_part() -> None:
+    n = 8 * WINDOW
+    order = EpochOrder(n, 5, 0, "window")
+    for world in (8, 64):
+        mine = order.ranks(RankPlan(n, 32, 3, world).positions(0, n))
+        runs = np.flatnonzero(np.diff(np.sort(mine)) != 1).size + 1
+        assert mine.size / runs > BLOCK / 2
+
+
+def test_every_aligned_run_of_positions_has_one_time_per_stratum_on_every_rank() -> None:
+    for epoch, size, world in itertools.product((0, 3), (1, 4, 64, 512), (1, 2, 8)):
+        for rank, block in itertools.product(range(world), (0, 5)):
+            t = noise_times(9, epoch, rank + world * np.arange(block * size, (block + 1) * size))
+            assert sorted(np.ceil(t * size).astype(int)) == list(range(1, size + 1))
+
+
+def test_times_are_uniform_and_new_in_every_epoch() -> None:
+    t = np.stack([noise_times(0, epoch, np.arange(10_000)) for epoch in range(50)])
+    assert t.min() > 0
+    assert t.max() <= 1
+    assert np.abs(t.mean(axis=0) - 0.5).max() < 0.25
+    pairs = np.corrcoef(t[:, :512])[np.triu_indices(50, 1)]
+    assert abs(pairs.mean()) < 0.1  # one flip of the leading bit correlates two epochs by +-3/4, either way alike
+    one_position = np.sort([noise_times(0, epoch, np.array([17]))[0] for epoch in range(2000)])
+    assert np.abs(one_position - (np.arange(2000) + 0.5) / 2000).max() < 0.045  # Kolmogorov-Smirnov, p of 6e-4
+
+
+def test_weighted_ranks_follow_the_weights() -> None:
+    weights = np.array([0.0, 1, 2, 0, 7])
+    ranks = weighted_ranks(0, 1, np.arange(50_000), np.cumsum(weights))
+    share = np.bincount(ranks, minlength=5) / 50_000
+    np.testing.assert_allclose(share, weights / 10, atol=0.01)
+    assert share[0] == share[3] == 0
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    n=st.integers(0, 300),
+    batch=st.integers(1, 40),
+    world=st.integers(1, 7),
+    start=st.integers(0, 320),
+    drop=st.booleans(),
+    pad=st.booleans(),
+)
+def test_ranks_share_the_positions_that_are_left(
+    n: int, batch: int, world: int, start: int, drop: bool, pad: bool
+) -> None:
+    plans = [RankPlan(n, batch, rank, world, start, drop, pad) for rank in range(world)]
+    mine = [plan.positions(0, plan.n_mine) for plan in plans]
+    taken = np.sort(np.concatenate(mine))
+    left = max(n - start, 0)
+    if drop:
+        np.testing.assert_array_equal(taken, start + np.arange(left // (batch * world) * batch * world))
+    elif pad:
+        assert len({len(part) for part in mine}) == 1
+        np.testing.assert_array_equal(taken[:left], np.arange(start, start + left))
+        assert taken.size - left < world
+    else:
+        np.testing.assert_array_equal(taken, np.arange(start, start + left))
+    for rank, part in enumerate(mine):
+        assert (part % world == rank).all()
+
+
+def test_the_plan_of_a_billion_cells_for_one_of_512_ranks_is_quick_and_small() -> None:
+    code = """
+import time, numpy as np
+from sedd.io.plan import EpochOrder, RankPlan, Split, noise_times
+split = Split(10**9)
+order = EpochOrder(split.n_cells, 0, 0, "window")
+plan = RankPlan(split.n_cells, 512, 77, 512)
+EpochOrder(100, 0, 0, "window").ranks(np.arange(100)); Split(100).cells(); noise_times(0, 0, np.arange(5))
+began = time.process_time()
+seen = 0
+for low in range(0, plan.n_mine, 1 << 18):
+    positions = plan.positions(low, low + (1 << 18))
+    cells = split.cells(np.sort(order.ranks(positions)))
+    seen += cells.size
+    noise_times(0, 0, positions)
+assert seen == plan.n_mine
+print(time.process_time() - began)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 10
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # KiB
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Split(10, part="test"), "unknown split"),
+        (lambda: Split(10, 1.0), "val_fraction"),
+        (lambda: Split(10, limit=0), "limit_cells"),
+        (lambda: Split(10).cells(np.array([9])), "the split has 9 cells"),
+        (lambda: EpochOrder(5, 0, 0, "shuffled"), "unknown shuffle"),
+        (lambda: EpochOrder(5, 0, 0, "full").ranks(np.array([5])), "the epoch has 5 cells"),
+        (lambda: permute(np.array([3]), 3, 0), "expected 0 to 2"),
+    ],
+)
+def test_bad_plans_are_refused_in_one_line(call: object, message: str) -> None:
+    assert callable(call)
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_list_of_cells_is_a_split() -> None:
+    cells = CellList(np.array([2, 5, 9]))
+    assert cells.n_cells == 3
+    np.testing.assert_array_equal(cells.cells(np.array([2, 0])), [9, 2])
