@@ -19,7 +19,7 @@ from sedd.io.h5ad import Matrix
 from sedd.io.parts import Plan, load_plan, part_path
 from sedd.io.run import TaskRunner
 from sedd.io.shards import CHUNK, SHARD, Encoder, create_vector, n_shards, shard_length, write_shard
-from sedd.io.store import CellStore, span_hashes
+from sedd.io.store import CellStore, forget, span_hashes
 
 CHECK_VALUES = 1 << 22
 """Entries read back at once when the finished store is checked."""
@@ -158,6 +158,7 @@ def _write_indptr(root: str, row_nnz: np.ndarray, plan: Plan) -> None:
 
 def _check(root: str, runner: TaskRunner, gathered: Gathered) -> None:
     """Read the finished store back, checksums and all, and compare each cell with what was gathered from the input."""
+    forget()
     store = CellStore(root)
     spans = store.spans(CHECK_VALUES)
     hashes = runner.run(span_hashes, [(root, *span) for span in spans], [hi - lo for lo, hi in spans], title="check")

@@ -149,16 +149,13 @@ class CellStore:
 
     def to_dask(self, block_values: int = 1 << 24) -> Any:
         """X as a dask array of CSR blocks of about `block_values` non-zeros each."""
-        import dask
         import dask.array as da
 
-        meta = sparse.csr_matrix((0, 0), dtype=self.dtype)
-        read = dask.delayed(read_block, pure=True)
-        blocks = [
-            da.from_delayed(read(self.path, lo, hi), (hi - lo, self.n_vars), dtype=self.dtype, meta=meta)
-            for lo, hi in self.spans(block_values)
-        ]
-        return da.concatenate(blocks, axis=0)
+        spans = self.spans(block_values)
+        name = f"sedd-{self.fingerprint}-{block_values}"
+        graph = {(name, k, 0): (read_block, self.path, lo, hi) for k, (lo, hi) in enumerate(spans)}
+        chunks = (tuple(hi - lo for lo, hi in spans), (self.n_vars,))
+        return da.Array(graph, name, chunks, meta=CsrBlock((0, 0), dtype=self.dtype))
 
     def gene_histogram(self) -> sparse.csr_array:
         """How many cells have each count of each gene: `(n_vars, max_value + 1)` int64, zeros in column 0."""
@@ -181,16 +178,33 @@ class CellStore:
         return np.asarray(self._element("uns/sedd/cells")["hash"])
 
 
-def read_block(path: str, lo: int, hi: int) -> sparse.csr_matrix:
+class CsrBlock(sparse.csr_matrix):
+    """A scipy CSR matrix that Dask can sum: Dask passes `keepdims`, which scipy does not know."""
+
+    def sum(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> Any:
+        """Sum over an axis: a scalar, or an array (two-dimensional, as everywhere in scipy's matrices)."""
+        axis = axis[0] if isinstance(axis, tuple) and len(axis) == 1 else None if axis == (0, 1) else axis
+        total = np.asarray(super().sum(axis=axis, dtype=dtype, out=out))
+        if not keepdims:
+            return total if axis is not None else total.item()
+        return total.reshape([1 if axis is None or k == axis % 2 else n for k, n in enumerate(self.shape)])
+
+
+def read_block(path: str, lo: int, hi: int) -> CsrBlock:
     """Cells `lo:hi` of the store at `path` as a scipy matrix."""
     store = CellStore(path)
     indptr, indices, data = store.read_rows(lo, hi)
-    return sparse.csr_matrix((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(hi - lo, store.n_vars))
+    return CsrBlock((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(hi - lo, store.n_vars))
 
 
 @lru_cache(maxsize=4)
 def _opened(path: str, changed: int) -> CellStore:
     return CellStore(path)
+
+
+def forget() -> None:
+    """Close the stores that `span_hashes` holds open, so that the next call sees what is on the disk by then."""
+    _opened.cache_clear()
 
 
 def span_hashes(path: str, lo: int, hi: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from sedd.io.files import fingerprint
 from sedd.io.genes import match_genes, unique_names
 from sedd.io.h5ad import H5ad, Matrix
 from sedd.io.run import TaskRunner
-from sedd.io.store import CellStore, span_hashes
+from sedd.io.store import CellStore, forget, span_hashes
 
 BLOCK = 1 << 22
 """Entries compared at once."""
@@ -46,6 +46,7 @@ def verify(
     UserError
         At the first thing that is wrong, naming array, chunk and file, or cell, gene and the two values.
     """
+    forget()
     store = CellStore(path)
     runner = TaskRunner(workers=workers, scheduler=None, progress=progress)
     for name in store.x_arrays:
@@ -151,6 +152,6 @@ def _difference(store: CellStore, row: int, cell: int, matrices: list[Matrix], m
     here[own_indices] = own_values
     gene = int(np.argmax(np.abs(here - there)))
     return (
-        f"{store.path}: cell {row} ({store.obs.index[row]!r}), gene {store.var_names[gene]!r} is {here[gene]:g}, "
+        f"{store.path}: cell {row} ({store.obs.index[row]!r}), gene {str(store.var_names[gene])!r} is {here[gene]:g}, "
         f"in {matrices[number].path} it is {there[gene]:g}. Convert the file again."
     )
