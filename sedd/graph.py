@@ -125,7 +125,7 @@ class Graph(ABC):
         """Return the KL divergence per gene from the limit to where a clean token is after noise `sigma`."""
 
 
-def inverse_expm1(sigma: Tensor) -> Tensor:
+def _inverse_expm1(sigma: Tensor) -> Tensor:
     """Return r = `1 / (exp(sigma) - 1)`, the odds of having kept its value at noise `sigma`."""
     return 1 / torch.expm1(sigma)
 
@@ -180,7 +180,7 @@ class AbsorbingGraph(Graph):
 
     def log_score(self, log_mu: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:
         """At a mask `log mu + log r`; a visible gene is settled, 0 for its own token and -inf for others."""
-        masked = F.pad(log_mu + inverse_expm1(sigma).log().to(log_mu.dtype)[:, None, None], (0, 1))
+        masked = F.pad(log_mu + _inverse_expm1(sigma).log().to(log_mu.dtype)[:, None, None], (0, 1))
         settled = torch.full_like(masked, -torch.inf).scatter_(-1, tokens.long()[..., None], 0.0)
         return torch.where((tokens == self.mask_token)[..., None], masked, settled)
 
@@ -190,7 +190,7 @@ class AbsorbingGraph(Graph):
         The terms of the plain sum are of order `r log r` and cancel; here none is larger than `r` times the result's own
         size, so float32 does for any noise.
         """
-        r = inverse_expm1(sigma).to(log_score.dtype)[:, None]
+        r = _inverse_expm1(sigma).to(log_score.dtype)[:, None]
         masked = tokens == self.mask_token
         values = torch.where(masked[..., None], log_score[..., : self.n_bins], 0.0)
         log_mu = values - r.log()[..., None]
@@ -247,7 +247,7 @@ class UniformGraph(Graph):
 
     def _log_odds(self, log_mu: Tensor, sigma: Tensor) -> Tensor:
         """Return `log(1 + n_bins r mu)`, the log of `p(y)` up to a constant of the cell."""
-        log_nr = (inverse_expm1(sigma).log() + math.log(self.n_bins)).to(log_mu.dtype)
+        log_nr = (_inverse_expm1(sigma).log() + math.log(self.n_bins)).to(log_mu.dtype)
         return F.softplus(log_mu + log_nr[:, None, None])
 
     def log_score(self, log_mu: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class UniformGraph(Graph):
 
         `a_y` is 1 / R for `x = clean`; otherwise R for y = clean and 1 elsewhere; `R = 1 + n_bins r`.
         """
-        log_r = torch.log1p(self.n_bins * inverse_expm1(sigma.double())).to(log_score.dtype)[:, None, None]
+        log_r = torch.log1p(self.n_bins * _inverse_expm1(sigma.double())).to(log_score.dtype)[:, None, None]
         value = torch.arange(self.n_bins, device=tokens.device)
         is_x, is_clean = value == tokens[..., None], value == clean[..., None]
         log_a = log_r * (is_clean.to(log_score.dtype) - (tokens == clean)[..., None].to(log_score.dtype))

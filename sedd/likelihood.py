@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sedd.draws import random_subsets, uniforms
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, check_states
-from sedd.loss import hide, masked_weight, score_entropy
+from sedd.loss import hide, score_entropy
 from sedd.noise import Noise
 
 FORMS = ("time_free", "time_integral")
@@ -272,7 +272,7 @@ def _rate_at(
     sigma = noise.sigma(t)
     if isinstance(graph, AbsorbingGraph):
         masked = _noised(graph, batch, sigma, seed, stream) == graph.mask_token
-        return -_log_mu_of(model, batch, masked, sigma, graph.mask_token).sum(1) * masked_weight(noise, t)
+        return -_log_mu_of(model, batch, masked, sigma, graph.mask_token).sum(1) * noise.unmask_rate(t)
     noised = _noised(graph, batch, sigma, seed, stream)
     log_mu = model(noised, sigma.float(), everywhere=True, condition=batch.condition, library=batch.library).double()
     return score_entropy(graph, noise, graph.log_score(log_mu, noised, sigma), noised, batch.tokens.long(), t).sum(1)

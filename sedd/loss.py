@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sedd.errors import UserError
-from sedd.graph import Graph, UniformGraph, inverse_expm1
+from sedd.graph import Graph, UniformGraph
 from sedd.noise import Noise
 
 OBJECTIVES = ("score_entropy", "masked")
@@ -39,12 +39,6 @@ def score_entropy(graph: Graph, noise: Noise, log_score: Tensor, tokens: Tensor,
     t = t.double()
     dsigma = noise.dsigma(t).to(log_score.dtype)
     return dsigma[:, None] * graph.score_entropy(log_score, tokens, clean, noise.sigma(t))
-
-
-def masked_weight(noise: Noise, t: Tensor) -> Tensor:
-    """Return `dsigma r`, the weight of a masked gene's cross-entropy in the score entropy; 1 / t for log-linear noise."""
-    t = t.double()
-    return noise.dsigma(t) * inverse_expm1(noise.sigma(t))
 
 
 def hide(tokens: Tensor, masked: Tensor, mask_token: int) -> Tensor:
@@ -116,7 +110,7 @@ def diffusion_loss(
             share = masked.double().mean(1)
             sigma, weight = noise.sigma_at(share), 1 / share.clamp(min=1 / masked.shape[1])
         else:
-            sigma, weight = noise.sigma(t.double()), masked_weight(noise, t)
+            sigma, weight = noise.sigma(t.double()), noise.unmask_rate(t.double())
         hidden = hide(tokens, masked, graph.mask_token)
         log_mu = model(hidden, sigma.float(), targets=tokens, **given)
         per_cell = -log_mu.float().sum(1) * weight.float()

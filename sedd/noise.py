@@ -37,6 +37,13 @@ class Noise(ABC):
         """Return `1 - exp(-sigma(t))`, the probability that a gene is masked by time t."""
         return -torch.expm1(-self.sigma(t))
 
+    def unmask_rate(self, t: Any) -> Tensor:
+        """Return `dsigma(t) / (exp(sigma(t)) - 1)`: how fast a masked gene is unmasked backwards in time.
+
+        It is also the weight of a masked gene's cross-entropy in the score entropy.
+        """
+        return self.dsigma(t) / torch.expm1(self.sigma(t))
+
     def sigma_at(self, share: Any) -> Tensor:
         """Return the total noise at which `share` of the genes is masked.
 
@@ -78,6 +85,10 @@ class LogLinearNoise(Noise):
     def mask_probability(self, t: Any) -> Tensor:
         """Return `(1 - eps) t`."""
         return (1 - self.eps) * _times(t)
+
+    def unmask_rate(self, t: Any) -> Tensor:
+        """Return 1 / t, whatever eps."""
+        return 1 / _times(t)
 
 
 class GeometricNoise(Noise):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sedd.draws import uniforms
 from sedd.errors import UserError
-from sedd.graph import AbsorbingGraph, Graph, UniformGraph, check_states, inverse_expm1
+from sedd.graph import AbsorbingGraph, Graph, UniformGraph, check_states
 from sedd.noise import Noise
 
 ORDERS = ("random", "confidence")
@@ -207,7 +207,7 @@ class Sampler(ABC):
         """Unmask `tokens` in place: of a step's candidates those whose best value is the most probable."""
         unknown = (tokens == self.graph.mask_token).sum(1)
         u = uniforms(seed, _VALUE, names, tokens.shape[1])
-        left_after = torch.floor(self.survival().to(tokens.device)[:, None] * unknown).long()
+        left_after = torch.floor(self.survival().to(tokens.device)[:, None] * unknown + 1e-6).long()
         for k in range(self.num_steps):
             masked = tokens == self.graph.mask_token
             n_now = masked.sum(1) - left_after[k]
@@ -316,7 +316,7 @@ class EulerSampler(Sampler):
     def survival(self) -> Tensor:
         """Return the product over steps of `1 - (t - s) dsigma(t) r(t)`, and 0 after the last."""
         t = 1 - torch.arange(self.num_steps, dtype=torch.float64) / self.num_steps
-        leave = self.noise.dsigma(t) * inverse_expm1(self.noise.sigma(t)) / self.num_steps
+        leave = self.noise.unmask_rate(t) / self.num_steps
         curve = (1 - leave.clamp(max=1)).cumprod(0)
         curve[-1] = 0
         return curve

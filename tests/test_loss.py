@@ -11,7 +11,7 @@ from toy import ExactModel, FreeModel, Joint
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, UniformGraph, make_graph
 from sedd.likelihood import nelbo
-from sedd.loss import diffusion_loss, hide, masked_weight, score_entropy
+from sedd.loss import diffusion_loss, hide, score_entropy
 from sedd.model import SEDDTransformer
 from sedd.noise import GeometricNoise, LogLinearNoise, Noise, stratified_times
 
@@ -57,7 +57,6 @@ def test_of_normalised_probabilities_it_is_cross_entropy_over_time() -> None:
     want = -log_mu.gather(-1, clean[..., None]).squeeze(-1) / t[:, None]
     got = score_entropy(graph, NOISE, log_score, masks, clean, t)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(masked_weight(NOISE, t), 1 / t, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -238,7 +237,7 @@ def test_training_reaches_the_entropy_of_the_data(name: str) -> None:
     test = joint.sample(4_000, seed=9)
     untrained = nelbo(FreeModel(2, 3), graph, noise, [test], form="time_integral").mean
     exact = nelbo(ExactModel(joint, uniform=name == "uniform"), graph, noise, [test], form="time_integral").mean
-    reached = nelbo(trained(graph, noise, joint, 250), graph, noise, [test], form="time_integral").mean
+    reached = nelbo(trained(graph, noise, joint, 160), graph, noise, [test], form="time_integral").mean
     assert untrained > joint.entropy() + 0.4
     assert reached == pytest.approx(exact, abs=0.05)
     assert exact == pytest.approx(joint.entropy(), abs=0.1)

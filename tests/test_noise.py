@@ -28,6 +28,16 @@ def test_mask_probability_is_one_minus_what_survives(noise: Noise) -> None:
 
 
 @pytest.mark.parametrize("noise", SCHEDULES)
+def test_rate_of_unmasking_is_that_of_masking_times_the_odds_of_being_visible(noise: Noise) -> None:
+    p = noise.mask_probability(T)
+    torch.testing.assert_close(noise.unmask_rate(T), noise.dsigma(T) * (1 - p) / p, rtol=1e-6, atol=1e-12)
+    # Which is how fast the share of masked genes grows, relative to that share.
+    t = T.clone().requires_grad_()
+    (growth,) = torch.autograd.grad(noise.mask_probability(t).sum(), t)
+    torch.testing.assert_close(noise.unmask_rate(T), growth / p, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("noise", SCHEDULES)
 def test_noise_of_a_share_inverts_the_mask_probability_and_ends_where_the_schedule_does(noise: Noise) -> None:
     inside = T[T < 0.9]
     torch.testing.assert_close(noise.sigma_at(noise.mask_probability(inside)), noise.sigma(inside), rtol=1e-9, atol=0)

@@ -90,8 +90,7 @@ def test_euler_is_analytic_for_log_linear_noise(n: int) -> None:
             kind(ExactModel(joint), AbsorbingGraph(4), LogLinearNoise(eps), num_steps=n).survival()
             for kind in (EulerSampler, AnalyticSampler)
         ]
-        if eps > 0:
-            torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=1e-12)
         torch.testing.assert_close(curves[1], 1 - torch.arange(1, n + 1, dtype=torch.float64) / n, rtol=0, atol=1e-12)
     cells = [sampler_of(name, joint, n).sample(masks(2_000, joint), seed=5) for name in NAMES]
     assert torch.equal(*cells)
@@ -149,14 +148,14 @@ def test_many_steps_draw_the_joint_and_its_top_bin(noise: str, name: str) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_uniform_graph_draws_the_joint_as_steps_grow(name: str) -> None:
-    joint, n = Joint.random(2, 3), 20_000
+    joint, n = Joint.random(2, 3), 10_000
     model, graph = ExactModel(joint, uniform=True), UniformGraph(3)
     distance = []
-    for steps in (2, 8, 48):
+    for steps in (2, 8, 32):
         sampler = make_sampler(name, model, graph, NOISE, num_steps=steps, batch_size=n)
         distance.append(joint.total_variation(sampler.sample(masks(n, joint), seed=2)))
-    assert distance[0] > 2 * distance[1] > 4 * distance[2]
-    assert distance[2] < 0.02
+    assert distance[0] > 2 * distance[1] > 3 * distance[2]
+    assert distance[2] < 0.03
 
 
 def float32_gumbel_rate(log_p: float) -> float:
@@ -173,8 +172,8 @@ def float32_gumbel_rate(log_p: float) -> float:
 
 
 def test_a_value_of_probability_1e_8_is_drawn_at_that_rate() -> None:
-    # 20,000 values of probability 1e-8 each, beside one that has the rest: 4 million draws should find 800.
-    n_rare, n = 20_000, 4_000_000
+    # 20,000 values of probability 1e-8 each, beside one that has the rest: 2 million draws should find 400.
+    n_rare, n = 20_000, 2_000_000
     p = torch.full((n_rare + 1,), 1e-8, dtype=torch.float64)
     p[0] = 1 - 1e-8 * n_rare
     drawn = draw(p.log().float(), uniforms(0, 11, torch.arange(n // 1000), 1000).flatten())
@@ -377,7 +376,7 @@ def test_the_network_draws_the_same_cells_in_batches_of_any_size(attention: str,
     model = network(attention=attention)
     start = torch.full((40, 12), 5)
     start[:, :3] = 1
-    sizes = (1, 7, 64)
+    sizes = (5, 64)
     cells = [
         make_sampler("analytic", model, make_graph(graph, 5), NOISE, num_steps=6, batch_size=b).sample(start)
         for b in sizes

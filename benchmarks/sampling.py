@@ -1,0 +1,204 @@
+"""Speed and quality of generation against the number of steps, for both backbones.
+
+    python benchmarks/sampling.py --data data/pbmc3k.h5ad --n_genes 200 --attention latent full
+    python benchmarks/sampling.py --data data/pbmc3k.h5ad --n_genes 2000 --attention latent --cells 540
+
+Each backbone is trained on the 80 % of the cells that `benchmarks/quality.py` trains on, then draws cells at each number of
+steps. They are compared with the other 20 %, beside real training cells (what a perfect model gets) and independent genes.
+Appends to `benchmarks/results/sampling.json`: an entry with the same panel and backbone is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from quality import Task, prepare
+
+from sedd import metrics as m
+from sedd.ema import EMA
+from sedd.graph import AbsorbingGraph
+from sedd.kernels.discretize import smoothed_log_shares
+from sedd.likelihood import nelbo
+from sedd.loss import diffusion_loss
+from sedd.model import SEDDTransformer
+from sedd.noise import LogLinearNoise, stratified_times
+from sedd.sampling import make_sampler
+
+NOISE = LogLinearNoise()
+Record = dict[str, Any]
+
+
+class Clock:
+    """Time on the wall and time of the processor; they differ where other programs run."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def cells_per_s(self, n: int) -> Record:
+        """Return the rate of n cells since the clock was made, by either time."""
+        wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
+        return {"cells_per_s": round(n / wall, 3), "cells_per_cpu_s": round(n / cpu, 3)}
+
+
+def train(task: Task, args: argparse.Namespace, attention: str, n_bins: int) -> SEDDTransformer:
+    """Train a model of the given size and return it with its averaged weights."""
+    torch.manual_seed(args.seed)
+    tokens = torch.from_numpy(task.train.toarray())
+    model = SEDDTransformer(
+        tokens.shape[1],
+        n_bins,
+        hidden_dim=args.hidden_dim,
+        num_layers=args.num_layers,
+        num_heads=args.num_heads,
+        attention=attention,
+        log_marginals=torch.from_numpy(smoothed_log_shares(m.count_histogram(task.train, n_bins).astype(np.float64))),
+    )
+    graph, ema = AbsorbingGraph(n_bins), EMA(model, decay=0.995)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    for _ in range(args.epochs):
+        for batch in tokens[torch.randperm(len(tokens))].split(16):
+            t = stratified_times(len(batch), 1 - float(torch.rand(())))
+            masked = torch.rand(batch.shape, dtype=torch.float64) < NOISE.mask_probability(t)[:, None]
+            loss, _ = diffusion_loss(model, graph, NOISE, batch, masked, t)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(model)
+    model.load_state_dict(ema.average, strict=False)
+    return model.eval()
+
+
+def runs(args: argparse.Namespace) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers of steps and what else is set; the confident order once, to show its bias and its price."""
+    for steps in args.steps:
+        yield steps, {}
+    yield args.confidence_steps, {"order": "confidence"}
+
+
+def measure(task: Task, args: argparse.Namespace, attention: str) -> Iterator[Record]:
+    """Train one backbone and sample from it."""
+    n_bins = int(max(task.train.max(), task.test.max())) + 1
+    began = time.perf_counter()
+    model = train(task, args, attention, n_bins)
+    seconds = time.perf_counter() - began
+    graph = AbsorbingGraph(n_bins)
+    bound = nelbo(model, graph, NOISE, torch.from_numpy(task.test.toarray()).split(64), n_masks=16)
+    yield {
+        "what": "training",
+        "epochs": args.epochs,
+        "seconds": round(seconds, 1),
+        "nelbo": round(bound.mean, 2),
+        "nelbo_ci": [round(x, 2) for x in bound.interval],
+    }
+    anchor, outside = m.generation_split(task.train.shape[0], task.test.shape[0], 0)
+    pca = m.fit_pca(task.train[outside])
+    size = min(args.cells, task.test.shape[0])
+
+    def scores(cells: Any) -> Record:
+        a, b = (pca.transform(m.log_cp10k(x)) for x in (task.test[:size], cells[:size]))
+        found = {
+            "w2": m.gaussian_w2(a, b),
+            "mmd2": m.mmd2_unbiased(a, b),
+            "correlation": m.gene_correlation_error(task.test[:size], cells[:size]),
+            "library_ks": m.library_ks(task.test[:size], cells[:size]),
+            "zero_fraction": m.gene_moment_errors(task.test[:size], cells[:size])["zero_fraction"],
+        }
+        return {name: round(value, 5) for name, value in found.items()}
+
+    yield {"what": "real training cells", **scores(task.train[anchor])}
+    yield {"what": "independent genes", **scores(task.baselines.sample(size, args.seed))}
+    for steps, settings in runs(args):
+        sampler = make_sampler("analytic", model, graph, NOISE, num_steps=steps, **settings)
+        start = torch.full((size, task.train.shape[1]), graph.mask_token)
+        sampler.sample(start[:2], seed=args.seed)
+        clock = Clock()
+        cells = sampler.sample(start, seed=args.seed)
+        speed = clock.cells_per_s(size)
+        yield {
+            "what": "generation",
+            "num_steps": steps,
+            **settings,
+            "cells": size,
+            **speed,
+            **scores(cells.numpy()),
+        }
+    known = torch.from_numpy(task.test.toarray())[:size]
+    hidden = torch.from_numpy(task.hidden[15][:size])
+    sampler = make_sampler("analytic", model, graph, NOISE, num_steps=64)
+    clock = Clock()
+    sampler.sample(known.masked_fill(hidden, graph.mask_token), seed=args.seed)
+    yield {
+        "what": "imputation of 15 % by draws",
+        "num_steps": 64,
+        "cells": size,
+        **clock.cells_per_s(size),
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
+def save(path: Path, entry: Record) -> None:
+    """Put an entry into the file in place of the one it repeats."""
+    entries = json.loads(path.read_text()) if path.exists() else []
+    key = ("data", "n_genes", "attention", "hidden_dim", "num_layers")
+    entries = [e for e in entries if any(e[k] != entry[k] for k in key)] + [entry]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--n_genes", type=int, default=200)
+    parser.add_argument("--attention", nargs="+", choices=("latent", "full"), default=["latent", "full"])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 8, 32, 128, 512])
+    parser.add_argument("--confidence_steps", type=int, default=32)
+    parser.add_argument("--cells", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--hidden_dim", type=int, default=64)
+    parser.add_argument("--num_layers", type=int, default=2)
+    parser.add_argument("--num_heads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sampling.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    task = prepare(args.data, args.n_genes, None, args.seed)
+    for attention in args.attention:
+        records = []
+        for record in measure(task, args, attention):
+            print(attention, record, flush=True)
+            records.append(record)
+        entry = {
+            "data": args.data.name,
+            "n_genes": args.n_genes,
+            "attention": attention,
+            "hidden_dim": args.hidden_dim,
+            "num_layers": args.num_layers,
+            "seed": args.seed,
+            "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
+            "versions": {name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn")},
+            "records": records,
+        }
+        save(args.output, entry)
+
+
+if __name__ == "__main__":
+    main()
