@@ -16,6 +16,7 @@ from sedd.cells import obs_digest
 from sedd.config import DataConfig, ModelConfig, TrainConfig
 from sedd.errors import UserError, warn_user
 from sedd.gene_vectors import read_gene_vectors
+from sedd.io.choose import encode_label
 from sedd.io.convert import ensure_store
 from sedd.io.loader import Batch, CellLoader
 from sedd.io.plan import Split
@@ -351,10 +352,12 @@ def _categories(store: CellStore, column: str) -> list[str]:
     values = obs[column]
     if pd.api.types.is_float_dtype(values):
         raise UserError(f"--condition {column}: is continuous ({values.dtype}); expected labels such as cell types.")
-    labels = sorted(map(str, values.dropna().unique()))
-    if len(labels) < 2 or len(labels) > _MAX_CATEGORIES:
+    codes, categories = encode_label(store, column)  # the loader's order: its codes index these labels
+    labels = [str(label) for label in categories]
+    n_used = len(np.unique(codes[codes >= 0]))
+    if n_used < 2 or len(labels) > _MAX_CATEGORIES:
         raise UserError(
-            f"--condition {column}: has {len(labels)} different labels; expected between 2 and {_MAX_CATEGORIES} to tell cells apart."
+            f"--condition {column}: has {n_used} different labels; expected between 2 and {_MAX_CATEGORIES} to tell cells apart."
         )
     return labels
 

@@ -23,7 +23,7 @@ def make_counts(n_obs: int = 240, n_vars: int = 60, seed: int = 0) -> ad.AnnData
     rate = rng.gamma(0.5, 1.0, size=(3, n_vars)) + 0.05
     depth = rng.lognormal(0, 0.3, size=n_obs)
     counts = rng.poisson(rate[kind] * depth[:, None]).astype(np.float32)
-    labels = pd.Categorical.from_codes(kind, ["B cell", "T cell", "monocyte"])
+    labels = pd.Categorical.from_codes(kind, ["T cell", "monocyte", "B cell"])  # in no alphabetical order
     labels[0] = None
     obs = pd.DataFrame(
         {"cell_type": labels, "donor": np.where(np.arange(n_obs) % 2, "d1", "d2"), "depth": depth},

@@ -56,7 +56,7 @@ def test_a_run_writes_what_is_promised(tiny_run: Path) -> None:
     for key in ("model", "ema", "optimizer", "scheduler", "random", "epoch", "step", "loader", "best_loss", "history", "genes"):
         assert key in state
     assert state["binning"]["kind"] == "identity"
-    assert state["categories"] == {"cell_type": ["B cell", "T cell", "monocyte"]}
+    assert state["categories"] == {"cell_type": ["T cell", "monocyte", "B cell"]}
     assert json.loads((tiny_run / "args.json").read_text())["hidden_dim"] == 16
 
 
