@@ -1,10 +1,12 @@
 """Imputation, denoising, likelihood, generation and embedding of sedd and its peers, on the same cells and masks.
 
     python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --peer_python PEERS/bin/python
-    python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --checkpoint experiments/pbmc3k
+    python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --export experiments/quality/pbmc3k_train.h5ad
+    sedd train --data_path experiments/quality/pbmc3k_train.h5ad --config configs/quality_pbmc3k.yaml --checkpoint_dir DIR
+    python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --checkpoint DIR
 
-The first line runs the peers (an interpreter with scvi-tools and magic-impute), the second sedd; each writes its part of
-`benchmarks/results/quality_NAME.json` and leaves the rest. Cells are split 80/20 by `default_rng(0).permutation`, genes
+The first line runs the peers (in an interpreter with scvi-tools and magic-impute), the others write the training cells,
+train sedd on them and score it; each writes its part of `benchmarks/results/quality_NAME.json` and leaves the rest. Cells are split 80/20 by `default_rng(0).permutation`, genes
 seen in 3 cells or more are kept, and of those the most variable on the training cells. A seed decides what is hidden,
 which molecules are held out and how a method is initialised.
 """
@@ -26,12 +28,14 @@ from typing import Any
 
 import anndata
 import numpy as np
+import quality_sedd
 import scanpy as sc
 from quality_methods import alra, knn_denoise, knn_impute
 from scipy import sparse
 from sklearn.decomposition import PCA
 
 from sedd import metrics as m
+from sedd import tasks
 from sedd.metrics.baselines import nb_cdf, nb_log_prob
 
 FRACTIONS = (15, 30, 50)
@@ -254,6 +258,42 @@ def peer_records(task: Task, method: str, answers: Any) -> Iterator[Record]:
         yield score_embedding(task, method, answers["latent_train"], answers["latent_test"])
 
 
+def sedd_records(task: Task, checkpoint: Path) -> Iterator[Record]:
+    """Score a model that was trained on the task's training cells."""
+    model = quality_sedd.Pretrained.load(checkpoint)
+    test = quality_sedd.aligned(model, task.test, task.genes)
+    for fraction, hidden in task.hidden.items():
+        answers = quality_sedd.impute(model, test, hidden)
+        yield score_imputation(task, "sedd", fraction, answers.pop("mean"), **answers)
+    given = "the cell's total" if model.model.config["condition_library"] else "nothing"
+    yield score_likelihood(task, "sedd, bound", quality_sedd.likelihood(model, test, 64, task.seed), given)
+    kept = quality_sedd.aligned(model, task.kept[task.test_rows], task.genes)
+    for method, denoised in quality_sedd.denoise(model, kept, task.seed).items():
+        yield score_denoising(task, method, denoised)
+    order = quality_sedd.gene_order(model, task.genes)
+    for steps in (32, 128, 512):
+        made = tasks.generate(model, task.test.shape[0], num_steps=steps, seed=task.seed, progress=False)
+        cells = sparse.csr_array(made.X)[:, order]
+        name = "sedd" if steps == 128 else f"sedd, {steps} steps"
+        yield score_generation(task, name, cells)
+    if task.labels is not None:
+        train = quality_sedd.aligned(model, task.train, task.genes)
+        yield score_embedding(
+            task, "sedd", *(tasks.embed(model, x, progress=False).obsm["X_sedd"] for x in (train, test))
+        )
+
+
+def export(data: Path, n_genes: int, label: str | None, path: Path) -> None:
+    """Write the training cells on the panel, for `sedd train`."""
+    task = prepare(data, n_genes, label, 0)
+    adata = anndata.AnnData(sparse.csr_matrix(task.train).astype(np.float32))
+    adata.var_names, adata.obs_names = task.genes, [f"cell{i}" for i in task.train_rows]
+    if task.labels is not None:
+        adata.obs["label"] = task.labels[task.train_rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    adata.write_h5ad(path, compression="gzip")
+
+
 def _machine() -> dict[str, Any]:
     names = ("numpy", "scipy", "scikit-learn", "anndata", "scanpy", "torch", "sedd")
     return {
@@ -288,9 +328,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--peer_python", help="interpreter with scvi-tools and magic-impute; without it no peer is run")
     parser.add_argument("--methods", nargs="+", default=["baselines", *PEERS], choices=["baselines", *PEERS])
+    parser.add_argument("--checkpoint", type=Path, help="score this sedd model in place of baselines and peers")
+    parser.add_argument("--export", type=Path, help="write the training cells on the panel to this .h5ad and stop")
     parser.add_argument("--work", type=Path, default=Path("experiments/quality"), help="where peers' answers are kept")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.export:
+        export(args.data, args.n_genes, args.label, args.export)
+        return
     output = args.output or Path(__file__).parent / "results" / f"quality_{args.name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     work = args.work / args.name
@@ -305,7 +350,9 @@ def main() -> None:
             "machine": _machine(),
         }
         jobs: list[tuple[str, Callable[[], Iterator[Record]]]] = []
-        for method in args.methods:
+        if args.checkpoint:
+            jobs.append(("sedd", lambda: sedd_records(task, args.checkpoint)))  # noqa: B023
+        for method in [] if args.checkpoint else args.methods:
             if method == "baselines":
                 jobs.append((method, lambda: baselines(task)))  # noqa: B023  (run within this iteration)
             elif args.peer_python:

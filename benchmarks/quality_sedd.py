@@ -1,0 +1,100 @@
+"""A trained sedd model on a prepared task: the same cells, masks and molecules as its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import anndata
+import numpy as np
+import torch
+
+from sedd import tasks
+from sedd.errors import UserError
+from sedd.likelihood import CellBatch, nelbo
+from sedd.pretrained import Pretrained
+
+
+def aligned(model: Pretrained, counts: Any, genes: np.ndarray) -> anndata.AnnData:
+    """Counts as an AnnData, after a check that the model has these genes and takes each count as a token of its own."""
+    if set(model.genes) != set(genes):
+        raise UserError(
+            f"{model.path}: was trained on other genes than the task's {len(genes)}; train on what --export wrote, with "
+            "--genes all."
+        )
+    adata = anndata.AnnData(counts.astype(np.float32))
+    adata.var_names = genes
+    return adata
+
+
+def batches(model: Pretrained, adata: anndata.AnnData, batch_size: int = 64) -> Iterator[tuple[int, int, Any, Any]]:
+    """Tokens of successive cells in the task's gene order: (lo, hi, tokens, context)."""
+    cells = tasks.open_cells(model, adata, "all", None)
+    for lo, hi, _, tokens, context in tasks.batches(model, cells, batch_size, "quality", False):
+        yield lo, hi, tokens, context
+
+
+def gene_order(model: Pretrained, genes: np.ndarray) -> np.ndarray:
+    """Where each gene of the task is in the model's panel."""
+    position = {gene: i for i, gene in enumerate(model.genes)}
+    return np.array([position[gene] for gene in genes])
+
+
+def likelihood(model: Pretrained, adata: anndata.AnnData, n_masks: int, seed: int) -> np.ndarray:
+    """Bound on the negative log likelihood of each cell, nats; needs a bin for every count."""
+    largest = int(adata.X.max())
+    if largest >= model.binning.n_bins:
+        raise UserError(
+            f"{model.path}: has {model.binning.n_bins} bins and the cells have counts up to {largest}; a likelihood of "
+            f"counts needs one bin for each: train with --num_bins {largest + 1} or more."
+        )
+    given = (CellBatch(tokens, **context) for _, _, tokens, context in batches(model, adata))
+    return nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
+
+
+@torch.no_grad()
+def impute(model: Pretrained, adata: anndata.AnnData, hidden: np.ndarray) -> dict[str, np.ndarray]:
+    """Predictive mean, log probability and `P(X < true)` of hidden entries, each (n_cells, n_vars), 0 where shown."""
+    order = gene_order(model, adata.var_names.to_numpy())
+    values = model.decode_values.double()
+    out = {name: np.zeros(hidden.shape) for name in ("mean", "log_prob", "cdf_below")}
+    for lo, hi, tokens, context in batches(model, adata):
+        mask = torch.zeros(tokens.shape, dtype=torch.bool)
+        mask[:, order] = torch.from_numpy(hidden[lo:hi])
+        shown = tokens.masked_fill(mask.to(tokens.device), model.binning.n_bins)
+        readout = model.model.readout(shown, model.sigma(mask), **context)
+        rows, genes = torch.from_numpy(hidden[lo:hi]).nonzero(as_tuple=True)
+        columns = torch.from_numpy(order)[genes]
+        for part in torch.arange(len(rows)).split(1 << 15):
+            where = (lo + rows[part].numpy(), genes[part].numpy())
+            log_mu = model.model.log_mu(readout, rows[part], columns[part]).double()
+            true = tokens[rows[part], columns[part]][:, None]
+            cdf = log_mu.exp().cumsum(1)
+            log_prob = log_mu.gather(1, true)[:, 0]
+            out["mean"][where] = (log_mu.exp() @ values).numpy()
+            out["log_prob"][where] = log_prob.numpy()
+            out["cdf_below"][where] = (cdf.gather(1, true)[:, 0] - log_prob.exp()).clamp(0, 1).numpy()
+    return out
+
+
+def with_own_count(mean: np.ndarray, std: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Rates of entries given the other genes and their own count.
+
+    The prediction of an entry from the other genes has a mean and a variance; what the variance exceeds a Poisson's by is
+    taken as the variance of the rate, a gamma law, which the observed count then updates in closed form.
+    """
+    mean = np.maximum(mean.astype(np.float64), 1e-9)
+    excess = np.maximum(std.astype(np.float64) ** 2 - mean, 1e-9 * mean)
+    shape = mean**2 / excess
+    return (shape + counts) / (shape / mean + 1)
+
+
+def denoise(
+    model: Pretrained, adata: anndata.AnnData, seed: int, folds: int = 8, rounds: int = 4
+) -> dict[str, np.ndarray]:
+    """Denoised counts: from the other genes alone, and with the entry's own count."""
+    genes = adata.var_names
+    made = tasks.denoise(model, adata, folds=folds, rounds=rounds, seed=seed, progress=False)[:, genes]
+    mean, std = np.asarray(made.X, np.float64), np.asarray(made.layers["sedd_std"], np.float64)
+    own = adata.X.toarray() if hasattr(adata.X, "toarray") else np.asarray(adata.X)
+    return {"sedd, other genes only": mean, "sedd": with_own_count(mean, std, own)}
