@@ -45,7 +45,7 @@ supervise() {
 # before it has saved. Ignored signals stay ignored in its children until train.py installs its own handlers.
 launch() {
   trap '' TERM USR1
-  export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGQUIT
+  export PET_SIGNALS_TO_HANDLE=SIGQUIT  # what torchrun, which accelerate uses for several processes, calls the option
   exec accelerate launch "$@"
 }
 
