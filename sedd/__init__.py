@@ -1,3 +1,50 @@
-"""Score-entropy discrete diffusion for single-cell RNA-seq."""
+"""Score-entropy discrete diffusion for single-cell RNA-seq: impute, denoise and generate cells.
+
+The names below are imported when they are first used, so that `import sedd` and `sedd --help` answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "AbsorbingGraph": "sedd.graph",
+    "AnalyticSampler": "sedd.sampling",
+    "Binning": "sedd.kernels.discretize",
+    "CellLoader": "sedd.io.loader",
+    "CellStore": "sedd.io.store",
+    "EulerSampler": "sedd.sampling",
+    "GeometricNoise": "sedd.noise",
+    "LogLinearNoise": "sedd.noise",
+    "Pretrained": "sedd.pretrained",
+    "SEDDTrainer": "sedd.trainer",
+    "SEDDTransformer": "sedd.model",
+    "SEDDTransformerLarge": "sedd.model",
+    "SEDDTransformerMedium": "sedd.model",
+    "SEDDTransformerSmall": "sedd.model",
+    "TrainConfig": "sedd.config",
+    "UniformGraph": "sedd.graph",
+    "UserError": "sedd.errors",
+    "convert": "sedd.io.convert",
+    "denoise": "sedd.tasks",
+    "embed": "sedd.tasks",
+    "evaluate": "sedd.evaluation",
+    "generate": "sedd.tasks",
+    "impute": "sedd.tasks",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sedd' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
