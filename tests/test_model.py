@@ -241,3 +241,19 @@ def test_named_sizes(kind, size):
 def test_sizes_that_do_not_fit_are_named(settings, words):
     with pytest.raises(UserError, match=words):
         SEDDTransformer(N_VARS, N_BINS, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("default")  # of torch's own, while it imports its compiler
+@pytest.mark.parametrize("attention", ["full", "latent"])
+def test_compiling_with_static_shapes_gives_the_same_and_compiles_once(attention):
+    torch._dynamo.reset()
+    model = build(attention=attention)
+    compiled = torch.compile(model, dynamic=False)
+    for share in (0.2, 0.5, 0.8):
+        clean, tokens, sigma = cells(share)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            got = compiled(tokens, sigma, targets=clean)
+        torch.testing.assert_close(got, model(tokens, sigma, targets=clean), atol=1e-4, rtol=1e-4)
+        got.sum().backward()
