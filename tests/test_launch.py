@@ -1,0 +1,172 @@
+"""`accelerate launch train.py` with one and with several processes, and signals that reach the training through it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT, TINY_FLAGS
+from test_trainer import assert_same_weights
+
+from sedd import checkpoint
+
+CONFIGS = ROOT / "configs" / "accelerate"
+PYTHON_DIR = Path(sys.executable).parent
+
+
+def environment(**more: str) -> dict[str, str]:
+    found = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    return {**found, "PATH": f"{PYTHON_DIR}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **more}
+
+
+def launch_words(config: str, processes: int, data: Path, directory: Path, *flags: str) -> list[str]:
+    launcher = ["accelerate", "launch", "--config_file", str(CONFIGS / config), "--num_processes", str(processes)]
+    training = ["train.py", "--data_path", str(data), "--checkpoint_dir", str(directory), *TINY_FLAGS, *flags]
+    return [*launcher, *training]
+
+
+def launched(config: str, processes: int, data: Path, directory: Path, *flags: str) -> str:
+    """Train to the end; what was printed."""
+    words = launch_words(config, processes, data, directory, *flags)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@contextmanager
+def started(words: list[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(**variables), start_new_session=True)
+    try:
+        yield process
+    finally:
+        for pid in [*trainers(words[-1]), process.pid]:
+            if process.poll() is None or pid != process.pid:
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def trainers(mark: str) -> list[int]:
+    """Pids of the processes, launchers apart, that run train.py with the word `mark`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_bytes().decode().split("\0")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if mark in words and "launch" not in words and any(Path(word).name == "train.py" for word in words[:3]):
+                found.append(int(folder.name))
+    return found
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"not in {seconds} s"
+        time.sleep(0.05)
+
+
+def last_step(directory: Path) -> int:
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp", "multi_node", "cpu"])
+def test_a_launcher_configuration_loads_and_leaves_precision_to_the_flags(name: str) -> None:
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.mixed_precision == "no"
+    assert config.num_machines == (2 if name == "multi_node" else 1)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The final checkpoint of two undisturbed processes."""
+    directory = tmp_path_factory.mktemp("launch") / "two"
+    launched("cpu.yaml", 2, tiny_h5ad, directory, "--num_epochs", "20")
+    return directory / "final.pt"
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The final checkpoint of one undisturbed process."""
+    directory = tmp_path_factory.mktemp("launch") / "one"
+    launched("one_gpu.yaml", 1, tiny_h5ad, directory, "--num_epochs", "20")
+    return directory / "final.pt"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_share_the_batches(one_process: Path, two_processes: Path) -> None:
+    one, two = checkpoint.load(one_process), checkpoint.load(two_processes)
+    assert two["epoch"] == one["epoch"] == 20
+    assert two["step"] * 2 == one["step"]  # 216 cells: 14 batches of 16 for one, 7 pairs for two
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp.yaml"])
+def test_each_configuration_starts_here(config: str, tiny_h5ad: Path, tmp_path: Path) -> None:
+    launched(config, 2, tiny_h5ad, tmp_path / "run", "--num_epochs", "1")
+    assert (tmp_path / "run" / "final.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_bit_for_bit(
+    processes: int,
+    number: signal.Signals,
+    tiny_h5ad: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    reference: Path = request.getfixturevalue("two_processes" if processes == 2 else "one_process")
+    config, directory = ("cpu.yaml" if processes == 2 else "one_gpu.yaml"), tmp_path / "run"
+    flags = ["--num_epochs", "20", "--checkpoint_dir", str(directory)]
+    words = launch_words(config, processes, tiny_h5ad, directory, *flags)
+    status = tmp_path / "status"
+    with started(words, SEDD_STATUS_FILE=str(status)) as launcher:
+        wait_until(lambda: last_step(directory) >= 10)
+        assert len(trainers(str(directory))) == processes
+        launcher.send_signal(number)
+        launcher.wait()
+        wait_until(lambda: not trainers(str(directory)))
+    assert status.read_text() == "75\n"
+    saved = checkpoint.find_newest(directory)
+    assert saved is not None and saved.name.startswith("step_")
+    launched(config, processes, tiny_h5ad, directory, "--num_epochs", "20", "--resume", "auto")
+    assert_same_weights(directory / "final.pt", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_job_script_passes_its_warning_on_and_reports_status_75(
+    processes: int, tiny_h5ad: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """As SLURM warns it before the time limit: only the shell of the script gets the signal."""
+    reference: Path = request.getfixturevalue("two_processes" if processes == 2 else "one_process")
+    directory = tmp_path / "run"
+    flags = ["--data_path", str(tiny_h5ad), *TINY_FLAGS, "--num_epochs", "20", "--checkpoint_dir", str(directory)]
+    words = ["bash", str(ROOT / "slurm" / "sb-ism.sbatch"), *flags]
+    variables = {"SEDD_ROOT": str(ROOT), "NUM_PROCESSES": str(processes)}
+    with started(words, **variables) as script:
+        wait_until(lambda: last_step(directory) >= 10)
+        script.send_signal(signal.SIGUSR1)
+        assert script.wait() == 75
+        assert not trainers(str(directory))
+    with started(words, **variables, SLURM_RESTART_COUNT="1") as script:
+        assert script.wait() == 0
+    assert_same_weights(directory / "final.pt", reference)
