@@ -97,6 +97,15 @@ class Panel:
             library = batch.library.clamp_min(1).log().to(device, non_blocking=True)
         return condition, library
 
+    def _var(self) -> dict[str, list[Any]]:
+        """What the data says about the genes, for the cells that the model makes: text and numbers, by column."""
+        rows = self.store.var.iloc[pd.Index(self.store.var_names).get_indexer(self.genes)]
+        plain = {}
+        for name, values in rows.items():
+            numeric = pd.api.types.is_numeric_dtype(values) and not values.isna().any()
+            plain[str(name)] = values.tolist() if numeric else values.astype(str).tolist()
+        return plain
+
     def state(self) -> dict[str, Any]:
         """The part of a checkpoint that belongs to the data."""
         from sedd.pretrained import pack_histogram
@@ -108,6 +117,7 @@ class Panel:
             "histogram": pack_histogram(self.histogram),
             "categories": {name: list(labels) for name, labels in self.categories.items()},
             "libraries": torch.from_numpy(self.libraries),
+            "var": self._var(),
             "split": {
                 "n_obs": split.n_obs,
                 "val_fraction": split.val_fraction,

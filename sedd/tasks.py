@@ -236,9 +236,8 @@ def generate(
             blocks.append(sp.csr_matrix(model.binning.decode(tokens.cpu().numpy())))
             bar.update(size)
     obs = pd.DataFrame(where, index=[f"generated_{i}" for i in range(n)])
-    result = ad.AnnData(
-        sp.vstack(blocks, format="csr").astype(np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(model.genes))
-    )
+    var = pd.DataFrame(model.state["var"], index=pd.Index(model.genes))
+    result = ad.AnnData(sp.vstack(blocks, format="csr").astype(np.float32), obs=obs, var=var)
     details = {"n": n, "num_steps": num_steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
     return _described(result, model, "generate", {**details, "seed": seed})
 

@@ -34,7 +34,7 @@ from sedd.noise import make_noise
 from sedd.panel import Panel, prepare_panel
 from sedd.run_directory import RunDirectory
 from sedd.signals import StopRequest, TrainingInterrupted
-from sedd.tracking import Tracker
+from sedd.tracking import Tracker, resolve_logger
 from sedd.validation import Validator
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)  # the other ranks wait for the first while it converts a file
@@ -85,14 +85,9 @@ class SEDDTrainer:
         run = self.config.run
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
+        resolve_logger(run.log_with)
         resumed = self._resume_state()
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self.accelerator = Accelerator(
-            # Accelerate takes processes without GPUs for single ones unless it is told that they are meant to use the CPU.
-            cpu=several and not torch.cuda.is_available(),
-            mixed_precision=self.config.optim.mixed_precision,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
-        )
+        self.accelerator = _make_accelerator(self.config.optim.mixed_precision)
         with contextlib.ExitStack() as stack:
             self._stop = stack.enter_context(StopRequest())
             panel = self._prepare(resumed)
@@ -243,7 +238,12 @@ class SEDDTrainer:
         began, waited = time.monotonic(), self._loader.wait_seconds
         with bar:
             while group := list(islice(batches, config.gradient_accumulation_steps)):
-                per_cell, n_cells = self._optimizer_step(group)
+                try:
+                    per_cell, n_cells = self._optimizer_step(group)
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    raise MemoryError(self._memory_advice()) from error
                 # Sums of this rank's cells; they are added up over ranks when an epoch ends or its state is saved.
                 sums["loss"] += per_cell * n_cells
                 sums["cells"] += n_cells
@@ -305,6 +305,15 @@ class SEDDTrainer:
             condition=condition,
             library=library,
             objective=config.objective,
+        )
+
+    def _memory_advice(self) -> str:
+        config = self.config.optim
+        smaller = max(1, config.batch_size // 2)
+        steps = config.gradient_accumulation_steps * config.batch_size // smaller
+        return (
+            f"out of memory at step {self.step} with --batch_size {config.batch_size}; the last checkpoint is whole. Continue "
+            f"with --resume auto --batch_size {smaller} --gradient_accumulation_steps {steps}, which makes the same steps."
         )
 
     def _finish_epoch(self) -> None:
@@ -472,11 +481,29 @@ class SEDDTrainer:
         )
 
 
+def _make_accelerator(mixed_precision: str) -> Accelerator:
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16 needs a GPU, and there is none; use bf16 or no.")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(
+        # Accelerate takes processes without GPUs for single ones unless it is told that they are meant to use the CPU.
+        cpu=several and not torch.cuda.is_available(),
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+    )
+
+
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices; none on biases, norms and embeddings of single genes."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is memory that failed: on the CPU torch says so in the words of a RuntimeError only."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error).lower() for w in words)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

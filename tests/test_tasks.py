@@ -129,6 +129,7 @@ def test_generated_cells_carry_the_label_asked_for_and_look_like_it(model: Pretr
         made = generate(model, 60, where={"cell_type": label}, num_steps=20, guidance=1.5, progress=False)
         assert (made.obs["cell_type"] == label).all()
         assert list(made.var_names) == list(model.genes)
+        assert list(made.var["symbol"]) == list(real.var["symbol"])
         means[label] = dense(made.X).mean(0)
     groups = real.obs["cell_type"].to_numpy()
     for label, mean in means.items():

@@ -130,6 +130,8 @@ def test_overwrite_starts_anew_and_spares_other_files(tiny_h5ad: Path, tmp_path:
         (["--resume", "nowhere.pt"], "no such checkpoint"),
         (["--config", "nowhere.yaml"], "cannot be read"),
         (["--gene_embeddings", "nowhere.npz"], "cannot be read as gene vectors"),
+        (["--mixed_precision", "fp16"], "needs a GPU"),
+        (["--log_with", "wandb"], "wandb is not installed"),
     ],
 )
 def test_bad_settings_are_one_line_and_leave_nothing(
@@ -260,6 +262,50 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(
     assert train(tiny_h5ad, run, "--num_epochs", "2", "--resume", "auto") == 1
     assert "the loss is nan at step" in capsys.readouterr().err
     assert (run / "final.pt").read_bytes() == before
+
+
+def test_out_of_memory_says_which_settings_make_the_same_steps(
+    tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sedd import trainer
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer, "diffusion_loss", full)
+    assert train(tiny_h5ad, tmp_path / "run") == 1
+    assert "--batch_size 8 --gradient_accumulation_steps 2" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_the_curves(tiny_h5ad: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train(tiny_h5ad, tmp_path / "run", "--log_with", "tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "logs"))
+    events.Reload()
+    assert {"loss", "val_nelbo", "learning_rate"} <= set(events.Tags()["scalars"])
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert [e.value for e in events.Scalars("val_nelbo")] == pytest.approx([h["val_nelbo"] for h in history])
+
+
+def test_gene_vectors_are_matched_by_name_and_used(tiny_h5ad: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"gene{i}" for i in range(60)][::-1]
+    np.savez(tmp_path / "vectors.npz", genes=np.array(names), vectors=rng.normal(size=(60, 7)).astype(np.float32))
+    assert train(tiny_h5ad, tmp_path / "run", "--gene_embeddings", str(tmp_path / "vectors.npz")) == 0
+    from sedd.pretrained import Pretrained
+
+    model = Pretrained.load(tmp_path / "run")
+    assert sum(p.numel() for p in model.model.parameters()) > 0
+    assert train(tiny_h5ad, tmp_path / "run", "--num_epochs", "3", "--resume", "auto", "--gene_embeddings", str(tmp_path / "vectors.npz")) == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_loss(tiny_h5ad: Path, tmp_path: Path) -> None:
+    assert train(tiny_h5ad, tmp_path / "plain", "--num_epochs", "1", "--dropout", "0") == 0
+    assert train(tiny_h5ad, tmp_path / "compiled", "--num_epochs", "1", "--dropout", "0", "--compile") == 0
+    plain, compiled = (checkpoint.load(tmp_path / n / "final.pt")["history"][0] for n in ("plain", "compiled"))
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
 
 
 def test_gradient_accumulation_is_the_larger_batch(tiny_h5ad: Path, tmp_path: Path) -> None:
