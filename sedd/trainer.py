@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
 from sedd import checkpoint
 from sedd.config import TrainConfig
+from sedd.devices import is_out_of_memory, make_accelerator, parameter_groups
 from sedd.ema import EMA
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph
 from sedd.io.loader import Batch, CellLoader
+from sedd.kernels.mask import stream_key
 from sedd.loss import diffusion_loss
 from sedd.noise import make_noise
 from sedd.panel import Panel, prepare_panel
@@ -36,8 +34,6 @@ from sedd.run_directory import RunDirectory
 from sedd.signals import StopRequest, TrainingInterrupted
 from sedd.tracking import Tracker, resolve_logger
 from sedd.validation import Validator
-
-_COLLECTIVE_TIMEOUT = timedelta(hours=24)  # the other ranks wait for the first while it converts a file
 
 
 class SEDDTrainer:
@@ -87,7 +83,7 @@ class SEDDTrainer:
             torch.set_num_threads(run.num_threads)
         resolve_logger(run.log_with)
         resumed = self._resume_state()
-        self.accelerator = _make_accelerator(self.config.optim.mixed_precision)
+        self.accelerator = make_accelerator(self.config.optim.mixed_precision)
         with contextlib.ExitStack() as stack:
             self._stop = stack.enter_context(StopRequest())
             panel = self._prepare(resumed)
@@ -168,7 +164,7 @@ class SEDDTrainer:
             self.model.load_state_dict(resumed["model"])
         self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
         optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, config.optim.weight_decay),
+            parameter_groups(self.model, config.optim.weight_decay),
             lr=config.optim.learning_rate,
             betas=(0.9, 0.99),
             fused=accelerator.device.type == "cuda",
@@ -241,7 +237,7 @@ class SEDDTrainer:
                 try:
                     per_cell, n_cells = self._optimizer_step(group)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not _is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     raise MemoryError(self._memory_advice()) from error
                 # Sums of this rank's cells; they are added up over ranks when an epoch ends or its state is saved.
@@ -264,7 +260,7 @@ class SEDDTrainer:
         n_cells = sum(len(batch.cell) for batch in group)
         total = torch.zeros((), device=accelerator.device)
         # One generator state per (seed, step, rank): a resumed run draws what an undisturbed one would have drawn.
-        torch.manual_seed(_step_seed(self.config.run.seed, self.step, accelerator.process_index))
+        torch.manual_seed(stream_key(self.config.run.seed, self.step, accelerator.process_index))
         for i, batch in enumerate(group):
             last = i == len(group) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
@@ -479,42 +475,6 @@ class SEDDTrainer:
             f"steps {steps} an epoch, {steps * epochs} in all; {seconds:.3f} s a step, "
             f"about {steps * epochs * seconds / 60:.1f} minutes"
         )
-
-
-def _make_accelerator(mixed_precision: str) -> Accelerator:
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed_precision fp16 needs a GPU, and there is none; use bf16 or no.")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(
-        # Accelerate takes processes without GPUs for single ones unless it is told that they are meant to use the CPU.
-        cpu=several and not torch.cuda.is_available(),
-        mixed_precision=mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
-    )
-
-
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices; none on biases, norms and embeddings of single genes."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is memory that failed: on the CPU torch says so in the words of a RuntimeError only."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error).lower() for w in words)
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """A 63-bit seed that differs for each (seed, step, rank): one round of the splitmix64 mixer per argument."""
-    x = 0
-    for part in (seed, step, rank):
-        x = (x + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        x ^= x >> 31
-    return x >> 1
 
 
 def _check_same_model(state: dict[str, Any], built: dict[str, Any]) -> None:
