@@ -55,7 +55,7 @@ def training_flop(model: SEDDTransformer) -> float:
     if config["attention"] == "full":
         ends = 2 * genes * dim * rank
     else:
-        features = model.backbone.VALUE_DIM
+        features = model.backbone.features.shape[1]
         latents = tokens * dim
         ends = 2 * genes * dim * (features + rank) + 2 * dim * latents * (features + rank)
     logits = 2 * (genes / 2) * rank * config["n_bins"] if config["head"] == "softmax" else 0

@@ -19,6 +19,8 @@ from sedd.nn.blocks import Conditioner
 from sedd.nn.heads import NegativeBinomialHead, SoftmaxHead, chunks
 
 HEADS: dict[str, type[SoftmaxHead] | type[NegativeBinomialHead]] = {"softmax": SoftmaxHead, "nb": NegativeBinomialHead}
+# What a model holds for each gene besides its vector: where its output starts, and what is usual for it.
+PER_GENE = {"head.bias", "backbone.usual"}
 
 
 class SEDDTransformer(nn.Module):
@@ -191,6 +193,43 @@ class SEDDTransformer(nn.Module):
         """Log-probability of `targets` at the masked genes, 0 elsewhere, (B, n_vars) float32."""
         readout = self.readout(tokens, sigma, condition=condition, library=library)
         return self._at_masked(readout, tokens, targets)
+
+    @torch.no_grad()
+    def for_genes(self, log_marginals: Any, gene_embeddings: Any, known: Sequence[int] | None = None) -> SEDDTransformer:
+        """The same network for another gene panel, which it knows by pretrained gene vectors.
+
+        Parameters
+        ----------
+        log_marginals : (n, n_bins)
+            Of the genes of the new panel, where the output of genes new to the network starts.
+        gene_embeddings : (n, p)
+            Their vectors, of the kind this model was trained with.
+        known : (n,) int, optional
+            Place of each gene in this model's panel, whose learned marginals it keeps, or -1 where it is new.
+
+        Raises
+        ------
+        UserError
+            If this model learned a vector per gene instead of projecting pretrained ones.
+        """
+        if self.config["gene_embedding_dim"] is None:
+            raise UserError(
+                "this model learned a vector per gene and cannot know others; train it with pretrained gene embeddings."
+            )
+        marginals = torch.as_tensor(log_marginals).float()
+        settings = {**self.config, "n_vars": len(marginals)}
+        model = SEDDTransformer(**settings, log_marginals=marginals, gene_embeddings=gene_embeddings)
+        learned = self.state_dict()
+        fresh = model.state_dict()
+        state = {name: value for name, value in learned.items() if name not in (*PER_GENE, "backbone.genes.pretrained")}
+        places = torch.full((len(marginals),), -1) if known is None else torch.as_tensor(known)
+        for name in PER_GENE & fresh.keys():
+            new = fresh[name]
+            if name == "backbone.usual":
+                new = marginals.softmax(-1) @ learned["backbone.features"][:-1].to(marginals)
+            state[name] = torch.where(places[:, None] >= 0, learned[name].to(new)[places.clamp(min=0)], new)
+        model.load_state_dict(state, strict=False)
+        return model.to(next(self.parameters()).device).train(self.training)
 
     # The number of masked genes differs from batch to batch; what comes before has static shapes and is compiled.
     @torch.compiler.disable

@@ -215,6 +215,23 @@ def test_a_model_of_pretrained_gene_vectors_is_rebuilt_from_config_and_weights()
     torch.testing.assert_close(again(tokens, sigma), model(tokens, sigma), atol=0, rtol=0)
 
 
+@DESIGNS
+def test_a_model_of_pretrained_gene_vectors_takes_another_panel(attention, head, num_latents):
+    vectors = torch.randn(N_VARS, 9, generator=torch.Generator().manual_seed(5))
+    model = build(gene_embeddings=vectors, attention=attention, head=head, num_latents=num_latents)
+    _, tokens, sigma = cells()
+    order = torch.randperm(N_VARS, generator=torch.Generator().manual_seed(6))[:15]
+    panel = model.for_genes(marginals()[order], vectors[order], known=order)
+    chosen = torch.full_like(tokens, N_BINS)
+    chosen[:, order] = tokens[:, order]
+    if attention == "latent":  # where genes that are not visible do not count
+        torch.testing.assert_close(panel(tokens[:, order], sigma), model(chosen, sigma)[:, order], atol=1e-4, rtol=1e-4)
+    new = model.for_genes(marginals()[:3], torch.randn(3, 9))
+    assert new(tokens[:, :3], sigma).shape == (CELLS, 3, N_BINS + 1)
+    with pytest.raises(UserError, match="pretrained gene embeddings"):
+        build().for_genes(marginals(), vectors)
+
+
 @pytest.mark.parametrize(
     ("kind", "size"),
     [(SEDDTransformerSmall, (128, 4, 4)), (SEDDTransformerMedium, (256, 6, 8)), (SEDDTransformerLarge, (512, 12, 16))],

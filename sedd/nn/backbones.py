@@ -38,27 +38,21 @@ class GeneEmbedding(nn.Module):
         return self.weight if self.pretrained is None else self.projection(self.pretrained)
 
 
-class BinEmbedding(nn.Module):
-    """A vector per bin that starts out smooth in the bin's count; the mask token's is 0 and stays 0.
+def bin_features(bin_values: Tensor) -> Tensor:
+    """What a visible bin tells: that it is visible, whether anything was counted, and `log1p` of the count.
 
     Parameters
     ----------
-    dim
-        Width, at least 3.
     bin_values : (n_bins,)
         The count each bin stands for.
+
+    Returns
+    -------
+    features : (n_bins + 1, 3)
+        Those of the mask token, the last, are 0.
     """
-
-    def __init__(self, dim: int, bin_values: Tensor) -> None:
-        super().__init__()
-        seen = torch.ones_like(bin_values)
-        basis = torch.stack([seen, (bin_values > 0).float(), bin_values.log1p()], dim=1)
-        mix = torch.cat([torch.eye(3), torch.randn(3, dim - 3) / 3**0.5], dim=1)
-        self.weight = nn.Parameter(basis @ mix)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, n_vars) to vectors (B, n_vars, dim)."""
-        return F.embedding(tokens, F.pad(self.weight, (0, 0, 0, 1)))
+    seen = torch.ones_like(bin_values)
+    return F.pad(torch.stack([seen, (bin_values > 0).float(), bin_values.log1p()], dim=1), (0, 0, 0, 1))
 
 
 class FullBackbone(nn.Module):
@@ -76,8 +70,11 @@ class FullBackbone(nn.Module):
     ) -> None:
         super().__init__()
         self.genes = genes
-        self.bins = BinEmbedding(dim, bin_values)
-        self.mask = nn.Parameter(torch.randn(dim) / dim**0.5)
+        features = bin_features(bin_values)
+        # The bins start out ordered by their counts; the mask, whose features are 0, starts out apart.
+        self.bins = nn.Embedding.from_pretrained(features @ torch.randn(features.shape[1], dim) / dim**0.5, freeze=False)
+        with torch.no_grad():
+            self.bins.weight[-1].normal_(std=dim**-0.5)
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(num_layers))
         self.readout = nn.Linear(dim, rank)
         nn.init.zeros_(self.readout.weight)
@@ -85,8 +82,7 @@ class FullBackbone(nn.Module):
 
     def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Map tokens (B, n_vars) and conditioning (B, dim) to states (B, n_vars, dim)."""
-        masked = (tokens == self.bins.weight.shape[0]).unsqueeze(-1)
-        x = self.genes() + self.bins(tokens) + masked * self.mask
+        x = self.genes() + self.bins(tokens)
         for block in self.blocks:
             x = block(x, c)
         return F.layer_norm(x, x.shape[-1:])
@@ -99,12 +95,10 @@ class FullBackbone(nn.Module):
 class LatentBackbone(nn.Module):
     """Latents sum up the visible genes, the blocks run among latents, each gene reads its answer back.
 
-    The visible genes enter as `sum_j bin(x_j) (outer) gene_j`, a linear attention: its cost, and that of reading back, is
+    The visible genes enter as `sum_j features(x_j) (outer) gene_j`, a linear attention: its cost, and that of reading back, is
     linear in the genes and takes two matrix products. Values enter as differences from what is usual for the gene: else
     the sum tells first of all which genes are visible, which is chance, and learning is slower and ends worse.
     """
-
-    VALUE_DIM = 4
 
     def __init__(
         self,
@@ -121,9 +115,10 @@ class LatentBackbone(nn.Module):
         super().__init__()
         self.genes = genes
         self.dim, self.rank, self.num_latents = dim, rank, num_latents
-        self.bins = BinEmbedding(self.VALUE_DIM, bin_values)
-        self.usual = nn.Parameter(marginals @ self.bins.weight.detach())
-        self.read = nn.Linear(self.VALUE_DIM * dim, num_latents * dim)
+        self.features: Tensor
+        self.register_buffer("features", bin_features(bin_values))
+        self.usual = nn.Parameter(marginals @ self.features[:-1])
+        self.read = nn.Linear(self.features.shape[1] * dim, num_latents * dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, attend=num_latents > 1) for _ in range(num_layers))
         self.write = nn.Linear(num_latents * dim, dim * rank)
         nn.init.zeros_(self.write.weight)
@@ -131,8 +126,8 @@ class LatentBackbone(nn.Module):
 
     def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Map tokens (B, n_vars) and conditioning (B, dim) to latents (B, num_latents, dim)."""
-        visible = (tokens != self.bins.weight.shape[0]).unsqueeze(-1)
-        values = self.bins(tokens) - visible * self.usual
+        values = F.embedding(tokens, self.features)
+        values = values - values[..., :1] * self.usual  # the first feature is 1 where visible and 0 where masked
         pooled = (values.transpose(1, 2) @ self.genes()).flatten(1)
         x = self.read(pooled).view(-1, self.num_latents, self.dim)
         for block in self.blocks:
