@@ -1,0 +1,141 @@
+"""Conversion against its peers: seconds, processor seconds, peak memory, bytes and files on disk.
+
+    python benchmarks/atlas.py atlas.h5ad --cells 120000
+    python benchmarks/convert.py atlas.h5ad --work /tmp/work --peer_python /path/to/venv/bin/python
+
+Every contender runs in a process of its own, all of them once per round, so that a noisy machine is noisy for all; only the
+ratios within a run mean something. `--peer_python` is an interpreter that has annbatch (it needs Python 3.12), which is never
+installed beside sedd. Results go to `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SEDD = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from sedd.io.convert import convert
+convert(sys.argv[1], sys.argv[2], progress=False, memory_budget=sys.argv[3], shuffle={shuffle})
+"""
+
+ANNDATA = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import anndata
+anndata.settings.zarr_write_format = 3
+anndata.read_h5ad(sys.argv[1]).write_zarr(sys.argv[2])
+"""
+
+COPY = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import h5py, zarr
+from sedd.io.shards import CHUNK, create_vector, shard_length
+with h5py.File(sys.argv[1]) as h5:
+    group = zarr.open_group(sys.argv[2], mode="w", zarr_format=3)
+    for name in ("data", "indices", "indptr"):
+        source = h5["X"][name]
+        target = create_vector(group, name, source.shape[0], source.dtype, "lz4")
+        step = shard_length(source.shape[0])
+        for k in range(0, source.shape[0], step):
+            target[k : k + step] = source[k : k + step]
+"""
+
+ANNBATCH = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+import anndata, zarr
+from annbatch import DatasetCollection
+anndata.settings.zarr_write_format = 3
+DatasetCollection(zarr.open_group(sys.argv[2], mode="w", zarr_format=3)).add_adatas([sys.argv[1]], shuffle=True)
+"""
+
+CONTENDERS = {
+    "sedd": SEDD.format(shuffle=False),
+    "sedd, shuffled": SEDD.format(shuffle=True),
+    "anndata read_h5ad + write_zarr": ANNDATA,
+    "zarr-python copy of the arrays": COPY,
+    "annbatch, shuffled": ANNBATCH,
+}
+
+
+def run_once(python: str, script: str, source: str, output: Path, budget: str) -> dict[str, float]:
+    """Run one contender; what it cost."""
+    if output.exists():
+        shutil.rmtree(output)
+    os.sync()
+    start = time.perf_counter()
+    pid = os.posix_spawn(python, [python, "-c", script, source, str(output), budget], os.environ)
+    _, status, usage = os.wait4(pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"a contender failed with status {status}")
+    files = [file for file in output.rglob("*") if file.is_file()]
+    return {
+        "seconds": seconds,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mb": usage.ru_maxrss / 1024,
+        "disk_mb": sum(file.stat().st_size for file in files) / 1e6,
+        "files": len(files),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    names = ("anndata", "dask", "h5py", "numba", "numcodecs", "numpy", "sedd", "zarr")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    """Run the rounds, print a table and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source")
+    parser.add_argument("--work", default=".")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget", default="1GiB")
+    parser.add_argument("--peer_python", default=None)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--output", default=None)
+    args = parser.parse_args()
+    names = [name for name in args.only if name != "annbatch, shuffled" or args.peer_python]
+    about = machine()
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            python = args.peer_python if name.startswith("annbatch") else sys.executable
+            rounds[name].append(run_once(python, CONTENDERS[name], args.source, Path(args.work) / "out.zarr", args.budget))
+            print(name, {key: round(value, 1) for key, value in rounds[name][-1].items()}, flush=True)
+    shutil.rmtree(Path(args.work) / "out.zarr", ignore_errors=True)
+    medians = {
+        name: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for name, runs in rounds.items()
+    }
+    output = Path(args.output or Path(__file__).parent / "results" / f"convert_{Path(args.source).stem}.json")
+    output.parent.mkdir(exist_ok=True)
+    result = {"source": Path(args.source).name, "source_mb": os.path.getsize(args.source) / 1e6, "budget": args.budget,
+              "machine": about, "medians": medians, "rounds": rounds}  # fmt: skip
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    for name, one in medians.items():
+        print(f"{name:32s} {one['seconds']:7.1f} s {one['processor_seconds']:7.1f} s cpu {one['peak_mb']:7.0f} MB peak "
+              f"{one['disk_mb']:7.0f} MB {one['files']:5.0f} files")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
