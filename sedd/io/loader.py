@@ -257,6 +257,11 @@ class CellLoader:
         """Batches of a whole epoch on this rank."""
         return -(-self._plan(0).n_mine // self.batch_size)
 
+    @property
+    def bytes_read(self) -> int:
+        """Encoded bytes read from the store since the loader began to run, when its shards are read directly."""
+        return 0 if self._pipeline is None else self._pipeline.reader.bytes_read
+
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch."""
         if epoch < 0:

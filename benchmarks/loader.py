@@ -1,0 +1,260 @@
+"""Throughput of the loader against its peers and against what the machine can do, in interleaved rounds.
+
+    python benchmarks/loader.py atlas.h5ad --peer_python annbatch=/path/to/python --rounds 5
+
+Every contestant runs in a process of its own, one after the other, `--rounds` times; medians and ranges go to
+`benchmarks/results/loader.json`. Rates are given by the clock and per second of processor time: on a machine that does other
+work as well, the second is what can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "loader.json"
+N_BINS = 100
+
+
+def measure(options: dict[str, Any], form: str, seconds: float) -> dict[str, float]:
+    """Cells per second of a loader after its first epoch, or half the time if that is longer."""
+    from sedd.io.loader import CellLoader
+
+    with CellLoader(split="all", n_bins=N_BINS, labels=["cell_type"], pin_memory=False, **options) as loader:
+        cells = epoch = 0
+        began, cpu = time.perf_counter(), time.process_time()
+        warm = began + seconds / 2
+        while True:
+            loader.set_epoch(epoch)
+            epoch += 1
+            for batch in loader.as_csr() if form == "csr" else loader:
+                cells += len(batch.cell)
+                now = time.perf_counter()
+                if warm and now > warm:
+                    warm, cells, began, cpu = 0.0, 0, now, time.process_time()
+                elif not warm and now > began + seconds:
+                    return {"wall": cells / (now - began), "per_cpu_second": cells / (time.process_time() - cpu)}
+
+
+def limits(store: str, seconds: float) -> dict[str, dict[str, float]]:
+    """What two threads do of each part of the work alone, and of all of it one after the other."""
+    from sedd.io.store import CellStore
+    from sedd.io.window import RowReader
+    from sedd.kernels.discretize import Binning
+    from sedd.kernels.mask import random_mask
+    from sedd.kernels.tokens import RowFiller
+
+    cells = CellStore(store)
+    reader = RowReader(cells)
+    filler = RowFiller(
+        cells.n_vars, genes=None, binning=Binning("counts", N_BINS, None, np.arange(N_BINS)), max_count=cells.max_value
+    )
+    n = 4096
+    numbers = np.arange(min(n, cells.n_obs))
+    rows = reader.read(numbers)
+    out = [np.empty((512, cells.n_vars), np.uint8) for _ in range(2)]
+    masked = [np.empty((512, cells.n_vars), bool) for _ in range(2)]
+    half = np.full(512, 0.5)
+
+    def decode(thread: int) -> int:
+        return len(reader.read(numbers).starts)
+
+    def scatter(thread: int) -> int:
+        for low in range(0, numbers.size - 511, 512):
+            part = slice(low, low + 512)
+            filler.fill(rows.indices, rows.data, rows.starts[part], rows.stops[part], out[thread])
+        return numbers.size // 512 * 512
+
+    def mask(thread: int) -> int:
+        for low in range(0, numbers.size - 511, 512):
+            random_mask(0, 0, numbers[low : low + 512], cells.n_vars, half, out=masked[thread])
+        return numbers.size // 512 * 512
+
+    def on_two_threads(work: Callable[[int], int]) -> dict[str, float]:
+        def until(thread: int, stop: float) -> int:
+            done = 0
+            while time.perf_counter() < stop:
+                done += work(thread)
+            return done
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(work, range(2)))
+            began, cpu = time.perf_counter(), time.process_time()
+            done = sum(pool.map(lambda thread: until(thread, began + seconds), range(2)))
+            return {"wall": done / (time.perf_counter() - began), "per_cpu_second": done / (time.process_time() - cpu)}
+
+    result = {f"limit {work.__name__}": on_two_threads(work) for work in (decode, scatter, mask)}
+
+    def together(parts: list[str]) -> dict[str, float]:
+        return {
+            unit: 1 / sum(1 / result[f"limit {part}"][unit] for part in parts) for unit in ("wall", "per_cpu_second")
+        }
+
+    result["limit tokens"] = together(["decode", "scatter"])
+    result["limit masked"] = together(["decode", "scatter", "mask"])
+    return result
+
+
+def contest(store: str, batches: list[int], seconds: float, panel: int) -> dict[str, Any]:
+    """Every form and batch size of the loader, once."""
+    from sedd.io.loader import CellLoader
+    from sedd.io.store import CellStore
+
+    began = time.perf_counter()
+    with CellLoader(store, split="all", n_bins=N_BINS, labels=["cell_type"], batch_size=64) as loader:
+        next(iter(loader))
+    result: dict[str, Any] = {"first_batch_seconds": time.perf_counter() - began}
+    genes = list(CellStore(store).var_names[:: max(1, CellStore(store).n_vars // panel)][:panel])
+    forms: dict[str, dict[str, Any]] = {
+        "tokens": {"mask": None},
+        "masked": {},
+        "float32": {"mask": None, "dtype": "float32"},
+        "csr": {"mask": None, "dtype": "float32"},
+        "panel": {"mask": None, "genes": genes},
+    }
+    for mode in ("window", "full"):
+        for batch in batches:
+            for form, options in forms.items():
+                given = {"store": store, "batch_size": batch, "shuffle": mode, **options}
+                result[f"{form}/{batch} {mode}"] = measure(given, form, seconds)
+    result.update(limits(store, seconds))
+    result["rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return result
+
+
+def shuffle_quality(store: str, batch: int = 64, n_batches: int = 400) -> dict[str, float]:
+    """Mean label entropy (bits) of batches, of the plan alone, for both ways of shuffling and for true random draws."""
+    from sedd.io.choose import encode_label
+    from sedd.io.plan import EpochOrder
+    from sedd.io.store import CellStore
+
+    codes, _ = encode_label(CellStore(store), "cell_type")
+
+    def entropy(ranks: np.ndarray) -> float:
+        values = []
+        for part in codes[ranks].reshape(-1, batch):
+            share = np.bincount(part) / batch
+            values.append(-(share[share > 0] * np.log2(share[share > 0])).sum())
+        return float(np.mean(values))
+
+    take = min(codes.size // batch, n_batches) * batch
+    result = {mode: entropy(EpochOrder(codes.size, 0, 0, mode).ranks(np.arange(take))) for mode in ("window", "full")}
+    result["random"] = entropy(np.random.default_rng(0).permutation(codes.size)[:take])
+    return result
+
+
+def rank_bytes(store: str, world: int = 8) -> list[int]:
+    """Bytes that each of `world` ranks reads in one epoch of a windowed shuffle."""
+    from sedd.io.loader import CellLoader
+
+    read = []
+    for rank in range(world):
+        with CellLoader(
+            store, batch_size=512, mask=None, shuffle="window", rank=rank, world_size=world, split="all"
+        ) as one:
+            for _ in one:
+                pass
+            read.append(one.bytes_read)
+    return read
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    described = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in described if line.startswith("model name")), "")
+    packages = ("numba", "numpy", "torch", "zarr", "numcodecs", "anndata", "dask")
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def run(command: list[str]) -> dict[str, Any]:
+    """Run one contestant and read its JSON line."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median and range of every figure over the rounds."""
+    result: dict[str, Any] = {}
+    for name, value in rounds[0].items():
+        if isinstance(value, dict):
+            result[name] = summarise([one[name] for one in rounds])
+        elif isinstance(value, (int, float)):
+            values = [one[name] for one in rounds]
+            result[name] = {"median": statistics.median(values), "range": [min(values), max(values)]}
+        else:
+            result[name] = value
+    return result
+
+
+def main() -> None:
+    """Run the contest."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("h5ad", type=Path)
+    parser.add_argument("--store", type=Path, help="the h5ad converted by sedd; made beside it when missing")
+    parser.add_argument("--peer_python", action="append", default=[], metavar="PEER=PYTHON")
+    parser.add_argument("--batches", default="64,512,4096")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--panel", type=int, default=2000)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--contest", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    store = args.store or args.h5ad.with_suffix(".zarr")
+    if args.contest:
+        batches = [int(size) for size in args.batches.split(",")]
+        print(json.dumps(contest(str(store), batches, args.seconds, args.panel)))
+        return
+    if not store.exists():
+        from sedd.io.convert import convert
+
+        convert(str(args.h5ad), str(store))
+    here = Path(__file__).resolve()
+    common = ["--batches", args.batches, "--seconds", str(args.seconds)]
+    commands = {"sedd": [sys.executable, str(here), str(args.h5ad), "--store", str(store), "--contest", *common]}
+    for text in args.peer_python:
+        peer, python = text.split("=", 1)
+        script = str(here.with_name("loader_peers.py"))
+        commands[peer] = [python, script, peer, str(args.h5ad), str(store.parent), *common]
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    for number in range(args.rounds):
+        for name, command in commands.items():
+            rounds[name].append(run(command))
+            print(f"round {number + 1}: {name}", file=sys.stderr)
+    record = {
+        "machine": machine(),
+        "data": {"cells": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds},
+        "rates": {name: summarise(values) for name, values in rounds.items()},
+        "label_entropy_bits": shuffle_quality(str(store)),
+        "bytes_read_by_8_ranks": rank_bytes(str(store)),
+        "bytes_of_the_store": sum(
+            f.stat().st_size for n in ("data", "indices") for f in (store / "X" / n / "c").iterdir()
+        ),
+    }
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()
