@@ -78,7 +78,7 @@ class ModelConfig:
     """Dropout probability."""
     attention: Literal["latent", "full"] = "latent"
     """latent: learned latents read the genes, cost linear in genes. full: attention over all gene tokens, quadratic."""
-    num_latents: int = 8
+    num_latents: int = 1
     """Number of latents (latent attention only)."""
     head: Literal["softmax", "nb"] = "softmax"
     """Distribution over the bins of a gene: free (softmax) or a discretised negative binomial (nb)."""

@@ -168,7 +168,7 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
     if hist is not None and data.binning != "quantile":
         panel_hist = hist[index]
         binning = Binning.fit(data.binning, data.num_bins, hist=panel_hist)
-        tokens = _tokens_of_counts(binning, panel_hist, train.n_cells)
+        tokens = binning.token_histogram(panel_hist)
         _report_clipped(binning, panel_hist, data.num_bins)
     else:
         sample = _sample_values(store, train, genes)
@@ -295,15 +295,6 @@ def _choose_genes(data: DataConfig, store: CellStore, hist: sp.csr_array | None,
     if len(found) < len(names):
         warn_user(f"--genes {text}: {len(names) - len(found)} of {len(names)} genes are not in the data and are left out.")
     return found
-
-
-def _tokens_of_counts(binning: Binning, hist: sp.csr_array, n_cells: int) -> sp.csr_array:
-    """The histogram of tokens that a histogram of counts becomes, (n_vars, n_bins)."""
-    table = binning.table(hist.shape[1] - 1).astype(np.int64)
-    entries = hist.tocoo()
-    columns = table[np.minimum(entries.coords[1], table.size - 1)]
-    shape = (hist.shape[0], binning.n_bins)
-    return sp.csr_array(sp.coo_array((entries.data, (entries.coords[0], columns)), shape=shape))
 
 
 def _report_clipped(binning: Binning, hist: sp.csr_array, num_bins: int) -> None:

@@ -303,33 +303,23 @@ class Binning:
         """Mean training count of each token; see `unbin_tokens`."""
         return unbin_tokens(tokens, values=self.values)
 
-    def log_marginals(self, hist: sp.csr_array, n_cells: int, *, pseudocount: float = 0.5) -> np.ndarray:
-        """Log share of each token, per gene, over the training cells.
+    def token_histogram(self, hist: sp.csr_array) -> sp.csr_array:
+        """Turn a histogram of counts into one of tokens.
 
         Parameters
         ----------
         hist : (n_vars, max_count + 1) sparse
-            How often each gene has each count; column 0 is ignored and follows from `n_cells`.
-        n_cells : int
-        pseudocount : float
-            Spread over a gene's bins in the proportions that all genes share, so that no token is impossible and a rare
-            gene leans on the others.
+            How many cells have each count of each gene, zeros in column 0.
 
         Returns
         -------
-        log_marginals : (n_vars, n_bins) float32, each row sums to one when exponentiated
+        tokens : (n_vars, n_bins) sparse int64
         """
+        table = self.table(hist.shape[1] - 1).astype(np.int64)
         entries = hist.tocoo()
-        if self.kind == "quantile":
-            raise UserError("quantile bins differ from cell to cell; take marginals from a token histogram")
-        tokens = self.table(hist.shape[1] - 1).astype(np.int64)
-        mass = np.zeros((hist.shape[0], self.n_bins))
-        above = entries.coords[1] > 0
-        rows, columns = entries.coords[0][above], entries.coords[1][above]
-        np.add.at(mass, (rows, tokens[np.minimum(columns, tokens.size - 1)]), entries.data[above])
-        nonzeros = np.bincount(rows, weights=entries.data[above], minlength=hist.shape[0])
-        mass[:, tokens[0]] += n_cells - nonzeros
-        return smoothed_log_shares(mass, pseudocount)
+        rows, counts = entries.coords
+        columns = table[np.minimum(counts, table.size - 1)]
+        return sp.csr_array(sp.coo_array((entries.data, (rows, columns)), shape=(hist.shape[0], self.n_bins)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that `json` and `torch.save(weights_only=True)` take."""
@@ -349,19 +339,19 @@ class Binning:
         return hash(json.dumps(self.to_dict()))
 
 
-def smoothed_log_shares(mass: np.ndarray, pseudocount: float = 0.5) -> np.ndarray:
-    """Log of the shares of a table's rows, smoothed towards the shares of the whole table.
+def smoothed_log_shares(mass: np.ndarray, pseudocount: float = 2.0) -> np.ndarray:
+    """Log of the shares of a table's rows, smoothed so that no bin is impossible.
 
     Parameters
     ----------
     mass : (n_vars, n_bins) counts
     pseudocount : float
-        Total mass added to each row.
+        Total mass added to each row, bin k getting its part of it in proportion to 1 / (1 + k): counts fall off about so.
 
     Returns
     -------
-    log_shares : (n_vars, n_bins) float32
+    log_shares : (n_vars, n_bins) float32, each row sums to one when exponentiated
     """
-    prior = mass.sum(axis=0) + 1.0  # one more in each bin: a token that no gene has stays possible
+    prior = 1.0 / (1.0 + np.arange(mass.shape[1]))
     smoothed = mass + pseudocount * prior / prior.sum()
     return np.log(smoothed / smoothed.sum(axis=1, keepdims=True)).astype(np.float32)

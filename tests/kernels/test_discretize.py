@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sedd.kernels.discretize import Binning, bin_counts, token_dtype, unbin_tokens
+from sedd.kernels.discretize import Binning, bin_counts, smoothed_log_shares, token_dtype, unbin_tokens
 
 
 def histogram(counts: np.ndarray) -> sp.csr_array:
@@ -135,16 +135,16 @@ def test_a_binning_survives_json_bit_for_bit() -> None:
         assert hash(again) == hash(binning)
 
 
-def test_log_marginals_are_the_smoothed_shares_of_each_gene() -> None:
+def test_a_token_histogram_counts_the_tokens_and_its_shares_are_smoothed() -> None:
     counts = np.random.default_rng(3).poisson([0.1, 2, 5], size=(4000, 3))
-    hist = histogram(counts)
-    binning = Binning.fit("counts", 8, hist=hist)
-    got = np.exp(binning.log_marginals(hist, 4000))
-    tokens = binning.tokens(counts)
-    want = np.stack([np.bincount(column, minlength=8) for column in tokens.T]) / 4000
-    np.testing.assert_allclose(got.sum(axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(got, want, atol=2e-4)
-    assert (got > 0).all()
+    binning = Binning.fit("counts", 8, hist=histogram(counts))
+    got = binning.token_histogram(histogram(counts)).toarray()
+    want = np.stack([np.bincount(column, minlength=8) for column in binning.tokens(counts).T])
+    assert np.array_equal(got, want)
+    shares = np.exp(smoothed_log_shares(want.astype(np.float64)))
+    np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(shares, want / 4000, atol=5e-4)
+    assert (shares > 0).all()
 
 
 @pytest.mark.parametrize(
