@@ -198,6 +198,14 @@ def test_the_top_bin_of_the_negative_binomial_holds_its_tail(n_bins):
     torch.testing.assert_close(head.log_mu_of(torch.zeros(4, 2), genes, targets), log_mu[genes, targets])
 
 
+def test_the_negative_binomial_starts_at_that_of_its_marginals():
+    mean, dispersion = torch.tensor([0.01, 0.4, 6.0, 30.0]), torch.tensor([0.3, 2.0, 3.0, 8.0])
+    law = scipy.stats.nbinom(dispersion.numpy(), (dispersion / (mean + dispersion)).numpy())
+    marginals = torch.from_numpy(law.logpmf(np.arange(200)[:, None]).T)
+    head = NegativeBinomialHead(marginals, torch.arange(200).float(), 2)
+    torch.testing.assert_close(head.bias.exp(), torch.stack([mean, dispersion], dim=1), atol=1e-3, rtol=1e-2)
+
+
 def test_config_rebuilds_the_model_from_json():
     model = build(condition_sizes=[3], head="nb", attention="full")
     again = SEDDTransformer(**json.loads(json.dumps(model.config))).eval()

@@ -86,18 +86,13 @@ class _LogSoftmaxOf(torch.autograd.Function):
 class NegativeBinomialHead(nn.Module):
     """A negative binomial over the bin index, whose tail falls into the top bin.
 
-    Its log mean and log dispersion start at the moments of the genes' marginals.
+    Its log mean and log dispersion start at a fit to the genes' marginals.
     """
 
     def __init__(self, log_marginals: Tensor, bin_values: Tensor, rank: int) -> None:
         super().__init__()
         self.n_bins = bin_values.shape[0]
-        p = log_marginals.double().softmax(-1)
-        index = torch.arange(self.n_bins, dtype=torch.float64)
-        mean = (p @ index).clamp(min=1e-6)
-        excess = (p @ index.square() - mean.square() - mean).clamp(min=1e-3 * mean.square())
-        dispersion = (mean.square() / excess).clamp(1e-2, 1e3)
-        self.bias = nn.Parameter(torch.stack([mean.log(), dispersion.log()], dim=1).float())
+        self.bias = nn.Parameter(torch.stack(_fit(log_marginals.double().softmax(-1)), dim=1).log().float())
         self.mix = nn.Linear(rank, 2, bias=False)
 
     def _parameters_at(self, readout: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,6 +134,28 @@ class NegativeBinomialHead(nn.Module):
         out = self._log_pmf(targets.float(), log_mean, log_dispersion)
         (top,) = (targets == self.n_bins - 1).nonzero(as_tuple=True)
         return out.index_put((top,), self._log_tail(log_mean[top], log_dispersion[top]))
+
+
+def _fit(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and dispersion of a negative binomial for each row of probabilities (n_vars, n_bins).
+
+    A gene that is mostly 0 is fitted by its probabilities of 0 and 1: the little mass that smoothing puts on large counts
+    would rule its moments. The others are fitted by moments.
+    """
+    count = torch.arange(p.shape[1], dtype=p.dtype, device=p.device)
+    mean = (p @ count).clamp(min=1e-6)
+    excess = (p @ count.square() - mean.square() - mean).clamp(min=1e-3 * mean.square())
+    # P(1) / P(0) = theta q and log P(0) = theta log(1 - q); bisect -log(1 - q) / q = -log P(0) * P(0) / P(1) for q.
+    none, one = p[:, 0], p[:, 1]
+    low, high = torch.full_like(none, 1e-6), torch.full_like(none, 1 - 1e-9)
+    for _ in range(50):
+        q = (low + high) / 2
+        above = -torch.log1p(-q) * one > -none.log() * none * q
+        low, high = torch.where(above, low, q), torch.where(above, q, high)
+    sparse = one / none / q
+    mostly_none = none > 0.3
+    dispersion = torch.where(mostly_none, sparse, mean.square() / excess).clamp(1e-2, 1e3)
+    return torch.where(mostly_none, dispersion * q / (1 - q), mean), dispersion
 
 
 def _log_rising(theta: Tensor, count: Tensor) -> Tensor:
