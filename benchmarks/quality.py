@@ -20,7 +20,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,7 @@ from sedd import tasks
 from sedd.metrics.baselines import nb_cdf, nb_log_prob
 
 FRACTIONS = (15, 30, 50)
+PROTOCOLS = ["imputation", "likelihood", "denoising", "generation", "embedding"]
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "scVI NB": ("scvi", {"likelihood": "nb", "kl_warmup": 50, "modelled_library": True}),
     "scVI ZINB": ("scvi", {"likelihood": "zinb", "kl_warmup": 50, "modelled_library": False}),
@@ -258,29 +259,32 @@ def peer_records(task: Task, method: str, answers: Any) -> Iterator[Record]:
         yield score_embedding(task, method, answers["latent_train"], answers["latent_test"])
 
 
-def sedd_records(task: Task, checkpoint: Path) -> Iterator[Record]:
+def sedd_records(task: Task, checkpoint: Path, protocols: Sequence[str], n_masks: int) -> Iterator[Record]:
     """Score a model that was trained on the task's training cells."""
     model = quality_sedd.Pretrained.load(checkpoint)
     test = quality_sedd.aligned(model, task.test, task.genes)
-    for fraction, hidden in task.hidden.items():
-        answers = quality_sedd.impute(model, test, hidden)
-        yield score_imputation(task, "sedd", fraction, answers.pop("mean"), **answers)
-    given = "the cell's total" if model.model.config["condition_library"] else "nothing"
-    yield score_likelihood(task, "sedd, bound", quality_sedd.likelihood(model, test, 64, task.seed), given)
-    kept = quality_sedd.aligned(model, task.kept[task.test_rows], task.genes)
-    for method, denoised in quality_sedd.denoise(model, kept, task.seed).items():
-        yield score_denoising(task, method, denoised)
-    order = quality_sedd.gene_order(model, task.genes)
-    for steps in (32, 128, 512):
-        made = tasks.generate(model, task.test.shape[0], num_steps=steps, seed=task.seed, progress=False)
-        cells = sparse.csr_array(made.X)[:, order]
-        name = "sedd" if steps == 128 else f"sedd, {steps} steps"
-        yield score_generation(task, name, cells)
-    if task.labels is not None:
+    if "imputation" in protocols:
+        for fraction, hidden in task.hidden.items():
+            answers = quality_sedd.impute(model, test, hidden)
+            yield score_imputation(task, "sedd", fraction, answers.pop("mean"), **answers)
+    if "likelihood" in protocols:
+        given = "the cell's total" if model.model.config["condition_library"] else "nothing"
+        nats = quality_sedd.likelihood(model, test, n_masks, task.seed)
+        yield {**score_likelihood(task, "sedd, bound", nats, given), "masks_per_cell": n_masks}
+    if "denoising" in protocols:
+        kept = quality_sedd.aligned(model, task.kept[task.test_rows], task.genes)
+        for method, denoised in quality_sedd.denoise(model, kept, task.seed).items():
+            yield score_denoising(task, method, denoised)
+    if "generation" in protocols:
+        order = quality_sedd.gene_order(model, task.genes)
+        for steps in (32, 128, 512):
+            made = tasks.generate(model, task.test.shape[0], num_steps=steps, seed=task.seed, progress=False)
+            name = "sedd" if steps == 128 else f"sedd, {steps} steps"
+            yield score_generation(task, name, sparse.csr_array(made.X)[:, order])
+    if "embedding" in protocols and task.labels is not None:
         train = quality_sedd.aligned(model, task.train, task.genes)
-        yield score_embedding(
-            task, "sedd", *(tasks.embed(model, x, progress=False).obsm["X_sedd"] for x in (train, test))
-        )
+        states = [tasks.embed(model, cells, progress=False).obsm["X_sedd"] for cells in (train, test)]
+        yield score_embedding(task, "sedd", states[0], states[1])
 
 
 def export(data: Path, n_genes: int, label: str | None, path: Path) -> None:
@@ -329,6 +333,8 @@ def main() -> None:
     parser.add_argument("--peer_python", help="interpreter with scvi-tools and magic-impute; without it no peer is run")
     parser.add_argument("--methods", nargs="+", default=["baselines", *PEERS], choices=["baselines", *PEERS])
     parser.add_argument("--checkpoint", type=Path, help="score this sedd model in place of baselines and peers")
+    parser.add_argument("--protocols", nargs="+", default=PROTOCOLS, choices=PROTOCOLS, help="of sedd's score")
+    parser.add_argument("--n_masks", type=int, default=64, help="masks per cell of sedd's bound")
     parser.add_argument("--export", type=Path, help="write the training cells on the panel to this .h5ad and stop")
     parser.add_argument("--work", type=Path, default=Path("experiments/quality"), help="where peers' answers are kept")
     parser.add_argument("--output", type=Path)
@@ -351,7 +357,7 @@ def main() -> None:
         }
         jobs: list[tuple[str, Callable[[], Iterator[Record]]]] = []
         if args.checkpoint:
-            jobs.append(("sedd", lambda: sedd_records(task, args.checkpoint)))  # noqa: B023
+            jobs.append(("sedd", lambda: sedd_records(task, args.checkpoint, args.protocols, args.n_masks)))  # noqa: B023
         for method in [] if args.checkpoint else args.methods:
             if method == "baselines":
                 jobs.append((method, lambda: baselines(task)))  # noqa: B023  (run within this iteration)

@@ -33,7 +33,7 @@ class ReportData:
     title : str
         Heading of the page.
     history : list of dict
-        One per epoch: `epoch`, `train_loss` (nats per gene), `val_nelbo` (nats per cell), `cells_per_s`, `wait_share`.
+        One per epoch: `epoch`, `train_loss` (nats per cell), `val_nelbo` (nats per cell), `cells_per_s`, `wait_share`.
     metrics : {section: {metric: {"sedd": value, "ci": (low, high), "baselines": {name: value}, "anchors": ...}}}
         Sections and metrics are named in `sedd.metrics.SECTIONS` and `METRICS`; others are shown under their key.
     settings : dict

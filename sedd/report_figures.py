@@ -67,7 +67,7 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray,
 
 
 def _epoch_ticks(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def training_loss(history: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -75,7 +75,7 @@ def training_loss(history: Sequence[Mapping[str, Any]]) -> Figure | None:
     epoch, loss = _series(history, "train_loss")
     if not len(epoch):
         return None
-    figure, axes = _axes("Training loss", "epoch", "score entropy, nats per gene")
+    figure, axes = _axes("Training loss", "epoch", "score entropy, nats per cell")
     axes.plot(epoch, loss, color=MODEL, marker="o", markersize=3.5)
     _epoch_ticks(axes)
     return figure
