@@ -69,11 +69,11 @@ train_until_done() {
 
 # finish: ends the job. Status 75 means: stopped on request, saved, to be continued. The controller has decided already
 # what becomes of a job that it cancels or requeues; one that it still holds for running (its time is nearly up, or the
-# grace before a preemption began) goes back into the queue here.
+# grace before a preemption began, of which SLURM tells only what runs under srun) goes back into the queue here.
 finish() {
   if [ "$status" -eq 75 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     if [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null)" = RUNNING ]; then
-      echo "job $SLURM_JOB_ID: stopped on SIG$request with everything saved; back into the queue" >&2
+      echo "job $SLURM_JOB_ID: stopped${request:+ on SIG$request} with everything saved; back into the queue" >&2
       scontrol requeue "$SLURM_JOB_ID" || echo "job $SLURM_JOB_ID: cannot be requeued; submit it again with RESUME=auto" >&2
     fi
   fi

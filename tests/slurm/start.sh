@@ -2,7 +2,8 @@
 # start.sh DIR: a SLURM controller and two nodes (n1, n2) on this host, with all their state under DIR. Root only.
 # Then `export SLURM_CONF=DIR/slurm.conf` for sbatch and the others; stop.sh DIR ends what was started.
 # The nodes claim more than the host has (eight cores, a GPU, 200 GB), so that the job scripts' defaults are accepted. There
-# is no accounting, so that any quality of service is.
+# is no accounting, so that any quality of service is. Jobs in the partition `urgent` preempt those in `main`
+# (the default) at once and those in `patient` after a grace of 90 seconds.
 set -euo pipefail
 for program in munged slurmctld slurmd sbatch; do
   if ! command -v "$program" >/dev/null; then
@@ -55,12 +56,16 @@ SlurmdLogFile=$dir/log/slurmd.%n.log
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
 GresTypes=gpu
 KillWait=60
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$one CPUs=8 RealMemory=200000 Gres=gpu:rtx_6000:1 State=UNKNOWN
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$two CPUs=8 RealMemory=200000 Gres=gpu:rtx_6000:1 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES DefMemPerNode=2000 MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES DefMemPerNode=2000 PriorityTier=1
+PartitionName=patient Nodes=ALL DefMemPerNode=2000 PriorityTier=1 GraceTime=90
+PartitionName=urgent Nodes=ALL DefMemPerNode=2000 PriorityTier=2
 CONF
 echo 'NodeName=n[1-2] Name=gpu Type=rtx_6000 File=/dev/null' >"$dir/gres.conf"
 
@@ -69,7 +74,7 @@ slurmctld
 slurmd -N n1
 slurmd -N n2
 for _ in $(seq 30); do
-  [ "$(sinfo --noheader --Node --states idle 2>/dev/null | wc -l)" = 2 ] && exit 0
+  [ "$(sinfo --noheader --Node --partition main --states idle 2>/dev/null | wc -l)" = 2 ] && exit 0
   sleep 1
 done
 echo "start.sh: the nodes did not come up: see $dir/log" >&2

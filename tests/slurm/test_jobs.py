@@ -76,6 +76,10 @@ class Cluster:
     def wait_for_step(self, job: str, directory: Path, step: int) -> None:
         self.wait(f"step {step} of job {job}", job, lambda: last_step(directory) >= step)
 
+    def preempt(self) -> None:
+        """Take node n1 from the jobs on it, as a job of higher priority does."""
+        self.run("sbatch", "--partition=urgent", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=true")
+
     def log(self, job: str) -> str:
         return "".join(p.read_text(errors="replace") for p in self.checkout.glob(f"slurm_out/*-{job}.out"))
 
@@ -137,13 +141,18 @@ def undisturbed(cluster: Cluster, store: Path) -> Path:
     return directory / "final.pt"
 
 
-def test_a_job_requeued_half_way_ends_with_the_weights_of_one_that_was_not(
-    cluster: Cluster, store: Path, undisturbed: Path
+@pytest.mark.parametrize("how", ["requeued", "preempted"])
+def test_a_job_stopped_half_way_ends_with_the_weights_of_one_that_was_not(
+    how: str, cluster: Cluster, store: Path, undisturbed: Path
 ) -> None:
-    directory = cluster.checkout / "requeued"
-    job = cluster.sbatch("sb-ism.sbatch", *train_flags(store, directory))
+    directory = cluster.checkout / how
+    options = [*CPU_JOB, "--nodelist=n1"]
+    job = cluster.sbatch("sb-ism.sbatch", *train_flags(store, directory), options=options)
     cluster.wait_for_step(job, directory, 100)
-    cluster.run("scontrol", "requeue", job)
+    if how == "requeued":
+        cluster.run("scontrol", "requeue", job)
+    else:
+        cluster.preempt()
     assert cluster.wait_for_end(job) == "COMPLETED", cluster.log(job)
     assert cluster.facts(job)["Restarts"] == "1"
     assert f"job {job}, start 2" in cluster.log(job)
@@ -175,19 +184,24 @@ def test_a_job_whose_time_is_nearly_up_puts_itself_back_and_a_cancelled_one_does
     assert_same_weights(directory / "final.pt", undisturbed)
 
 
-def test_two_nodes_train_together_and_survive_a_requeue(cluster: Cluster, store: Path) -> None:
+def test_two_nodes_train_together_and_survive_a_warning_and_a_preemption(cluster: Cluster, store: Path) -> None:
     reference = cluster.checkout / "two-processes"
     config = ROOT / "configs" / "accelerate" / "cpu.yaml"
     launch = ["accelerate", "launch", "--config_file", str(config), "--num_processes", "2", "train.py"]
-    cluster.run(*launch, *train_flags(store, reference, epochs=20))
+    cluster.run(*launch, *train_flags(store, reference, epochs=60))
 
     directory = cluster.checkout / "two-nodes"
-    job = cluster.sbatch("sb-multinode.sbatch", *train_flags(store, directory, epochs=20))
-    cluster.wait_for_step(job, directory, 40)
+    options = [*CPU_JOB, "--partition=patient"]
+    job = cluster.sbatch("sb-multinode.sbatch", *train_flags(store, directory, epochs=60), options=options)
+    cluster.wait_for_step(job, directory, 30)
     assert cluster.facts(job)["NodeList"] == "n[1-2]"
     cluster.run("scancel", "--signal=USR1", "--batch", job)
+    cluster.wait("the second start", job, lambda: f"job {job}, start 2" in cluster.log(job))
+    saved = max(int(p.stem.split("_")[1]) for p in directory.glob("step_*.pt"))
+    cluster.wait_for_step(job, directory, saved + 10)
+    cluster.preempt()
+    cluster.wait("its return to the queue", job, lambda: cluster.facts(job)["Restarts"] == "2", seconds=80)  # in the grace
     assert cluster.wait_for_end(job) == "COMPLETED", cluster.log(job)
-    assert cluster.facts(job)["Restarts"] == "1"
     assert_same_weights(directory / "final.pt", reference / "final.pt")
 
 
