@@ -202,3 +202,21 @@ def test_a_list_of_cells_is_a_split() -> None:
     cells = CellList(np.array([2, 5, 9]))
     assert cells.n_cells == 3
     np.testing.assert_array_equal(cells.cells(np.array([2, 0])), [9, 2])
+
+
+def label_entropy(codes: np.ndarray) -> float:
+    """Mean entropy, in bits, of the labels of batches of 64."""
+    shares = np.stack(
+        [np.bincount(batch, minlength=30) / 64 for batch in codes[: codes.size // 64 * 64].reshape(-1, 64)]
+    )
+    return float(-(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=1).mean())
+
+
+def test_batches_of_a_sorted_store_are_as_mixed_as_random_ones() -> None:
+    n = 300_000
+    codes = np.arange(n) * 30 // n
+    want = label_entropy(codes[np.random.default_rng(0).permutation(n)])
+    for mode in ("full", "window"):
+        got = label_entropy(codes[EpochOrder(n, 0, 0, mode).ranks(np.arange(n))])
+        assert abs(got / want - 1) < 0.01
+    assert label_entropy(codes) < 0.1
