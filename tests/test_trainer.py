@@ -14,6 +14,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from conftest import ROOT, TINY_FLAGS, make_counts
 
@@ -194,6 +195,51 @@ def test_bad_data_is_one_line_and_leaves_nothing(
     if kind == "log":
         assert "--layer counts" in error
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_counts_in_a_layer_are_pointed_to_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """X scaled, .raw log-normalised and the counts in a layer, as processed files often are."""
+    adata = make_counts()
+    counts = adata.X.toarray()
+    adata.layers["counts"] = sp.csr_matrix(counts.astype(np.int32))
+    logged = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
+    adata.X = logged
+    adata.raw = adata
+    adata.X = (logged - logged.mean(0)) / (logged.std(0) + 1e-6)
+    data = tmp_path / "trap.h5ad"
+    adata.write_h5ad(data)
+    assert train(data, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "scaled" in said
+    assert "--layer counts" in said
+    assert not (tmp_path / "run").exists()
+    assert train(data, tmp_path / "run", "--layer", "counts") == 0
+    from sedd.tasks import impute
+
+    out = impute(tmp_path / "run", data, hide=0.1, progress=False)  # the layer of the training run
+    assert np.array_equal(out.layers["counts"].toarray(), counts)
+
+
+@pytest.mark.slow
+def test_the_shell_script_takes_its_settings_from_the_environment(tiny_h5ad: Path, tmp_path: Path) -> None:
+    settings = dict(zip(TINY_FLAGS[::2], TINY_FLAGS[1::2], strict=True))
+    environment = {name.lstrip("-").upper(): value for name, value in settings.items()}
+    environment |= {"DATA_PATH": str(tiny_h5ad), "CHECKPOINT_DIR": str(tmp_path / "run"), "NUM_EPOCHS": "1"}
+    done = subprocess.run(
+        ["bash", ROOT / "bash" / "train.sh", "--seed", "7"], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (args["seed"], args["num_epochs"], args["hidden_dim"]) == (7, 1, 16)
+
+
+def test_a_file_of_settings_is_used_and_the_command_line_wins(tiny_h5ad: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("num_epochs: 3\nbatch_size: 8\nseed: 2\n")
+    config = ["--config", str(tmp_path / "run.yaml"), "--checkpoint_dir", str(tmp_path / "run"), "--num-epochs", "1"]
+    model = ["--model", "small", "--hidden-dim", "16", "--num-layers", "1", "--num-heads", "2", "--genes", "all"]
+    assert main(["train", "--data_path", str(tiny_h5ad), *config, *model]) == 0
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (args["num_epochs"], args["batch_size"], args["seed"], args["num_latents"]) == (1, 8, 2, 1)
 
 
 def test_what_is_odd_but_usable_is_warned_about_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
