@@ -14,6 +14,7 @@ import numpy as np
 from dask.utils import parse_bytes as dask_parse_bytes
 
 from sedd.errors import UserError
+from sedd.io.remote import filesystem
 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 """How much of a file its fingerprint looks at."""
@@ -47,9 +48,7 @@ def fingerprint(path: str) -> str:
     path : local, or a URL that fsspec opens (then its size and entity tag, or time of change)
     """
     if "://" in path:
-        import fsspec
-
-        fs, name = fsspec.core.url_to_fs(path)
+        fs, name = filesystem(path)
         info = fs.info(name)
         text = f"{info['size']} {info.get('ETag') or info.get('LastModified') or info.get('mtime')}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

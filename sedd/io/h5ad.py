@@ -21,6 +21,7 @@ import pandas as pd
 
 from sedd.errors import UserError
 from sedd.io import hdf5
+from sedd.io.remote import filesystem
 
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 """What h5py raises when the file is damaged."""
@@ -51,6 +52,7 @@ class Matrix:
     def __init__(self, path: str, node: h5py.Group | h5py.Dataset, name: str, fd: int | None) -> None:
         self.path, self.name = path, name
         self.data: hdf5.Reader
+        self.nnz: int | None
         if isinstance(node, h5py.Dataset):
             self._open_dense(node, fd)
         else:
@@ -369,7 +371,7 @@ def _compound_frame(node: h5py.Dataset, uns: Any) -> pd.DataFrame:
         key = f"{name}_categories"
         if isinstance(uns, h5py.Group) and key in uns and values.dtype.kind in "iu":
             categories = [c.decode() if isinstance(c, bytes) else c for c in np.atleast_1d(uns[key][()])]
-            columns[name] = pd.Categorical.from_codes(values.astype(np.int64), categories)
+            columns[name] = pd.Categorical.from_codes(values.astype(np.int64), pd.Index(categories))
         else:
             columns[name] = values
     index = "index" if "index" in names else "_index" if "_index" in names else names[0]
@@ -379,12 +381,13 @@ def _compound_frame(node: h5py.Dataset, uns: Any) -> pd.DataFrame:
 
 
 def _open_remote(path: str) -> Any:
+    fs, name = filesystem(path)
     try:
-        import fsspec
-
-        return fsspec.open(path, "rb", block_size=8 << 20).open()
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be opened ({error}). Remote files need `pip install 'sedd[s3]'`.") from error
+        return fs.open(name, "rb", block_size=8 << 20)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file.") from error
+    except Exception as error:  # every storage service raises errors of its own
+        raise UserError(f"{path}: cannot be opened ({' '.join(str(error).split())[:200]}).") from error
 
 
 def _why_not_hdf5(path: str, error: OSError) -> str:

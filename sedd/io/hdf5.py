@@ -105,7 +105,7 @@ def _zlib(raw: np.ndarray, n_bytes: int) -> np.ndarray:
     # A damaged length field must not make us inflate gigabytes: ask for one byte more than a chunk holds.
     inflater = zlib.decompressobj()
     try:
-        plain = inflater.decompress(raw, n_bytes + 1)
+        plain = inflater.decompress(raw.data, n_bytes + 1)
         if not inflater.eof:  # the checksum trails the data
             plain += inflater.decompress(inflater.unconsumed_tail, 1)
     except zlib.error as error:
@@ -123,7 +123,7 @@ def _is_native(dataset: h5py.Dataset) -> bool:
 
 def _pread_into(fd: int | None, out: np.ndarray, offset: int) -> None:
     assert fd is not None
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     while len(view):
         n = os.preadv(fd, [view], offset)
         if n <= 0:

@@ -130,15 +130,16 @@ def tally(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_vars: i
         none = np.empty(0, np.int64)
         return Tally(total, largest, hashes, none, none, gene_real)
     total, largest = np.zeros(n_rows, np.int64), np.zeros(n_rows, np.uint32)
-    table = np.zeros((n_vars, SMALL), np.uint32)
-    rare = np.empty(1024, np.int64)
-    while (n_rare := _tally(indptr, indices, values, total, largest, hashes, table, rare)) > rare.size:
+    table = np.zeros((SMALL, n_vars), np.uint32)  # by count first: most are 1 or 2, and those rows stay in the cache
+    rare = np.empty(max(1024, values.size // 32), np.int64)
+    while (n_rare := int(_tally(indptr, indices, values, total, largest, hashes, table, rare))) > rare.size:
         rare = np.empty(n_rare, np.int64)
         table[:] = 0
-    genes, counts = np.nonzero(table)
+    held = np.flatnonzero(table)
+    genes, counts = held % n_vars, held // n_vars
     rare_keys, rare_numbers = np.unique(rare[:n_rare], return_counts=True)
     keys = np.concatenate([genes << 32 | counts, rare_keys])
-    numbers = np.concatenate([table[genes, counts].astype(np.int64), rare_numbers])
+    numbers = np.concatenate([table.reshape(-1)[held].astype(np.int64), rare_numbers])
     return Tally(total, largest, hashes, keys, numbers, np.empty((4, 0)))
 
 
@@ -154,9 +155,9 @@ def _mix(gene, bits):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _tally(indptr, indices, values, total, largest, hashes, table, rare):  # type: ignore[no-untyped-def]
     n_rare = 0
-    small = np.uint32(table.shape[1])
+    small = np.uint32(table.shape[0])
     for row in range(indptr.size - 1):
-        row_total = 0
+        row_total = np.int64(0)
         row_max = np.uint32(0)
         row_hash = np.uint64(0)
         for k in range(indptr[row], indptr[row + 1]):
@@ -166,7 +167,7 @@ def _tally(indptr, indices, values, total, largest, hashes, table, rare):  # typ
             row_max = max(row_max, value)
             row_hash += _mix(gene, value)
             if value < small:
-                table[gene, value] += np.uint32(1)
+                table[value, gene] += np.uint32(1)
             else:
                 if n_rare < rare.size:
                     rare[n_rare] = gene << 32 | np.int64(value)
@@ -404,7 +405,7 @@ def _place_runs(cursor, rows, lengths, indices, values, out_indices, out_values)
     for run in range(rows.size):
         row = rows[run]
         at = cursor[row]
-        length = np.int64(lengths[run]) if lengths.size else 1
+        length = np.int64(lengths[run]) if lengths.size else np.int64(1)
         for k in range(length):
             out_indices[at + k] = indices[n + k]
             out_values[at + k] = values[n + k]

@@ -77,10 +77,11 @@ class Plan:
 def load_plan(folder: str) -> Plan:
     """Read `plan.json`."""
     with open(f"{folder}/plan.json") as file:
-        raw = json.load(file)
+        raw: dict[str, Any] = json.load(file)
     for key in ("sources", "spans"):
-        raw[key] = tuple(tuple(item) for item in raw[key])
-    return Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        raw[key] = [tuple(item) for item in raw[key]]
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    return Plan(**fields)
 
 
 class Source(NamedTuple):

@@ -28,7 +28,7 @@ def filesystem(target: str) -> tuple[Any, str]:
         import fsspec
 
         fs, path = fsspec.core.url_to_fs(target)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # a missing package, an unknown scheme, or whatever the service raises
         raise UserError(f"{target}: cannot be reached ({error}). Remote paths need `pip install 'sedd[s3]'`.") from error
     return fs, str(path).rstrip("/")
 
@@ -57,3 +57,12 @@ def upload(local: str, target: str) -> None:
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error}). The finished store is {local}: copy it yourself.") from error
     shutil.rmtree(local, ignore_errors=True)
+
+
+def file_sizes(path: str) -> list[int]:
+    """Sizes of all files of a store, wherever it is."""
+    if is_remote(path):
+        fs, inside = filesystem(path)
+        return [int(info["size"]) for info in fs.find(inside, detail=True).values()]
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    return [os.path.getsize(name) for name in files]

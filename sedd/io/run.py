@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import dask
@@ -31,7 +32,7 @@ class TaskRunner:
             workers = workers or sum(self._client.nthreads().values())
         self.workers = max(1, workers or len(os.sched_getaffinity(0)))
 
-    def run(self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[float], *, title: str) -> list[Any]:
+    def run(self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], *, title: str) -> list[Any]:
         """`[task(*args) for args in arguments]`.
 
         Parameters
@@ -46,7 +47,7 @@ class TaskRunner:
         ) as bar:
             return self._on_cluster(task, arguments, sizes, bar) if self._client else self._on_threads(task, arguments, sizes, bar)
 
-    def _on_threads(self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[float], bar: Any) -> list[Any]:
+    def _on_threads(self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], bar: Any) -> list[Any]:
         names = [f"{task.__name__}-{k}" for k in range(len(arguments))]
         steps = dict(zip(names, sizes, strict=True))
         delayed = dask.delayed(task, pure=False)
@@ -54,7 +55,7 @@ class TaskRunner:
         with Callback(posttask=lambda key, *_: bar.update(steps.get(key, 0))):
             return list(dask.compute(*tasks, scheduler="threads", num_workers=self.workers, optimize_graph=False))
 
-    def _on_cluster(self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[float], bar: Any) -> list[Any]:
+    def _on_cluster(self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], bar: Any) -> list[Any]:
         from distributed import KilledWorker, as_completed
 
         futures = [self._client.submit(task, *args, pure=False) for args in arguments]
@@ -77,6 +78,8 @@ class TaskRunner:
 
 
 def _client(scheduler: str | None) -> Any:
+    if scheduler is None and "distributed" not in sys.modules:
+        return None  # who has a client has imported it; doing that here would take longer than a small conversion
     from distributed import Client, get_client
 
     if scheduler is None:

@@ -27,8 +27,15 @@ CHUNK = 1 << 14
 SHARD = 1 << 26
 """Entries in a shard: a million cells of 1,400 genes make 21 shards an array."""
 
-CODECS: dict[str, tuple[str, int] | None] = {"lz4": ("lz4", 5), "zstd": ("zstd", 3), "none": None}
-"""Name -> Blosc compressor and level, behind a byte shuffle. See `benchmarks/codecs.py`."""
+CODECS: dict[str, tuple[str, int, str] | None] = {
+    "lz4": ("lz4", 5, "bitshuffle"),
+    "zstd": ("zstd", 1, "shuffle"),
+    "none": None,
+}
+"""Name -> Blosc compressor, level and filter. Chosen by `benchmarks/codecs.py`: small counts gain from shuffled bits with lz4, which
+looks for whole bytes that repeat, and zstd gains nothing from higher levels but costs twice the time."""
+
+_FILTERS = {"shuffle": numcodecs.Blosc.SHUFFLE, "bitshuffle": numcodecs.Blosc.BITSHUFFLE}
 
 _ABSENT = (1 << 64) - 1
 
@@ -52,7 +59,7 @@ class Encoder:
     def __init__(self, dtype: np.dtype[Any], codec: str) -> None:
         self.dtype = np.dtype(dtype)
         setting = CODECS[check_codec(codec)]
-        self._blosc = setting and numcodecs.Blosc(setting[0], setting[1], numcodecs.Blosc.SHUFFLE, 0)
+        self._blosc = setting and numcodecs.Blosc(setting[0], setting[1], _FILTERS[setting[2]], 0)
 
     def encode(self, values: np.ndarray) -> bytes:
         """Encode up to `CHUNK` values; a short last chunk is filled with zeros, as Zarr wants."""
@@ -81,7 +88,7 @@ def create_vector(group: zarr.Group, name: str, n: int, dtype: np.dtype[Any], co
     """Write the metadata of a sharded vector of `n` entries; its shards are put beside it by `write_shard`."""
     setting = CODECS[check_codec(codec)]
     dtype = np.dtype(dtype)
-    blosc = [BloscCodec(typesize=dtype.itemsize, cname=setting[0], clevel=setting[1], shuffle="shuffle")] if setting else []
+    blosc = [BloscCodec(typesize=dtype.itemsize, cname=setting[0], clevel=setting[1], shuffle=setting[2])] if setting else []
     return group.create_array(
         name,
         shape=(n,),

@@ -20,6 +20,7 @@ from scipy import sparse
 from sedd.errors import UserError
 from sedd.io import pack
 from sedd.io.fastread import ChunkReader
+from sedd.io.remote import file_sizes
 
 FORMAT = 1
 """Version of what is under `uns["sedd"]`."""
@@ -236,8 +237,7 @@ def describe(path: str) -> dict[str, Any]:
     """
     store = CellStore(path)
     cells = store.cell_stats()
-    files = [os.path.join(root, name) for root, _, names in os.walk(store.path) for name in names]
-    size = sum(os.path.getsize(name) for name in files)
+    sizes = file_sizes(store.path)
     meta = store.uns_sedd
     return {
         "path": store.path,
@@ -249,9 +249,9 @@ def describe(path: str) -> dict[str, Any]:
         "max": store.max_value,
         "median genes per cell": float(cells["n_genes"].median()),
         "median total per cell": float(cells["total"].median()),
-        "bytes": size,
-        "bytes per cell": round(size / max(1, store.n_obs), 1),
-        "files": len(files),
+        "bytes": sum(sizes),
+        "bytes per cell": round(sum(sizes) / max(1, store.n_obs), 1),
+        "files": len(sizes),
         "codec": meta["codec"],
         "chunk": int(store.x_arrays["data"].chunks[0]),
         "shuffled": meta["settings"]["shuffle"],

@@ -84,7 +84,7 @@ def _added(plan: Plan, gathered: Gathered, inputs: list[dict[str, str]], names: 
 
 def _few_chunks(func: Any, group: Any, key: str, element: Any, dataset_kwargs: Any, iospec: Any) -> None:
     """Write one element, arrays in chunks of `ROWS` rows."""
-    shape = getattr(element, "shape", ())
+    shape: tuple[int, ...] = getattr(element, "shape", ())
     if iospec.encoding_type in ("array", "string-array") and len(shape) and 0 not in shape:
         dataset_kwargs = {**dataset_kwargs, "chunks": (min(ROWS, shape[0]), *shape[1:])}
     func(group, key, element, dataset_kwargs=dataset_kwargs)
