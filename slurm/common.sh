@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2154
 # Functions of the job scripts, which source this file with $root set to the checkout.
 
-# The project's environment in front, unless the job was submitted from another one that has accelerate and sedd.
+# The environment that bash/setup.sh made; where there is none, the one that the job was submitted from.
 use_environment() {
   [ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH"
   if ! command -v accelerate >/dev/null || ! command -v sedd >/dev/null; then
