@@ -401,7 +401,7 @@ def place_runs(
 
 @njit(cache=True, nogil=True)
 def _place_runs(cursor, rows, lengths, indices, values, out_indices, out_values):  # type: ignore[no-untyped-def]
-    n = 0
+    n = np.int64(0)
     for run in range(rows.size):
         row = rows[run]
         at = cursor[row]

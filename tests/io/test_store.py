@@ -113,8 +113,8 @@ def test_every_flipped_bit_of_the_matrix_is_found_and_named(store: CellStore) ->
             damaged = bytearray(whole)
             damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
             file.write_bytes(damaged)
+            fresh = CellStore(store.path)
             with pytest.raises(UserError) as caught:
-                fresh = CellStore(store.path)
                 fresh.read_rows(0, fresh.n_obs)
             assert f"X/{name}" in str(caught.value)
             assert str(file) in str(caught.value)
