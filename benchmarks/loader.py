@@ -244,7 +244,7 @@ def main() -> None:
             print(f"round {number + 1}: {name}", file=sys.stderr)
     record = {
         "machine": machine(),
-        "data": {"cells": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds},
+        "data": {"file": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds},
         "rates": {name: summarise(values) for name, values in rounds.items()},
         "label_entropy_bits": shuffle_quality(str(store)),
         "bytes_read_by_8_ranks": rank_bytes(str(store)),
