@@ -140,7 +140,7 @@ def run(task: Task, args: argparse.Namespace, design: str) -> Record:
 def save(path: Path, record: Record) -> None:
     """Put a record into the file in place of the one it repeats."""
     records = json.loads(path.read_text()) if path.exists() else []
-    key = ("design", "n_bins", "epochs", "settings")
+    key = ("design", "n_bins", "epochs", "settings", "machine")
     records = [r for r in records if any(r[k] != record[k] for k in key)] + [record]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records, indent=1) + "\n")

@@ -70,8 +70,8 @@ def _run(name: str, rest: list[str]) -> int:
         except TrainingInterrupted as stopped:
             print(f"sedd {name}: {stopped}", file=sys.stderr)
             return stopped.exit_code
-        except KeyboardInterrupt:
-            print(f"sedd {name}: interrupted", file=sys.stderr)
+        except KeyboardInterrupt as stopped:  # a command that can be continued says how
+            print(f"sedd {name}: {str(stopped) or 'interrupted'}", file=sys.stderr)
             return EXIT_INTERRUPTED
         except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

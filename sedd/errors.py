@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class NotCountsError(UserError):
+    """Values that are no counts, such as log-normalised ones."""
+
+
 class SeddWarning(UserWarning):
     """Something that a user should know and that does not stop the work."""
 

@@ -14,7 +14,7 @@ import torch
 
 from sedd.cells import obs_digest
 from sedd.config import DataConfig, ModelConfig, TrainConfig
-from sedd.errors import UserError, warn_user
+from sedd.errors import NotCountsError, UserError, warn_user
 from sedd.gene_vectors import read_gene_vectors
 from sedd.io.choose import encode_label
 from sedd.io.convert import ensure_store
@@ -153,12 +153,7 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
         On bad input; nothing is left behind but a converted store.
     """
     data = config.data
-    store = ensure_store(
-        data.data_path,
-        cache_dir=data.cache_dir,
-        layer=data.layer,
-        values="real" if data.binning in ("linear", "log", "quantile") else "counts",
-    )
+    store = _open_store(data)
     train, val = _split(config, store)
     if resumed is not None:
         return _resumed_panel(config, resumed, store, train, val)
@@ -189,6 +184,16 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
         libraries=_libraries(config, store, train, genes, binning),
         gene_vectors=vectors,
     )
+
+
+def _open_store(data: DataConfig) -> CellStore:
+    """The store of the data: of counts if they are counts, of real values if the binning takes those."""
+    try:
+        return ensure_store(data.data_path, cache_dir=data.cache_dir, layer=data.layer)
+    except NotCountsError:
+        if data.binning not in ("linear", "log", "quantile"):
+            raise
+        return ensure_store(data.data_path, cache_dir=data.cache_dir, layer=data.layer, values="real")
 
 
 def _split(config: TrainConfig, store: CellStore) -> tuple[Split, Split]:
@@ -334,7 +339,7 @@ def _count_tokens(
 
 
 def _sample_values(store: CellStore, cells: Split, genes: list[str], n: int = 10_000) -> np.ndarray:
-    """Values of at most `n` evenly spaced training cells over the panel, zeros included."""
+    """Values of at most `n` evenly spaced training cells over the panel, zeros included, (cells, genes)."""
     step = max(1, math.ceil(cells.n_cells / n))
     columns = pd.Index(store.var_names).get_indexer(genes)
     rows = []
@@ -342,7 +347,7 @@ def _sample_values(store: CellStore, cells: Split, genes: list[str], n: int = 10
         indptr, indices, data = store.read_rows(int(cell), int(cell) + 1)
         row = sp.csr_array((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(1, store.n_vars))
         rows.append(row[:, columns].toarray().ravel())
-    return np.concatenate(rows)
+    return np.stack(rows)
 
 
 def _categories(store: CellStore, column: str) -> list[str]:

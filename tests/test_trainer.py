@@ -220,6 +220,33 @@ def test_counts_in_a_layer_are_pointed_to_and_used(tmp_path: Path, capsys: pytes
     assert np.array_equal(out.layers["counts"].toarray(), counts)
 
 
+def test_real_values_are_binned_when_the_binning_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = make_counts()
+    adata.X.data = np.log1p(adata.X.data) * np.float32(1.3)
+    adata.write_h5ad(tmp_path / "log.h5ad")
+    for binning in ("auto", "identity", "counts"):
+        assert train(tmp_path / "log.h5ad", tmp_path / binning, "--binning", binning) == 2
+        assert "non-integer" in capsys.readouterr().err
+    assert train(tmp_path / "log.h5ad", tmp_path / "log", "--binning", "log", "--num_bins", "16") == 0
+    from sedd.tasks import denoise
+
+    out = denoise(tmp_path / "log", adata, rounds=1, progress=False)
+    assert np.abs(dense_mean(out.X) - dense_mean(adata.X)) < 0.3
+
+
+def dense_mean(matrix: object) -> float:
+    return float(matrix.toarray().mean() if sp.issparse(matrix) else np.mean(matrix))  # type: ignore[attr-defined]
+
+
+def test_linear_bins_reach_the_largest_training_count(tiny_h5ad: Path, tmp_path: Path) -> None:
+    assert train(tiny_h5ad, tmp_path / "run", "--binning", "linear", "--num_bins", "12", "--num_epochs", "1") == 0
+    from sedd.io.plan import Split
+
+    counts = ad.read_h5ad(tiny_h5ad).X.toarray()[Split(240, 0.1, 0, "train").cells()]
+    edges = checkpoint.load(tmp_path / "run" / "final.pt")["binning"]["edges"]
+    assert np.array_equal(edges, np.linspace(0, float(counts.max()), 12))
+
+
 @pytest.mark.slow
 def test_the_shell_script_takes_its_settings_from_the_environment(tiny_h5ad: Path, tmp_path: Path) -> None:
     settings = dict(zip(TINY_FLAGS[::2], TINY_FLAGS[1::2], strict=True))

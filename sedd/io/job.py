@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sedd.errors import UserError, warn_user
+from sedd.errors import NotCountsError, UserError, warn_user
 from sedd.io import finish, pack, parts, spill
 from sedd.io.files import fingerprint, only_writer
 from sedd.io.genes import match_genes, read_gene_list, unique_names
@@ -262,7 +262,7 @@ class Job:
             return np.dtype(np.uint8)
         counts = pack.to_counts(raw, np.dtype(np.uint8))
         if counts.bad >= 0:
-            raise UserError(explain(file, matrix, raw, counts.bad, lambda k: _place(matrix, indptr, indices, k)))
+            raise NotCountsError(explain(file, matrix, raw, counts.bad, lambda k: _place(matrix, indptr, indices, k)))
         return counts.values.dtype
 
     def block(self, matrices: list[Matrix], n_vars: int) -> int:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd.errors import UserError
+from sedd.errors import NotCountsError, UserError
 from sedd.io import pack
 from sedd.io.files import new_file, save_arrays
 from sedd.io.h5ad import H5ad, Matrix
@@ -207,5 +207,5 @@ def take_values(
         return values, 0
     counts = pack.to_counts(raw, np.dtype(plan.narrow))
     if counts.bad >= 0:
-        raise UserError(explain(src.file, src.matrix, raw, counts.bad, place_of))
+        raise NotCountsError(explain(src.file, src.matrix, raw, counts.bad, place_of))
     return counts.values, counts.n_rounded
