@@ -138,8 +138,11 @@ def check_states(tokens: Tensor, largest: int) -> None:
     UserError
         If one is not.
     """
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) <= largest:
-        wrong = int(tokens.max()) if int(tokens.max()) > largest else int(tokens.min())
+    if tokens.numel() == 0:
+        return
+    low, high = (int(x) for x in tokens.long().aminmax())  # torch has no extremes of uint16
+    if not 0 <= low <= high <= largest:
+        wrong = high if high > largest else low
         raise UserError(
             f"a token is {wrong}; expected 0 to {largest}, the states of this model. Bin the data with the model's own binning."
         )

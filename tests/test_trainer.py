@@ -402,6 +402,7 @@ def test_gradient_accumulation_is_the_larger_batch(tiny_h5ad: Path, tmp_path: Pa
         ["--binning", "quantile", "--num_bins", "6"],
         ["--noise", "geometric"],
         ["--genes", "20"],
+        ["--num_bins", "300"],
         ["--limit_cells", "60", "--val_fraction", "0.2"],
         ["--ema_decay", "0", "--grad_clip", "0", "--weight_decay", "0"],
         ["--mixed_precision", "bf16"],
