@@ -1,10 +1,10 @@
 """Imported by the processes that the tests disturb: conversions in many small parts, chunks and shards."""
 
-import sedd.io.shards
+import sedd.io.convert  # noqa: F401
+from sedd.io import finish, gathered, job, parts, shards
 
-sedd.io.shards.CHUNK, sedd.io.shards.SHARD = 256, 256 * 8  # before other modules take them over
-
-import sedd.io.convert  # noqa: E402
-import sedd.io.job  # noqa: E402
-
-sedd.io.job.LARGEST_BLOCK = 700
+for module in (shards, finish, gathered, parts):
+    for name, value in {"CHUNK": 256, "SHARD": 256 * 8}.items():
+        if hasattr(module, name):
+            setattr(module, name, value)
+job.LARGEST_BLOCK = 700
