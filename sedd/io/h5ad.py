@@ -351,7 +351,12 @@ def _read_quietly(node: Any) -> Any:
     """An element of any age; that it is old is no news to the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ad.io.read_elem(node)
+        try:
+            return ad.io.read_elem(node)
+        except HDF5_ERRORS:
+            raise
+        except Exception as error:  # anndata has types of its own for what a damaged attribute makes of an element
+            raise ValueError(str(error)) from error
 
 
 def _decoded(value: Any) -> Any:
