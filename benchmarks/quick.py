@@ -60,7 +60,7 @@ def picture(directory: Path, history: list[dict[str, Any]], metrics: dict[str, A
         model, adata, imputed=directory / "imputed.h5ad", generated=directory / "generated.h5ad", n_masks=1, progress=False
     )
     real, train = (dense(open_cells(model, adata, part, None)) for part in ("val", "train"))
-    fake = dense(Cells(read_anndata(directory / "generated.h5ad"), model.genes))
+    fake = dense(Cells(read_anndata(directory / "generated.h5ad"), model.genes, real=True))
     kind, real_xy, fake_xy = figures.coordinates(real, fake, train, False)
     with figures.style():
         panels: list[Figure | None] = [
