@@ -136,6 +136,10 @@ class Impute:
     """Steps of the sampler that draws them."""
     sampler: Literal["analytic", "euler"] = "analytic"
     """Reverse process that draws them."""
+    new_genes: tuple[str, ...] = ()
+    """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
+    gene_embeddings: str | None = None
+    """Vectors of the new genes, for a model trained with --gene_embeddings."""
     batch_size: int = 64
     """Cells at a time."""
     seed: int = 0
@@ -149,7 +153,7 @@ class Impute:
         from sedd.tasks import impute
 
         result = impute(
-            self.checkpoint,
+            _with_new_genes(self),
             self.data,
             **_given(self, "predict", "hide", "cells", "layer", "num_samples", "num_steps", "sampler", "batch_size", "seed"),
         )
@@ -175,6 +179,10 @@ class Denoise:
     """Random partitions of the genes to average over."""
     folds: int = 4
     """Parts of a partition; each is hidden once."""
+    new_genes: tuple[str, ...] = ()
+    """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
+    gene_embeddings: str | None = None
+    """Vectors of the new genes, for a model trained with --gene_embeddings."""
     batch_size: int = 64
     """Cells at a time."""
     seed: int = 0
@@ -188,7 +196,7 @@ class Denoise:
         from sedd.tasks import denoise
 
         settings = _given(self, "cells", "layer", "rounds", "folds", "batch_size", "seed")
-        write_h5ad(denoise(self.checkpoint, self.data, **settings), self.output)
+        write_h5ad(denoise(_with_new_genes(self), self.data, **settings), self.output)
         return 0
 
 
@@ -214,6 +222,8 @@ class Generate:
     """Reverse process."""
     temperature: float = 1.0
     """Below 1 sharpens the distribution of each draw."""
+    order: Literal["random", "confidence"] = "random"
+    """random: the reverse process. confidence: surest genes first, which is biased."""
     batch_size: int = 64
     """Cells at a time."""
     seed: int = 0
@@ -233,7 +243,7 @@ class Generate:
         from sedd.tasks import generate
 
         settings = _given(
-            self, "library_size", "guidance", "num_steps", "sampler", "temperature", "batch_size", "seed"
+            self, "library_size", "guidance", "num_steps", "sampler", "temperature", "order", "batch_size", "seed"
         )
         write_h5ad(generate(self.checkpoint, self.n, where=where, **settings), self.output)
         return 0
@@ -309,6 +319,8 @@ class Evaluate:
         names = ("cells", "layer", "imputed", "generated", "hide", "n_masks", "num_steps", "batch_size", "seed")
         found = evaluate(self.checkpoint, self.data, output=directory, **_given(self, *names))
         print(metrics_table(found.metrics))
+        low, high = found.metrics["likelihood"]["nats_per_cell"]["ci"]
+        print(f"\nThe held-out NELBO lies between {low:.1f} and {high:.1f} nats per cell (95 % interval over cells and masks).")
         print(f"\nreport: {found.report}")
         return 0
 
@@ -365,6 +377,19 @@ COMMANDS: dict[str, Any] = {
 
 def _given(command: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(command, name) for name in names}
+
+
+def _with_new_genes(command: Impute | Denoise) -> Any:
+    """The model of the command, on the genes it was not trained on as well if any are named."""
+    if not command.new_genes:
+        return command.checkpoint
+    if command.gene_embeddings is None:
+        raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
+    from sedd.tasks import add_genes
+
+    return add_genes(
+        command.checkpoint, command.data, command.new_genes, command.gene_embeddings, layer=command.layer
+    )
 
 
 def format_facts(facts: dict[str, Any], indent: str = "") -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +21,8 @@ from tqdm import tqdm
 from sedd import __version__
 from sedd.cells import Cells, cells_of_split, read_anndata
 from sedd.errors import UserError
-from sedd.kernels.discretize import Binning
+from sedd.gene_vectors import read_gene_vectors
+from sedd.kernels.discretize import Binning, smoothed_log_shares
 from sedd.kernels.mask import exact_mask
 from sedd.pretrained import Pretrained
 from sedd.sampling import make_sampler
@@ -166,6 +168,7 @@ def generate(
     num_steps: int = 128,
     sampler: str = "analytic",
     temperature: float = 1.0,
+    order: str = "random",
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
@@ -184,8 +187,9 @@ def generate(
         Total count over the panel to ask for, in a model conditioned on it; drawn from the training cells if None.
     guidance
         Strength of classifier-free guidance; 1 is the conditional model itself.
-    num_steps, sampler, temperature
-        Of the reverse process: more steps let genes agree better; a temperature below 1 sharpens.
+    num_steps, sampler, temperature, order
+        Of the reverse process: more steps let genes agree better; a temperature below 1 sharpens; the order "confidence" is
+        biased (`sedd.sampling.Sampler`).
     batch_size, seed, progress
         As in `impute`.
 
@@ -216,7 +220,14 @@ def generate(
     ]
     n_vars, mask = len(model.genes), model.binning.n_bins
     reverse = make_sampler(
-        sampler, model.model, model.graph, model.noise, num_steps=num_steps, temperature=temperature, guidance=guidance
+        sampler,
+        model.model,
+        model.graph,
+        model.noise,
+        num_steps=num_steps,
+        temperature=temperature,
+        guidance=guidance,
+        order=order,
     )
     totals = np.full(n, np.nan if library_size is None else library_size)
     if by_library and library_size is None:
@@ -240,6 +251,70 @@ def generate(
     result = ad.AnnData(sp.vstack(blocks, format="csr").astype(np.float32), obs=obs, var=var)
     details = {"n": n, "num_steps": num_steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
     return _described(result, model, "generate", {**details, "seed": seed})
+
+
+def add_genes(
+    model: Pretrained | str | Path,
+    data: Data,
+    genes: Sequence[str],
+    gene_embeddings: str | Path,
+    *,
+    layer: str | None = None,
+) -> Pretrained:
+    """The model on a panel that also holds genes it was not trained on, which it knows by pretrained vectors.
+
+    Parameters
+    ----------
+    model
+        Trained with `--gene_embeddings`.
+    data
+        Cells in which the new genes are counted; their marginals, where the output of a new gene starts, are learned on it.
+    genes
+        Names of the new genes.
+    gene_embeddings
+        A file of vectors as in training, which knows the new genes.
+    layer
+        Take counts from this layer instead of X.
+
+    Returns
+    -------
+    model : Pretrained
+        For `impute`, `denoise` and `embed`. What it says of the old genes changes only by what it sees of the new ones.
+
+    Raises
+    ------
+    UserError
+        If the model learned its own gene vectors, a gene is not new, or it has no vector or no counts.
+    """
+    model = Pretrained.load(model)
+    if model.model.config["gene_embedding_dim"] is None:
+        raise UserError("the model learned a vector per gene and cannot meet new ones; train it with --gene_embeddings FILE.")
+    old = set(model.genes)
+    twice = [gene for gene in genes if gene in old]
+    if twice or not genes:
+        raise UserError(f"the new genes {twice[:3]} are in the model already; expected names of other genes.")
+    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
+    source = Cells(adata, np.array(genes, object), layer=layer or model.state["args"]["layer"])
+    if source.missing.any():
+        raise UserError(f"the new gene {genes[int(source.missing.argmax())]!r} is not in the data; its counts are needed.")
+    counts = [source.counts(lo, min(lo + 1024, len(source))) for lo in range(0, len(source), 1024)]
+    tokens = np.concatenate([model.binning.tokens(block) for block in counts])
+    mass = np.zeros((len(genes), model.binning.n_bins), np.int64)
+    for gene, column in enumerate(tokens.T):
+        mass[gene] = np.bincount(column, minlength=model.binning.n_bins)
+    histogram = sp.csr_array(sp.vstack([model.histogram, sp.csr_array(mass)], format="csr"))
+    vectors = read_gene_vectors(gene_embeddings, list(genes))
+    known = model.model.state_dict()["backbone.genes.pretrained"].cpu().numpy()
+    if vectors.shape[1] != known.shape[1]:
+        raise UserError(
+            f"{gene_embeddings}: its vectors have {vectors.shape[1]} numbers; the model was trained with {known.shape[1]}."
+        )
+    network = model.model.for_genes(
+        smoothed_log_shares(histogram.toarray().astype(np.float64)),
+        np.concatenate([known, vectors]),
+        known=[*range(len(model.genes)), *[-1] * len(genes)],
+    )
+    return replace(model, model=network, genes=np.concatenate([model.genes, np.array(genes, object)]), histogram=histogram)
 
 
 def embed(

@@ -9,13 +9,13 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from conftest import make_counts
+from conftest import TINY_FLAGS, make_counts
 
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation import evaluate
 from sedd.pretrained import Pretrained
-from sedd.tasks import denoise, embed, generate, impute
+from sedd.tasks import add_genes, denoise, embed, generate, impute
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,43 @@ def test_embedding_separates_the_types_better_than_chance(model: Pretrained) -> 
     known = ~out.obs["cell_type"].isna().to_numpy()
     states, labels = out.obsm["X_sedd"][known], out.obs["cell_type"].astype(str).to_numpy()[known]
     assert knn_accuracy(states[:150], labels[:150], states[150:], labels[150:]) > 0.5
+
+
+def test_a_gene_it_was_not_trained_on_is_known_by_its_vector(tmp_path: Path) -> None:
+    """The new gene is a twin in vector of the gene that tells the types apart best; shown all others, its count is predicted."""
+    adata = make_counts(600)
+    counts = dense(adata.X)
+    types = adata.obs["cell_type"].to_numpy()
+    means = np.stack([counts[types == name].mean(0) for name in ("T cell", "monocyte", "B cell")])
+    twin = int((np.ptp(means, axis=0) / np.sqrt(means.mean(0))).argmax())
+    fresh = np.random.default_rng(5).poisson(means[[max(0, ["T cell", "monocyte", "B cell"].index(t)) if isinstance(t, str) else 0 for t in types], twin])
+    names = [*adata.var_names, "novel"]
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(61, 12)).astype(np.float32)
+    vectors[60] = vectors[twin]
+    np.savez(tmp_path / "vectors.npz", genes=np.array(names), vectors=vectors)
+    adata.write_h5ad(tmp_path / "old.h5ad")
+    both = ad.AnnData(np.column_stack([counts, fresh]).astype(np.float32), obs=adata.obs)
+    both.var_names = names
+    both.write_h5ad(tmp_path / "new.h5ad")
+    run, embeddings = str(tmp_path / "run"), ["--gene_embeddings", str(tmp_path / "vectors.npz")]
+    flags = [*TINY_FLAGS, "--num_epochs", "15"]
+    assert main(["train", "--data_path", str(tmp_path / "old.h5ad"), "--checkpoint_dir", run, *flags, *embeddings]) == 0
+    out = str(tmp_path / "out.h5ad")
+    new = ["--new_genes", "novel", "--predict", "novel", *embeddings]
+    assert main(["impute", run, str(tmp_path / "new.h5ad"), "-o", out, *new]) == 0
+    imputed = ad.read_h5ad(out)
+    assert list(imputed.var_names) == names
+    predicted = dense(imputed.X)[:, 60]
+    assert np.corrcoef(predicted, fresh)[0, 1] > 0.2
+    assert ((predicted - fresh) ** 2).mean() < ((fresh.mean() - fresh) ** 2).mean()
+    assert np.array_equal(dense(imputed.X)[:, :60], counts)
+
+
+def test_new_genes_need_vectors_and_a_model_that_takes_them(model: Pretrained, tmp_path: Path) -> None:
+    np.savez(tmp_path / "v.npz", genes=np.array(["novel"]), vectors=np.zeros((1, 3), np.float32))
+    with pytest.raises(UserError, match="train it with --gene_embeddings"):
+        add_genes(model, make_counts(), ["novel"], tmp_path / "v.npz")
 
 
 def test_values_that_are_no_counts_are_refused(model: Pretrained) -> None:
