@@ -69,6 +69,9 @@ def trainers(mark: str) -> list[int]:
     return found
 
 
+EPOCHS = "100"  # long enough that a signal sent after the first steps finds the run at work, on a fast machine too
+
+
 def wait_until(done: Callable[[], bool], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not done():
@@ -93,7 +96,7 @@ def test_a_launcher_configuration_loads_and_leaves_precision_to_the_flags(name: 
 def two_processes(tiny_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The final checkpoint of two undisturbed processes."""
     directory = tmp_path_factory.mktemp("launch") / "two"
-    launched("cpu.yaml", 2, tiny_h5ad, directory, "--num_epochs", "20")
+    launched("cpu.yaml", 2, tiny_h5ad, directory, "--num_epochs", EPOCHS)
     return directory / "final.pt"
 
 
@@ -101,7 +104,7 @@ def two_processes(tiny_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def one_process(tiny_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The final checkpoint of one undisturbed process."""
     directory = tmp_path_factory.mktemp("launch") / "one"
-    launched("one_gpu.yaml", 1, tiny_h5ad, directory, "--num_epochs", "20")
+    launched("one_gpu.yaml", 1, tiny_h5ad, directory, "--num_epochs", EPOCHS)
     return directory / "final.pt"
 
 
@@ -109,7 +112,7 @@ def one_process(tiny_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.mark.timeout(600)
 def test_two_processes_share_the_batches(one_process: Path, two_processes: Path) -> None:
     one, two = checkpoint.load(one_process), checkpoint.load(two_processes)
-    assert two["epoch"] == one["epoch"] == 20
+    assert two["epoch"] == one["epoch"] == int(EPOCHS)
     assert two["step"] * 2 == one["step"]  # 216 cells: 14 batches of 16 for one, 7 pairs for two
 
 
@@ -134,7 +137,7 @@ def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_bit_for_bit(
 ) -> None:
     reference: Path = request.getfixturevalue("two_processes" if processes == 2 else "one_process")
     config, directory = ("cpu.yaml" if processes == 2 else "one_gpu.yaml"), tmp_path / "run"
-    flags = ["--num_epochs", "20", "--checkpoint_dir", str(directory)]
+    flags = ["--num_epochs", EPOCHS, "--checkpoint_dir", str(directory)]
     words = launch_words(config, processes, tiny_h5ad, directory, *flags)
     status = tmp_path / "status"
     with started(words, SEDD_STATUS_FILE=str(status)) as launcher:
@@ -146,7 +149,7 @@ def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_bit_for_bit(
     assert status.read_text() == "75\n"
     saved = checkpoint.find_newest(directory)
     assert saved is not None and saved.name.startswith("step_")
-    launched(config, processes, tiny_h5ad, directory, "--num_epochs", "20", "--resume", "auto")
+    launched(config, processes, tiny_h5ad, directory, "--num_epochs", EPOCHS, "--resume", "auto")
     assert_same_weights(directory / "final.pt", reference)
 
 
@@ -159,7 +162,7 @@ def test_the_job_script_passes_its_warning_on_and_reports_status_75(
     """As SLURM warns it before the time limit: only the shell of the script gets the signal."""
     reference: Path = request.getfixturevalue("two_processes" if processes == 2 else "one_process")
     directory = tmp_path / "run"
-    flags = ["--data_path", str(tiny_h5ad), *TINY_FLAGS, "--num_epochs", "20", "--checkpoint_dir", str(directory)]
+    flags = ["--data_path", str(tiny_h5ad), *TINY_FLAGS, "--num_epochs", EPOCHS, "--checkpoint_dir", str(directory)]
     words = ["bash", str(ROOT / "slurm" / "sb-ism.sbatch"), *flags]
     variables = {"SEDD_ROOT": str(ROOT), "NUM_PROCESSES": str(processes)}
     with started(words, **variables) as script:

@@ -114,7 +114,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         subprocess.run([HERE / "stop.sh", state], check=True)
 
 
-def train_flags(data: Path, directory: Path, epochs: int = 40) -> list[str]:
+def train_flags(data: Path, directory: Path, epochs: int = 100) -> list[str]:
     return ["--data_path", str(data), "--checkpoint_dir", str(directory), *TINY_FLAGS, "--num_epochs", str(epochs)]
 
 
@@ -188,11 +188,11 @@ def test_two_nodes_train_together_and_survive_a_warning_and_a_preemption(cluster
     reference = cluster.checkout / "two-processes"
     config = ROOT / "configs" / "accelerate" / "cpu.yaml"
     launch = ["accelerate", "launch", "--config_file", str(config), "--num_processes", "2", "train.py"]
-    cluster.run(*launch, *train_flags(store, reference, epochs=60))
+    cluster.run(*launch, *train_flags(store, reference, epochs=100))
 
     directory = cluster.checkout / "two-nodes"
     options = [*CPU_JOB, "--partition=patient"]
-    job = cluster.sbatch("sb-multinode.sbatch", *train_flags(store, directory, epochs=60), options=options)
+    job = cluster.sbatch("sb-multinode.sbatch", *train_flags(store, directory, epochs=100), options=options)
     cluster.wait_for_step(job, directory, 30)
     assert cluster.facts(job)["NodeList"] == "n[1-2]"
     cluster.run("scancel", "--signal=USR1", "--batch", job)
