@@ -101,14 +101,15 @@ class Verify:
 
     store: Positional[str]
     """The .zarr store."""
-    against: str | None = None
-    """The .h5ad it was made from."""
+    against: tuple[str, ...] = ()
+    """The .h5ad files it was made from, in their order."""
 
     def run(self) -> int:
         """Verify and print the report."""
         from sedd.io.verify import verify
 
-        print(format_facts(verify(self.store, against=self.against)))
+        print(format_facts(verify(self.store, against=list(self.against) or None, progress=True)))
+        print("The store is whole" + (", and every entry is that of its input." if self.against else "."))
         return 0
 
 

@@ -1,0 +1,64 @@
+"""The commands about stores, and what the program says of itself."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from sedd import __version__
+from sedd.cli import main
+from sedd.commands import COMMANDS
+
+
+def test_a_file_is_converted_described_and_proven(
+    tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(tmp_path / "tiny.zarr")
+    assert main(["convert", str(tiny_h5ad), store, "--dry_run"]) == 0
+    assert not list(tmp_path.iterdir())
+    assert main(["convert", str(tiny_h5ad), store, "--obs", "cell_type", "donor", "--codec", "zstd"]) == 0
+    assert main(["convert", str(tiny_h5ad), store]) == 2
+    assert store in capsys.readouterr().err
+    assert main(["info", store]) == 0
+    said = capsys.readouterr().out
+    assert "zstd" in said
+    assert "cell_type, donor" in said
+    assert main(["verify", store, "--against", str(tiny_h5ad)]) == 0
+    assert "every entry is that of its input" in capsys.readouterr().out
+
+
+def test_a_damaged_store_is_named_with_status_2(
+    tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "tiny.zarr"
+    assert main(["convert", str(tiny_h5ad), str(store)]) == 0
+    shard = store / "X" / "data" / "c" / "0"
+    damaged = bytearray(shard.read_bytes())
+    damaged[random.Random(0).randrange(len(damaged) // 2)] ^= 4
+    shard.write_bytes(damaged)
+    assert main(["verify", str(store)]) == 2
+    assert str(shard) in capsys.readouterr().err
+
+
+def test_two_files_become_one_store(tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = str(tmp_path / "both.zarr")
+    assert main(["convert", str(tiny_h5ad), str(tiny_h5ad), store, "--shuffle", "--join", "outer"]) == 0
+    assert "480 cells x 60 genes" in capsys.readouterr().out
+    assert main(["convert", store]) == 2
+    assert "fewer than two paths" in capsys.readouterr().err
+
+
+def test_every_command_has_a_help_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name in ["train", *COMMANDS]:
+        assert f"  {name}" in overview
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+        assert f"sedd {name}" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"sedd {__version__}"
