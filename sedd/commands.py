@@ -321,6 +321,8 @@ class Evaluate:
         found = evaluate(self.checkpoint, self.data, output=directory, **_given(self, *names))
         print(metrics_table(found.metrics))
         low, high = found.metrics["likelihood"]["nats_per_cell"]["ci"]
+        for note in found.notes:
+            print(f"\n{note}")
         print(f"\nThe held-out NELBO lies between {low:.1f} and {high:.1f} nats per cell (95 % interval over cells and masks).")
         print(f"\nreport: {found.report}")
         return 0

@@ -82,6 +82,9 @@ class ModelConfig:
     """Number of latents (latent attention only)."""
     head: Literal["softmax", "nb"] = "softmax"
     """Distribution over the bins of a gene: free (softmax) or a discretised negative binomial (nb)."""
+    graph: Literal["absorbing", "uniform"] = "absorbing"
+    """How noise destroys a value. absorbing: it is masked. uniform: it is replaced by a random one; such a model generates
+    cells and has a likelihood, but cannot impute or denoise."""
     noise: Literal["loglinear", "geometric"] = "loglinear"
     """Noise schedule sigma(t)."""
     objective: Literal["score_entropy", "masked"] = "score_entropy"
@@ -109,6 +112,8 @@ class ModelConfig:
                 f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}; "
                 f"expected a whole number of channels per head. Use --num_heads {fits[-1]} or another --hidden_dim."
             )
+        if self.graph == "uniform" and self.objective == "masked":
+            raise UserError("--objective masked hides genes and --graph uniform hides none; expected --graph absorbing with it.")
         _require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "a share between 0 and 1, such as 0.15")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
         _require(0 <= self.condition_dropout < 1, "condition_dropout", self.condition_dropout, "a probability below 1")

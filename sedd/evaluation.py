@@ -35,11 +35,14 @@ class Evaluation:
         Sections likelihood, imputation, generation; see `sedd.metrics.METRICS`.
     report : Path or None
         The page, if a directory was given.
+    notes : list of str
+        What was not measured, and why.
     """
 
     metrics: dict[str, Any]
     report: Path | None = None
     arrays: dict[str, Any] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list)
 
 
 def evaluate(
@@ -100,10 +103,14 @@ def evaluate(
     likelihood, nats = _likelihood(model, held_out, counts, train_counts, n_masks, batch_size, seed, progress)
     metrics: dict[str, Any] = {"likelihood": likelihood}
     arrays: dict[str, Any] = {"nats": nats}
-    hide = hide if hide is not None else model.config.model.mask_ratio
-    hidden = _hidden_entries(model, held_out, imputed, hide, seed)
-    metrics["imputation"], found = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
-    arrays.update(found)
+    notes = []
+    if model.knows_masks:
+        hide = hide if hide is not None else model.config.model.mask_ratio
+        hidden = _hidden_entries(model, held_out, imputed, hide, seed)
+        metrics["imputation"], found = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
+        arrays.update(found)
+    else:
+        notes.append("Imputation was not measured: the uniform graph, which the model was trained with, hides no genes.")
     if generated is None:
         made = tasks.generate(
             model, max(len(held_out), 4), num_steps=num_steps, batch_size=batch_size, seed=seed, progress=progress
@@ -114,8 +121,8 @@ def evaluate(
     metrics["generation"] = generation_table(fake, counts, train_counts, seed=seed)
     report = None
     if output is not None:
-        report = _write(model, metrics, arrays, (counts, fake, train_counts), held_out, made, name, Path(output))
-    return Evaluation(metrics=metrics, report=report, arrays=arrays)
+        report = _write(model, metrics, arrays, (counts, fake, train_counts), held_out, made, name, notes, Path(output))
+    return Evaluation(metrics=metrics, report=report, arrays=arrays, notes=notes)
 
 
 def _training_cells(model: Pretrained, own: ad.AnnData | None, name: str) -> Cells:
@@ -256,6 +263,7 @@ def _write(
     held_out: Cells,
     made: ad.AnnData,
     name: str,
+    notes: list[str],
     output: Path,
 ) -> Path:
     output.mkdir(parents=True, exist_ok=True)
@@ -263,7 +271,8 @@ def _write(
     real, fake, train = matrices
     settings = {
         "Data": {"data": name, "held-out cells": real.shape[0], "training cells": train.shape[0], "genes": real.shape[1]},
-        "Model": {k: args[k] for k in ("attention", "head", "hidden_dim", "num_layers", "num_latents", "objective")},
+        "Model": {k: args[k] for k in ("attention", "head", "hidden_dim", "num_layers", "num_latents", "objective")}
+        | {"graph": model.config.model.graph, "noise": model.config.model.noise},
         "Training": {k: args[k] for k in ("batch_size", "learning_rate", "ema_decay", "num_bins", "binning", "seed")},
         "Run": {"checkpoint": str(model.path), "epochs": model.state["epoch"], "machine": platform.machine()},
     }
@@ -275,6 +284,7 @@ def _write(
             history=model.state["history"],
             metrics=metrics,
             settings=settings,
+            notes=notes,
             real=real,
             generated=fake,
             reference=train,

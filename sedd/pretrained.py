@@ -13,7 +13,7 @@ import torch
 from sedd import checkpoint
 from sedd.config import TrainConfig
 from sedd.errors import UserError
-from sedd.graph import AbsorbingGraph
+from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
 from sedd.kernels.discretize import Binning
 from sedd.model import SEDDTransformer
 from sedd.noise import Noise, make_noise
@@ -50,7 +50,7 @@ class Pretrained:
     genes: np.ndarray
     binning: Binning
     noise: Noise
-    graph: AbsorbingGraph
+    graph: AbsorbingGraph | UniformGraph
     categories: dict[str, list[str]]
     histogram: sp.csr_array
     libraries: np.ndarray
@@ -107,12 +107,36 @@ class Pretrained:
             genes=np.array(state["genes"], dtype=object),
             binning=binning,
             noise=make_noise(state["args"]["noise"]),
-            graph=AbsorbingGraph(binning.n_bins),
+            graph=make_graph(state["args"].get("graph", "absorbing"), binning.n_bins),
             categories=state["categories"],
             histogram=unpack_histogram(state["histogram"]),
             libraries=state["libraries"].numpy(),
             state=state,
         )
+
+    @property
+    def knows_masks(self) -> bool:
+        """Whether it was trained to predict hidden genes, as under the absorbing graph."""
+        return isinstance(self.graph, AbsorbingGraph)
+
+    def check_knows_masks(self, wanted: str) -> None:
+        """Check that the model predicts hidden genes.
+
+        Parameters
+        ----------
+        wanted
+            What needs it, as the beginning of a sentence.
+
+        Raises
+        ------
+        UserError
+            If it was trained with the uniform graph.
+        """
+        if not self.knows_masks:
+            raise UserError(
+                f"{wanted} needs a model that predicts hidden genes, and {self.path} was trained with --graph uniform, which "
+                "hides none; expected one trained with --graph absorbing."
+            )
 
     def sigma(self, masked: torch.Tensor) -> torch.Tensor:
         """The noise level at which the given share of genes is masked, (B,), for cells masked like `masked` (B, n_vars)."""
@@ -131,6 +155,7 @@ class Pretrained:
             f"{model['num_heads']} heads, {model['head']} head; {n_parameters:,} parameters",
             f"genes       {len(self.genes)}: {', '.join(self.genes[:5])}, ...",
             f"bins        {self.binning.n_bins} ({self.binning.kind})",
+            f"diffusion   {self.config.model.graph} graph, {self.config.model.noise} noise, {self.config.model.objective}",
             f"data        {data['path']}: {data['n_obs']} cells, {split['n_train']} trained on, {split['n_val']} held out",
         ]
         for column, labels in self.categories.items():

@@ -263,8 +263,9 @@ class Sampler(ABC):
     ) -> None:
         """Walk `tokens` in place from uniform values to cells.
 
-        Known genes are shown to the network as noisy as the others are at that time and put back at the end. So
-        imputation is approximate here, where it is exact for the absorbing graph.
+        Known genes are shown to the network as noisy as the others are at that time and put back at the end. So what is
+        drawn for the others follows them only loosely (on a joint of three genes it was nearer to the marginals than to
+        the conditional), where it is exact for the absorbing graph; `sedd.tasks.impute` refuses it.
         """
         n_vars, n_bins, n = tokens.shape[1], self.graph.n_bins, self.num_steps
         known, observed = tokens != self.graph.mask_token, tokens.clone()

@@ -89,6 +89,7 @@ def impute(
         On bad input.
     """
     model = Pretrained.load(model)
+    model.check_knows_masks("Imputation")
     if not 0 <= hide < 1:
         raise UserError(f"--hide is {hide}; expected a share from 0 up to 1, such as 0.15.")
     source = open_cells(model, data, cells, layer)
@@ -151,6 +152,7 @@ def denoise(
         `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: posterior standard deviation.
     """
     model = Pretrained.load(model)
+    model.check_knows_masks("Denoising")
     source = open_cells(model, data, cells, layer)
     out = _Collector(source, ["X", "sedd_std"])
     for lo, hi, _, tokens, context in batches(model, source, batch_size, "denoise", progress):
@@ -330,6 +332,8 @@ def embed(
     model = Pretrained.load(model)
     adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
     source = open_cells(model, adata, cells, layer)
+    if source.missing.any():
+        model.check_knows_masks("Embedding cells that lack genes of the model")
     states = []
     for _, _, _, tokens, context in batches(model, source, batch_size, "embed", progress):
         hidden = torch.from_numpy(np.broadcast_to(source.missing, tokens.shape).copy()).to(tokens.device)

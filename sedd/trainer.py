@@ -24,7 +24,7 @@ from sedd.config import TrainConfig
 from sedd.devices import is_out_of_memory, make_accelerator, parameter_groups
 from sedd.ema import EMA
 from sedd.errors import UserError
-from sedd.graph import AbsorbingGraph
+from sedd.graph import make_graph
 from sedd.io.loader import Batch, CellLoader
 from sedd.kernels.mask import stream_key
 from sedd.loss import diffusion_loss
@@ -156,11 +156,11 @@ class SEDDTrainer:
         config, accelerator = self.config, self.accelerator
         self._panel = panel
         self.noise = make_noise(config.model.noise)
-        self.graph = AbsorbingGraph(panel.binning.n_bins)
+        self.graph = make_graph(config.model.graph, panel.binning.n_bins)
         torch.manual_seed(config.run.seed)
         self.model = panel.build_model(config.model)
         if resumed is not None:
-            _check_same_model(resumed, self.model.config)
+            _check_same_model(resumed, self.model.config, config.model.graph)
             self.model.load_state_dict(resumed["model"])
         self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
         optimizer = torch.optim.AdamW(
@@ -477,8 +477,9 @@ class SEDDTrainer:
         )
 
 
-def _check_same_model(state: dict[str, Any], built: dict[str, Any]) -> None:
-    different = {k: (v, built.get(k)) for k, v in state["model_config"].items() if built.get(k) != v}
+def _check_same_model(state: dict[str, Any], built: dict[str, Any], graph: str) -> None:
+    trained = {**state["model_config"], "graph": state["args"].get("graph", "absorbing")}
+    different = {k: (v, now) for k, v in trained.items() if (now := {**built, "graph": graph}.get(k)) != v}
     if different:
         name, (old, new) = next(iter(different.items()))
         raise UserError(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from sedd.config import TrainConfig
-from sedd.graph import Graph
+from sedd.graph import AbsorbingGraph, Graph
 from sedd.io.loader import CellLoader
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, nelbo
@@ -63,6 +63,8 @@ class Validator:
     def run(self, model: SEDDTransformer, *, stop: Callable[[], bool]) -> torch.Tensor:
         """Sums over this rank's cells: cells, nats, nats squared, hidden entries, their negative log score, their error.
 
+        Only the absorbing graph hides entries.
+
         Parameters
         ----------
         model
@@ -70,10 +72,7 @@ class Validator:
         stop
             Asked between batches; when true the rest is left out.
         """
-        seed, n_vars = self._config.run.seed, len(self._panel.genes)
-        count = max(1, round(self._config.model.mask_ratio * n_vars))
-        device = self._accelerator.device
-        values = torch.as_tensor(self._panel.binning.values, device=device)
+        seed = self._config.run.seed
         sums = torch.zeros(6, dtype=torch.float64)
         training = model.training
         model.eval()
@@ -83,19 +82,28 @@ class Validator:
                     break
                 with self._accelerator.autocast():
                     nats = nelbo(model, self._graph, self._noise, [batch], n_masks=N_MASKS, seed=seed).per_cell
-                    assert batch.cell is not None
-                    masked = torch.from_numpy(exact_mask(seed, 0, batch.cell.numpy(), n_vars, count)).to(device)
-                    shown = hide(batch.tokens, masked, self._graph.mask_token)
-                    sigma = self._noise.sigma_at(masked.double().mean(1)).float()
-                    given: dict[str, Any] = {"condition": batch.condition, "library": batch.library}
-                    log_prob = model(shown, sigma, targets=batch.tokens, **given)
-                mean, _ = model.expectation(shown, sigma, values, **given)
-                error = (mean - values[batch.tokens.long()]).abs()[masked]
-                mine = [len(nats), nats.sum(), (nats**2).sum(), masked.sum(), -log_prob[masked].sum(), error.sum()]
-                sums += torch.tensor([float(x) for x in mine], dtype=torch.float64)
+                mine = [len(nats), float(nats.sum()), float((nats**2).sum())]
+                recovered = self._recovery(model, batch) if isinstance(self._graph, AbsorbingGraph) else [0, 0, 0]
+                sums += torch.tensor([*mine, *recovered], dtype=torch.float64)
         finally:
             model.train(training)
         return sums
+
+    def _recovery(self, model: SEDDTransformer, batch: CellBatch) -> list[float]:
+        """How many entries were hidden, the sum of their negative log scores, that of their errors."""
+        seed, n_vars, device = self._config.run.seed, len(self._panel.genes), self._accelerator.device
+        count = max(1, round(self._config.model.mask_ratio * n_vars))
+        values = torch.as_tensor(self._panel.binning.values, device=device)
+        assert batch.cell is not None
+        masked = torch.from_numpy(exact_mask(seed, 0, batch.cell.numpy(), n_vars, count)).to(device)
+        shown = hide(batch.tokens, masked, self._graph.mask_token)
+        sigma = self._noise.sigma_at(masked.double().mean(1)).float()
+        given: dict[str, Any] = {"condition": batch.condition, "library": batch.library}
+        with self._accelerator.autocast():
+            log_prob = model(shown, sigma, targets=batch.tokens, **given)
+        mean, _ = model.expectation(shown, sigma, values, **given)
+        error = (mean - values[batch.tokens.long()]).abs()[masked]
+        return [float(x) for x in (masked.sum(), -log_prob[masked].sum(), error.sum())]
 
     def _batches(self) -> Iterator[CellBatch]:
         device = self._accelerator.device
@@ -110,17 +118,16 @@ class Validator:
         Returns
         -------
         dict with val_nelbo (nats per cell), val_nelbo_se (its standard error), val_nelbo_per_gene, val_nll (nats per hidden
-        entry) and val_mae (mean absolute error of hidden entries, counts)
+        entry) and val_mae (mean absolute error of hidden entries, counts); the last two only where entries are hidden
         """
         if group is not None:
             dist.all_reduce(sums, group=group)
         cells, nats, squares, entries, nll, error = sums.tolist()
         mean = nats / cells
         variance = max(squares / cells - mean**2, 0.0)
-        return {
+        found = {
             "val_nelbo": mean,
             "val_nelbo_se": (variance / max(cells - 1, 1)) ** 0.5,
             "val_nelbo_per_gene": mean / len(self._panel.genes),
-            "val_nll": nll / entries,
-            "val_mae": error / entries,
         }
+        return {**found, "val_nll": nll / entries, "val_mae": error / entries} if entries else found
