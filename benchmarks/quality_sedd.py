@@ -9,7 +9,7 @@ import anndata
 import numpy as np
 import torch
 
-from sedd import tasks
+from sedd import prediction, tasks
 from sedd.errors import UserError
 from sedd.likelihood import CellBatch, nelbo
 from sedd.pretrained import Pretrained
@@ -30,7 +30,7 @@ def aligned(model: Pretrained, counts: Any, genes: np.ndarray) -> anndata.AnnDat
 def batches(model: Pretrained, adata: anndata.AnnData, batch_size: int = 64) -> Iterator[tuple[int, int, Any, Any]]:
     """Tokens of successive cells in the task's gene order: (lo, hi, tokens, context)."""
     cells = tasks.open_cells(model, adata, "all", None)
-    for lo, hi, _, tokens, context in tasks.batches(model, cells, batch_size, "quality", False):
+    for lo, hi, _, tokens, context in prediction.batches(model, cells, batch_size, "quality", False):
         yield lo, hi, tokens, context
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import zarr
 
 from sedd.errors import UserError, warn_user
 from sedd.io.plan import Split
 
+WINDOW = 2048  # cells that are read together: a store has many in a chunk
 MIN_OVERLAP = 0.5  # below this share of the panel the prediction is mostly the training mean
 
 
@@ -63,6 +68,7 @@ class Cells:
             raise UserError(f"{self.name}: has no X; pass --layer with one of: {', '.join(adata.layers) or 'none'}.")
         self.indices = np.arange(adata.n_obs) if cells is None else np.asarray(cells, np.int64)
         self._real = real
+        self._window: tuple[int, Any] = (0, None)
         self.obs: pd.DataFrame = adata.obs.iloc[self.indices].copy()
         names = adata.var_names if adata.var_names.is_unique else ad.utils.make_index_unique(adata.var_names)
         position = {gene: i for i, gene in enumerate(names)}
@@ -92,13 +98,22 @@ class Cells:
         UserError
             If a value is negative, not finite, or not whole where whole numbers are needed.
         """
-        block: Any = self._matrix[self.indices[lo:hi]]
-        block = block[:, self._columns]
-        values = np.asarray(block.toarray() if sp.issparse(block) else block, np.float64)
+        edges = [lo, *range((lo // WINDOW + 1) * WINDOW, hi, WINDOW), hi]
+        values = np.concatenate([self._read(a, b) for a, b in itertools.pairwise(edges)])
         self._check(values, lo)
         out = np.zeros((len(values), len(self.missing)), np.float32)
         out[:, ~self.missing] = np.rint(values) if not self._real else values
         return out
+
+    def _read(self, lo: int, hi: int) -> np.ndarray:
+        """Values of cells of one window, which is read whole and kept for the next call."""
+        at = lo // WINDOW * WINDOW
+        if self._window[1] is None or self._window[0] != at:
+            chosen = self.indices[at : at + WINDOW]
+            whole = int(chosen[-1]) - int(chosen[0]) + 1 == len(chosen)
+            block = self._matrix[slice(int(chosen[0]), int(chosen[-1]) + 1) if whole else chosen]
+            self._window = at, sp.csr_matrix(block)[:, self._columns]
+        return np.asarray(self._window[1][lo - at : hi - at].toarray(), np.float64)
 
     def _check(self, values: np.ndarray, lo: int) -> None:
         wrong = ~np.isfinite(values) | (values < 0)
@@ -131,6 +146,54 @@ def read_anndata(path: str | Path) -> ad.AnnData:
     except Exception as error:  # h5py, zarr and anndata raise a dozen types for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as AnnData ({reason[:200]}); expected an .h5ad or a .zarr store.") from error
+
+
+@contextlib.contextmanager
+def opened(data: ad.AnnData | str | Path, layer: str | None = None) -> Iterator[ad.AnnData]:
+    """An AnnData whose counts stay in the file where they can be read by rows, so that it may be larger than memory.
+
+    Parameters
+    ----------
+    data
+        An AnnData is passed on as it is.
+    layer
+        The only layer that is needed; X as well if None.
+
+    Raises
+    ------
+    UserError
+        As `read_anndata`.
+    """
+    if isinstance(data, ad.AnnData):
+        yield data
+        return
+    path = Path(data)
+    with contextlib.ExitStack() as stack:
+        try:
+            root: Any = zarr.open_group(path, mode="r") if path.is_dir() else stack.enter_context(h5py.File(path))
+            adata = _lazy(root, layer)
+        except Exception:  # whatever it is, the plain reader takes it or says what is wrong
+            adata = None
+        yield read_anndata(path) if adata is None else adata
+
+
+def _lazy(root: Any, layer: str | None) -> ad.AnnData | None:
+    """The AnnData of an open file with its matrices left there; None where they cannot be read by rows."""
+    if root.attrs.get("encoding-type") != "anndata":
+        return None
+    wanted = [name for name in ("X", f"layers/{layer}") if name in root]
+    matrices: dict[str, Any] = {}
+    for name in wanted:
+        kind = root[name].attrs.get("encoding-type")
+        if kind not in ("csr_matrix", "array"):
+            return None
+        matrices[name] = ad.io.sparse_dataset(root[name]) if kind == "csr_matrix" else root[name]
+    obs, var = (ad.io.read_elem(root[name]) for name in ("obs", "var"))
+    adata = ad.AnnData(matrices.pop("X", None), obs=obs, var=var)
+    for name, matrix in matrices.items():
+        adata.layers[name.removeprefix("layers/")] = matrix
+    adata.uns.update(dict.fromkeys(root["uns"]) if "uns" in root else {})
+    return adata
 
 
 def obs_digest(names: Iterable[Any]) -> str:

@@ -122,7 +122,7 @@ class Impute:
     data: Positional[str]
     """An .h5ad or a .zarr store of counts."""
     output: Output
-    """The .h5ad to write."""
+    """The .h5ad or .zarr to write, a block of cells at a time."""
     predict: tuple[str, ...] = ()
     """Genes to predict in every cell."""
     hide: float = 0.0
@@ -132,7 +132,7 @@ class Impute:
     layer: str | None = None
     """Take counts from this layer instead of X."""
     num_samples: int = 0
-    """Also draw joint samples of the hidden genes, into layers sedd_sample_0, ..."""
+    """Also draw joint samples of the hidden genes, into layers sedd_sample_0, ..., sedd_mean and sedd_std."""
     num_steps: int = 64
     """Steps of the sampler that draws them."""
     sampler: Literal["analytic", "euler"] = "analytic"
@@ -153,12 +153,8 @@ class Impute:
         check_output(self.output, self.overwrite)
         from sedd.tasks import impute
 
-        result = impute(
-            _with_new_genes(self),
-            self.data,
-            **_given(self, "predict", "hide", "cells", "layer", "num_samples", "num_steps", "sampler", "batch_size", "seed"),
-        )
-        write_h5ad(result, self.output)
+        names = ("predict", "hide", "cells", "layer", "num_samples", "num_steps", "sampler", "batch_size", "seed", "output")
+        _say_written(impute(_with_new_genes(self), self.data, **_given(self, *names)), self.output)
         return 0
 
 
@@ -171,7 +167,7 @@ class Denoise:
     data: Positional[str]
     """An .h5ad or a .zarr store of counts."""
     output: Output
-    """The .h5ad to write."""
+    """The .h5ad or .zarr to write, a block of cells at a time."""
     cells: Literal["all", "train", "val"] = "all"
     """Which cells, for the data that the model was trained on."""
     layer: str | None = None
@@ -180,6 +176,12 @@ class Denoise:
     """Random partitions of the genes to average over."""
     folds: int = 4
     """Parts of a partition; each is hidden once."""
+    num_samples: int = 0
+    """Also draw every count this many times; mean and spread of the draws go into layers sedd_mean and sedd_std."""
+    num_steps: int = 64
+    """Steps of the sampler that draws them."""
+    sampler: Literal["analytic", "euler"] = "analytic"
+    """Reverse process that draws them."""
     new_genes: tuple[str, ...] = ()
     """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
     gene_embeddings: str | None = None
@@ -196,8 +198,8 @@ class Denoise:
         check_output(self.output, self.overwrite)
         from sedd.tasks import denoise
 
-        settings = _given(self, "cells", "layer", "rounds", "folds", "batch_size", "seed")
-        write_h5ad(denoise(_with_new_genes(self), self.data, **settings), self.output)
+        names = ("cells", "layer", "rounds", "folds", "num_samples", "num_steps", "sampler", "batch_size", "seed", "output")
+        _say_written(denoise(_with_new_genes(self), self.data, **_given(self, *names)), self.output)
         return 0
 
 
@@ -208,7 +210,7 @@ class Generate:
     checkpoint: Positional[str]
     """A checkpoint or an experiment directory."""
     output: Output
-    """The .h5ad to write."""
+    """The .h5ad or .zarr to write, a block of cells at a time."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 500
     """Number of cells."""
     where: tuple[str, ...] = ()
@@ -243,10 +245,8 @@ class Generate:
             where[column] = label
         from sedd.tasks import generate
 
-        settings = _given(
-            self, "library_size", "guidance", "num_steps", "sampler", "temperature", "order", "batch_size", "seed"
-        )
-        write_h5ad(generate(self.checkpoint, self.n, where=where, **settings), self.output)
+        names = ("library_size", "guidance", "num_steps", "sampler", "temperature", "order", "batch_size", "seed", "output")
+        _say_written(generate(self.checkpoint, self.n, where=where, **_given(self, *names)), self.output)
         return 0
 
 
@@ -437,4 +437,8 @@ def write_h5ad(result: ad.AnnData, path: str) -> None:
         os.replace(part, target)
     finally:
         Path(part).unlink(missing_ok=True)
+    _say_written(result, path)
+
+
+def _say_written(result: ad.AnnData, path: str) -> None:
     print(f"{path}: {result.n_obs} cells x {result.n_vars} genes")

@@ -18,6 +18,7 @@ from sedd.errors import UserError
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
+from sedd.prediction import batches
 from sedd.pretrained import Pretrained
 from sedd.report import ReportData, write_report
 from sedd.run_directory import write_json
@@ -164,7 +165,7 @@ def _likelihood(
     names = torch.from_numpy(cells.indices)
     given = (
         CellBatch(tokens, context["condition"], context["library"], names[lo:hi])
-        for lo, hi, _, tokens, context in tasks.batches(model, cells, batch_size, "likelihood", progress)
+        for lo, hi, _, tokens, context in batches(model, cells, batch_size, "likelihood", progress)
     )
     per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
     given_total = per_cell
@@ -220,7 +221,7 @@ def _imputation(
     """Recovery of the hidden entries, and (true, mean, cdf) of each for the figures."""
     values = model.decode_values
     means, log_probs, belows, uptos = [], [], [], []
-    for lo, hi, _, tokens, context in tasks.batches(model, cells, batch_size, "imputation", False):
+    for lo, hi, _, tokens, context in batches(model, cells, batch_size, "imputation", False):
         mask = torch.from_numpy(hidden[lo:hi] | cells.missing).to(tokens.device)
         readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
         rows, genes = torch.from_numpy(hidden[lo:hi]).to(tokens.device).nonzero(as_tuple=True)

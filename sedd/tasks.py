@@ -5,8 +5,7 @@ Every prediction is the model's posterior p(hidden genes | visible genes) of a c
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,15 +15,16 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from tqdm import tqdm
 
-from sedd import __version__
-from sedd.cells import Cells, cells_of_split, read_anndata
+from sedd import __version__, prediction
+from sedd.cells import Cells, cells_of_split, opened, read_anndata
 from sedd.errors import UserError
 from sedd.gene_vectors import read_gene_vectors
-from sedd.kernels.discretize import Binning, smoothed_log_shares
+from sedd.kernels.discretize import smoothed_log_shares
 from sedd.kernels.mask import exact_mask
+from sedd.prediction import batches
 from sedd.pretrained import Pretrained
+from sedd.results import open_result
 from sedd.sampling import make_sampler
 
 Data: TypeAlias = ad.AnnData | str | Path
@@ -44,6 +44,7 @@ def impute(
     folds: int = 4,
     batch_size: int = 64,
     seed: int = 0,
+    output: str | Path | None = None,
     progress: bool = True,
 ) -> ad.AnnData:
     """Predict unobserved entries from the observed genes of the same cell.
@@ -57,7 +58,7 @@ def impute(
     model
         A checkpoint, an experiment directory or a loaded model.
     data
-        Cells by genes, raw counts; genes are matched by name.
+        Cells by genes, raw counts; genes are matched by name. Of a path only a window of cells is read at a time.
     predict
         Genes to predict in every cell.
     hide : float in [0, 1)
@@ -67,12 +68,14 @@ def impute(
     layer
         Take counts from this layer instead of X.
     num_samples
-        Also draw this many joint samples of the hidden genes; their mean and spread are then reported instead of the
-        closed-form ones of each gene by itself.
+        Also draw this many joint samples of the hidden genes; their mean and spread are reported beside the closed-form
+        mean of each gene by itself.
     num_steps, sampler
         Of the reverse process that draws them.
     folds, batch_size, seed
         See above; cells at a time; of the random choices.
+    output
+        Write to this .h5ad or .zarr, a block of cells at a time, in place of keeping the result in memory.
     progress
         Show a bar.
 
@@ -81,7 +84,8 @@ def impute(
     imputed : AnnData, cells x panel
         `X` float32: observed counts as they were, posterior means where hidden. `layers["counts"]`: the input.
         `layers["sedd_hidden"]`: 1 where predicted. `layers["sedd_std"]`: posterior standard deviation there. With samples,
-        `layers["sedd_sample_k"]`. `uns["sedd"]`: what was done. obs and var are those of the input.
+        `layers["sedd_sample_k"]`, and `layers["sedd_mean"]` and `["sedd_std"]` are theirs. `uns["sedd"]`: what was done.
+        obs and var are those of the input. With `output`, obs, var and uns alone; the rest is in the file.
 
     Raises
     ------
@@ -92,34 +96,40 @@ def impute(
     model.check_knows_masks("Imputation")
     if not 0 <= hide < 1:
         raise UserError(f"--hide is {hide}; expected a share from 0 up to 1, such as 0.15.")
-    source = open_cells(model, data, cells, layer)
-    named = _gene_mask(model, predict) | source.missing
-    zeros = not named.any() and hide == 0
-    count = round(hide * len(named))
-    out = _Collector(source, ["X", "sedd_hidden", "sedd_std", *[f"sedd_sample_{k}" for k in range(num_samples)]])
-    for lo, hi, counts, tokens, context in batches(model, source, batch_size, "impute", progress):
-        hidden = np.broadcast_to(named, counts.shape).copy()
-        if count:
-            hidden |= exact_mask(seed, 0, source.indices[lo:hi], len(named), count)
-        if zeros:
-            mean, std = _cross_predict(model, tokens, context, source.indices[lo:hi], folds, 1, seed)
-            hidden = counts == 0
-        else:
-            mean, std = _predict(model, tokens, hidden, context)
-        samples = []
-        for k in range(num_samples):
-            masked = tokens.masked_fill(torch.from_numpy(hidden).to(tokens.device), model.binning.n_bins)
-            drawn = make_sampler(sampler, model.model, model.graph, model.noise, num_steps=num_steps).sample(
-                masked, seed=_draw_seed(seed, k), cells=source.indices[lo:hi], **context
-            )
-            samples.append(np.where(hidden, model.binning.decode(drawn.cpu().numpy()), counts))
-        if samples:
-            mean, std = np.mean(samples, axis=0), np.std(samples, axis=0)
-        values = np.where(hidden, mean, counts).astype(np.float32)
-        out.add(values, hidden.astype(np.uint8), np.where(hidden, std, 0).astype(np.float32), *samples)
-    result = out.anndata(counts_layer=True)
-    what = "zeros" if zeros else "missing and chosen genes" if not count else f"{hide:.0%} of the genes"
-    return _described(result, model, "impute", {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed})
+    reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
+    with opened(data, layer or model.state["args"]["layer"]) as adata:
+        source = open_cells(model, adata, cells, layer, _name(data))
+        named = _gene_mask(model, predict) | source.missing
+        zeros = not named.any() and hide == 0
+        count = round(hide * len(named))
+        what = "zeros" if zeros else "missing and chosen genes" if not count else f"{hide:.0%} of the genes"
+        with open_result(output, source.obs, source.var) as out:
+            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "impute", progress):
+                here = source.indices[lo:hi]
+                hidden = np.broadcast_to(named, counts.shape).copy()
+                if count:
+                    hidden |= exact_mask(seed, 0, here, len(named), count)
+                if zeros:
+                    mean, std = prediction.cross_predict(model, tokens, context, here, folds, 1, seed)
+                    hidden = counts == 0
+                else:
+                    mean, std = prediction.predict(model, tokens, hidden, context)
+                layers: dict[str, np.ndarray] = {"sedd_std": np.where(hidden, std, 0).astype(np.float32)}
+                drawn = prediction.Moments()
+                for k in range(num_samples):
+                    if zeros:
+                        values = prediction.cross_draw(model, reverse, tokens, context, here, folds, k, seed)
+                    else:
+                        at = prediction.sample_seed(seed, k)
+                        values = prediction.draw(model, reverse, tokens, hidden, context, here, at)
+                    layers[f"sedd_sample_{k}"] = np.where(hidden, values, counts)
+                    drawn.add(layers[f"sedd_sample_{k}"])
+                if num_samples:
+                    layers |= {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
+                values = np.where(hidden, mean, counts).astype(np.float32)
+                out.add(X=values, counts=counts, sedd_hidden=hidden.astype(np.uint8), **layers)
+            details = {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
+            return out.finish(_described(model, "impute", details))
 
 
 def denoise(
@@ -130,8 +140,12 @@ def denoise(
     layer: str | None = None,
     rounds: int = 4,
     folds: int = 4,
+    num_samples: int = 0,
+    num_steps: int = 64,
+    sampler: str = "analytic",
     batch_size: int = 64,
     seed: int = 0,
+    output: str | Path | None = None,
     progress: bool = True,
 ) -> ad.AnnData:
     """Replace every count by what the other genes of the cell say it should be.
@@ -141,23 +155,38 @@ def denoise(
 
     Parameters
     ----------
-    model, data, cells, layer, batch_size, seed, progress
+    model, data, cells, layer, num_steps, sampler, batch_size, seed, output, progress
         As in `impute`.
     rounds, folds
         More rounds average more random visible subsets; more folds show more of the cell each time.
+    num_samples
+        Also draw every entry this many times, the parts of a partition jointly; mean and spread of the draws are reported.
 
     Returns
     -------
     denoised : AnnData, cells x panel
-        `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: posterior standard deviation.
+        `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: posterior standard deviation. With
+        samples, `layers["sedd_mean"]` and `["sedd_std"]` are those of the draws. With `output`, as in `impute`.
     """
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
-    source = open_cells(model, data, cells, layer)
-    out = _Collector(source, ["X", "sedd_std"])
-    for lo, hi, _, tokens, context in batches(model, source, batch_size, "denoise", progress):
-        out.add(*_cross_predict(model, tokens, context, source.indices[lo:hi], folds, rounds, seed))
-    return _described(out.anndata(counts_layer=True), model, "denoise", {"rounds": rounds, "folds": folds, "seed": seed})
+    prediction.check_folds(folds, rounds)
+    reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
+    with opened(data, layer or model.state["args"]["layer"]) as adata:
+        source = open_cells(model, adata, cells, layer, _name(data))
+        with open_result(output, source.obs, source.var) as out:
+            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "denoise", progress):
+                here = source.indices[lo:hi]
+                mean, std = prediction.cross_predict(model, tokens, context, here, folds, rounds, seed)
+                layers = {"sedd_std": std}
+                drawn = prediction.Moments()
+                for k in range(num_samples):
+                    drawn.add(prediction.cross_draw(model, reverse, tokens, context, here, folds, k, seed))
+                if num_samples:
+                    layers = {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
+                out.add(X=mean, counts=counts, **layers)
+            details = {"rounds": rounds, "folds": folds, "num_samples": num_samples, "seed": seed}
+            return out.finish(_described(model, "denoise", details))
 
 
 def generate(
@@ -173,6 +202,7 @@ def generate(
     order: str = "random",
     batch_size: int = 64,
     seed: int = 0,
+    output: str | Path | None = None,
     progress: bool = True,
 ) -> ad.AnnData:
     """Draw new cells from the model.
@@ -192,7 +222,7 @@ def generate(
     num_steps, sampler, temperature, order
         Of the reverse process: more steps let genes agree better; a temperature below 1 sharpens; the order "confidence" is
         biased (`sedd.sampling.Sampler`).
-    batch_size, seed, progress
+    batch_size, seed, output, progress
         As in `impute`.
 
     Returns
@@ -230,12 +260,14 @@ def generate(
         temperature=temperature,
         guidance=guidance,
         order=order,
+        batch_size=batch_size,
     )
     totals = np.full(n, np.nan if library_size is None else library_size)
     if by_library and library_size is None:
         totals = np.random.default_rng(seed).choice(model.libraries, n)
-    blocks = []
-    with _bar(n, "generate", progress) as bar:
+    obs = pd.DataFrame(where, index=[f"generated_{i}" for i in range(n)])
+    var = pd.DataFrame(model.state["var"], index=pd.Index(model.genes))
+    with open_result(output, obs, var) as out, prediction.progress_bar(n, "generate", progress) as bar:
         for lo in range(0, n, batch_size):
             size = min(batch_size, n - lo)
             context: dict[str, Any] = {"condition": None, "library": None}
@@ -246,13 +278,10 @@ def generate(
                 context["library"] = torch.as_tensor(total, dtype=torch.float32, device=model.device)
             start = torch.full((size, n_vars), mask, device=model.device)
             tokens = reverse.sample(start, seed=seed, cells=np.arange(lo, lo + size), **context)
-            blocks.append(sp.csr_matrix(model.binning.decode(tokens.cpu().numpy())))
+            out.add(X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
             bar.update(size)
-    obs = pd.DataFrame(where, index=[f"generated_{i}" for i in range(n)])
-    var = pd.DataFrame(model.state["var"], index=pd.Index(model.genes))
-    result = ad.AnnData(sp.vstack(blocks, format="csr").astype(np.float32), obs=obs, var=var)
-    details = {"n": n, "num_steps": num_steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
-    return _described(result, model, "generate", {**details, "seed": seed})
+        details = {"n": n, "num_steps": num_steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
+        return out.finish(_described(model, "generate", {**details, "seed": seed}))
 
 
 def add_genes(
@@ -342,7 +371,8 @@ def embed(
             states.append(model.model.embed(shown, model.sigma(hidden), **context).float().cpu().numpy())
     result = adata[source.indices].copy()
     result.obsm["X_sedd"] = np.concatenate(states)
-    return _described(result, model, "embed", {})
+    result.uns["sedd"] = _described(model, "embed", {})["sedd"]
+    return result
 
 
 def open_cells(model: Pretrained, data: Data, part: str, layer: str | None, name: str | None = None) -> Cells:
@@ -354,7 +384,7 @@ def open_cells(model: Pretrained, data: Data, part: str, layer: str | None, name
         What messages call the data; its path if not given.
     """
     adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
-    name = name or ("the AnnData" if isinstance(data, ad.AnnData) else str(data))
+    name = name or _name(data)
     chosen = cells_of_split(adata, part, model.state, name)
     layer = layer or model.state["args"]["layer"]
     if "sedd" in adata.uns and layer is not None and layer not in adata.layers:
@@ -369,124 +399,19 @@ def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
     return np.isin(model.genes.astype(str), list(names))
 
 
-def batches(
-    model: Pretrained, source: Cells, batch_size: int, task: str, progress: bool
-) -> Iterator[tuple[int, int, np.ndarray, torch.Tensor, dict[str, Any]]]:
-    """Successive cells: (lo, hi, counts, tokens, {"condition", "library"})."""
-    if batch_size < 1:
-        raise UserError(f"--batch_size is {batch_size}; expected at least 1.")
-    with _bar(len(source), task, progress) as bar:
-        for lo in range(0, len(source), batch_size):
-            hi = min(lo + batch_size, len(source))
-            counts = source.counts(lo, hi)
-            tokens = torch.from_numpy(model.binning.tokens(counts).astype(np.int64)).to(model.device)
-            context: dict[str, Any] = {"condition": None, "library": None}
-            if model.categories:
-                columns = [
-                    model.condition_codes(name, source.obs[name].to_numpy(object)[lo:hi])
-                    if name in source.obs
-                    else np.zeros(hi - lo, np.int64)
-                    for name in model.categories
-                ]
-                context["condition"] = torch.from_numpy(np.stack(columns, 1)).to(model.device)
-            if model.model.config["condition_library"]:
-                total = np.log(np.maximum(counts.sum(1), 1)).astype(np.float32)
-                # With genes missing the total over the panel is not known.
-                total[:] = np.nan if source.missing.any() else total
-                context["library"] = torch.from_numpy(total).to(model.device)
-            yield lo, hi, counts, tokens, context
-            bar.update(hi - lo)
+def _name(data: Data) -> str:
+    """What messages call the data."""
+    return "the AnnData" if isinstance(data, ad.AnnData) else str(data)
 
 
-@torch.no_grad()
-def _predict(
-    model: Pretrained, tokens: torch.Tensor, hidden: np.ndarray, context: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior mean and standard deviation of the hidden entries given the others, in one forward pass."""
-    mask = torch.from_numpy(hidden).to(tokens.device)
-    shown = tokens.masked_fill(mask, model.binning.n_bins)
-    mean, var = model.model.expectation(shown, model.sigma(mask), model.decode_values, **context)
-    return mean.cpu().numpy(), var.clamp_min(0).sqrt().cpu().numpy()
+def _sampler(model: Pretrained, num_samples: int, name: str, num_steps: int, batch_size: int) -> Any:
+    """The reverse process of `num_samples` draws."""
+    if num_samples < 0:
+        raise UserError(f"--num_samples is {num_samples}; expected 0 or more.")
+    return make_sampler(name, model.model, model.graph, model.noise, num_steps=num_steps, batch_size=batch_size)
 
 
-def _cross_predict(
-    model: Pretrained,
-    tokens: torch.Tensor,
-    context: dict[str, Any],
-    cells: np.ndarray,
-    folds: int,
-    rounds: int,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior mean and spread of every entry, each predicted while hidden with a random 1/folds of its cell."""
-    if folds < 2 or rounds < 1:
-        raise UserError(f"folds is {folds} and rounds {rounds}; expected at least 2 folds and 1 round.")
-    mean, second = np.zeros(tokens.shape), np.zeros(tokens.shape)
-    for round_ in range(rounds):
-        fold = _folds(seed, round_, cells, tokens.shape[1], folds)
-        for k in range(folds):
-            hidden = fold == k
-            m, s = _predict(model, tokens, hidden, context)
-            mean[hidden] += m[hidden]
-            second[hidden] += s[hidden] ** 2 + m[hidden].astype(np.float64) ** 2
-    mean, second = mean / rounds, second / rounds
-    return mean.astype(np.float32), np.sqrt(np.maximum(second - mean**2, 0)).astype(np.float32)
-
-
-def _folds(seed: int, round_: int, cells: np.ndarray, n_vars: int, folds: int) -> np.ndarray:
-    """A random partition of each cell's genes into `folds` parts of equal size, (B, n_vars)."""
-    fold = np.zeros((len(cells), n_vars), np.int64)
-    for k in range(1, folds):  # nested: the k * n / folds smallest hashes of a cell are the parts 0 .. k-1
-        fold += ~exact_mask(seed, round_, cells, n_vars, k * n_vars // folds)
-    return fold
-
-
-def _draw_seed(seed: int, k: int) -> int:
-    return seed + 1_000_003 * (k + 1)
-
-
-class _Collector:
-    """Puts the blocks of a result together: dense where most entries are not zero, else CSR."""
-
-    def __init__(self, source: Cells, names: list[str]) -> None:
-        self._source = source
-        self._blocks: dict[str, list[sp.csr_matrix]] = {name: [] for name in names}
-
-    def add(self, *values: np.ndarray) -> None:
-        for blocks, block in zip(self._blocks.values(), values, strict=True):
-            blocks.append(sp.csr_matrix(block))
-
-    def anndata(self, *, counts_layer: bool) -> ad.AnnData:
-        layers: dict[str, Any] = {}
-        for name, blocks in self._blocks.items():
-            matrix = sp.vstack(blocks, format="csr")
-            layers[name] = matrix.toarray() if matrix.nnz > 0.5 * np.prod(matrix.shape) else matrix
-        if counts_layer:
-            step = 1024
-            parts = [
-                sp.csr_matrix(self._source.counts(lo, min(lo + step, len(self._source))))
-                for lo in range(0, len(self._source), step)
-            ]
-            layers["counts"] = sp.vstack(parts, format="csr")
-        return ad.AnnData(layers.pop("X"), obs=self._source.obs, var=self._source.var, layers=layers)
-
-
-def _described(result: ad.AnnData, model: Pretrained, task: str, details: dict[str, Any]) -> ad.AnnData:
-    binning: Binning = model.binning
-    result.uns["sedd"] = {
-        "task": task,
-        "version": __version__,
-        "checkpoint": str(model.path),
-        "epoch": int(model.state["epoch"]),
-        "binning": binning.kind,
-        **details,
-    }
-    return result
-
-
-def _bar(total: int, task: str, progress: bool) -> tqdm:
-    quiet = 0.5 if sys.stderr.isatty() else 20.0
-    return tqdm(total=total, desc=task, unit="cell", disable=not progress, mininterval=quiet, dynamic_ncols=True)
-
-
-
+def _described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of how it was made, for its uns."""
+    done = {"task": task, "version": __version__, "checkpoint": str(model.path), "epoch": int(model.state["epoch"])}
+    return {"sedd": {**done, "binning": model.binning.kind, **details}}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -11,6 +14,7 @@ import pytest
 import scipy.sparse as sp
 from conftest import TINY_FLAGS, make_counts
 
+from sedd import cells, results
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation import evaluate
@@ -98,9 +102,26 @@ def test_samples_are_counts_and_agree_with_the_mean(model: Pretrained) -> None:
     samples = np.stack([dense(out.layers[f"sedd_sample_{k}"]) for k in range(30)])
     assert (samples == np.rint(samples)).all()
     assert np.array_equal(samples[:, ~hidden], np.broadcast_to(dense(adata.X)[~hidden], samples[:, ~hidden].shape))
-    np.testing.assert_allclose(dense(out.X)[hidden], samples.mean(0)[hidden], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dense(out.layers["sedd_mean"]), samples.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dense(out.layers["sedd_std"]), samples.std(0), rtol=1e-4, atol=1e-5)
     closed = impute(model, adata, hide=0.3, progress=False)
-    assert abs(dense(closed.X)[hidden].mean() - dense(out.X)[hidden].mean()) < 0.1
+    assert np.array_equal(dense(closed.X), dense(out.X))
+    assert abs(dense(out.X)[hidden].mean() - samples[:, hidden].mean()) < 0.1
+
+
+@pytest.mark.parametrize("task", ["impute", "denoise"])
+def test_draws_of_entries_that_are_hidden_in_turn_agree_with_their_posterior_means(model: Pretrained, task: str) -> None:
+    adata, n = make_counts(30), 40
+    run = impute if task == "impute" else denoise
+    out = run(model, adata, num_samples=n, num_steps=8, progress=False)
+    drawn, spread = dense(out.layers["sedd_mean"]), dense(out.layers["sedd_std"])
+    known = np.zeros(out.shape, bool) if task == "denoise" else dense(adata.X) > 0
+    assert np.array_equal(drawn[known], dense(adata.X)[known])
+    assert not spread[known].any()
+    # The mean over entries of what is drawn, with the error that so many draws leave.
+    error = np.sqrt((spread[~known] ** 2).sum() / n) / (~known).sum()
+    assert abs(drawn[~known].mean() - dense(out.X)[~known].mean()) < 6 * error
+    assert np.corrcoef(drawn[~known], dense(out.X)[~known])[0, 1] > 0.8
 
 
 def test_results_do_not_depend_on_the_batch_size(model: Pretrained) -> None:
@@ -109,6 +130,96 @@ def test_results_do_not_depend_on_the_batch_size(model: Pretrained) -> None:
         np.testing.assert_allclose(dense(task(7).X), dense(task(64).X), rtol=2e-4, atol=1e-5)
     one, other = (generate(model, 9, num_steps=10, batch_size=b, progress=False) for b in (4, 64))
     assert np.array_equal(dense(one.X), dense(other.X))
+
+
+def frame_of(path: Path) -> ad.AnnData:
+    return ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("task", ["impute", "denoise", "generate"])
+def test_a_file_that_grows_by_blocks_holds_what_memory_would(
+    task: str, suffix: str, model: Pretrained, tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: dict[str, Callable[..., ad.AnnData]] = {
+        "impute": lambda **where: impute(model, tiny_h5ad, hide=0.2, num_samples=2, num_steps=4, cells="train", **where),
+        "denoise": lambda **where: denoise(model, tiny_h5ad, rounds=1, **where),
+        "generate": lambda **where: generate(model, 150, where={"cell_type": "B cell"}, num_steps=4, **where),
+    }
+    whole = run[task](progress=False, batch_size=20)
+    monkeypatch.setattr(results, "_BLOCK", 3000)
+    monkeypatch.setattr(cells, "WINDOW", 64)
+    monkeypatch.setattr(cells, "read_anndata", None)  # nothing is read as a whole
+    path = tmp_path / f"out{suffix}"
+    for _ in range(2):  # the second time it is replaced
+        said = run[task](progress=False, batch_size=20, output=path)
+    assert list(tmp_path.iterdir()) == [path]
+    read = frame_of(path)
+    assert np.array_equal(dense(read.X), dense(whole.X))
+    assert set(read.layers) == set(whole.layers)
+    for name in whole.layers:
+        assert np.array_equal(dense(read.layers[name]), dense(whole.layers[name])), name
+    assert read.obs.equals(whole.obs)
+    assert read.var.equals(whole.var)
+    assert read.uns["sedd"]["task"] == said.uns["sedd"]["task"] == task
+    assert said.obs.equals(whole.obs)
+
+
+def test_a_task_that_fails_on_the_way_leaves_nothing(model: Pretrained, tmp_path: Path) -> None:
+    adata = make_counts(150)
+    values = dense(adata.X)
+    values[140, 3] = 0.5
+    adata.X = values
+    for name in ("out.h5ad", "out.zarr"):
+        with pytest.raises(UserError, match="not a whole number"):
+            denoise(model, adata, rounds=1, output=tmp_path / name, batch_size=10, progress=False)
+    with pytest.raises(UserError, match=r"expected a name that ends so"):
+        denoise(model, adata, output=tmp_path / "out.csv", progress=False)
+    with pytest.raises(UserError, match="--num_samples is -1"):
+        denoise(model, adata, num_samples=-1, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+def test_cells_are_read_from_a_file_as_from_memory(layout: str, model: Pretrained, tmp_path: Path) -> None:
+    adata = make_counts(90)
+    expected = dense(adata.X)
+    adata.X = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}[layout](expected)
+    adata.layers["counts"] = adata.X
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    zarr = tmp_path / "in.zarr"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of anndata, about the version of the format
+        adata.write_zarr(zarr)
+    for path in (tmp_path / "in.h5ad", zarr):
+        for layer in (None, "counts"):
+            with cells.opened(path, layer) as opened:
+                assert isinstance(opened.X, sp.spmatrix | np.ndarray) == (layout == "csc")
+                chosen = np.array([3, 4, 80])
+                part = cells.Cells(opened, model.genes, layer=layer, cells=chosen)
+                assert np.array_equal(part.counts(0, 3), expected[chosen])
+                assert np.array_equal(cells.Cells(opened, model.genes).counts(10, 90), expected[10:])
+
+
+def test_a_file_that_is_longer_takes_little_more_memory(
+    model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(cells, "WINDOW", 128)
+    few, many = 300, 2000
+    peak = {}
+    for n in (few, many):
+        adata = make_counts(n)
+        adata.obs = adata.obs[[]]  # the tables of the cells are kept in memory
+        adata.write_h5ad(tmp_path / f"{n}.h5ad")
+        for output in (None, tmp_path / f"{n}.zarr"):
+            tracemalloc.start()
+            denoise(model, tmp_path / f"{n}.h5ad", rounds=1, folds=2, output=output, progress=False)
+            peak[n, output is None] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+    in_memory, in_file = (peak[many, kept] - peak[few, kept] for kept in (True, False))
+    assert in_memory > 3 * 4 * 60 * (many - few)  # three layers of float32
+    assert in_file < 0.4 * in_memory, (in_memory, in_file)
 
 
 def test_denoising_is_nearer_to_the_truth_than_the_counts(model: Pretrained) -> None:

@@ -1,0 +1,172 @@
+"""Batches of cells through a model: posterior means and joint draws of the genes that are hidden."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sedd.cells import Cells
+from sedd.errors import UserError
+from sedd.kernels.mask import exact_mask
+from sedd.pretrained import Pretrained
+from sedd.sampling import AnalyticSampler, EulerSampler
+
+_DRAWN = 1 << 20  # rounds from here on are the partitions of joint draws, those below of posterior means
+
+
+def progress_bar(total: int, task: str, progress: bool) -> tqdm:
+    """A bar of cells with the time left; a log gets a line every 20 seconds."""
+    quiet = 0.5 if sys.stderr.isatty() else 20.0
+    return tqdm(total=total, desc=task, unit="cell", disable=not progress, mininterval=quiet, dynamic_ncols=True)
+
+
+def batches(
+    model: Pretrained, source: Cells, batch_size: int, task: str, progress: bool
+) -> Iterator[tuple[int, int, np.ndarray, torch.Tensor, dict[str, Any]]]:
+    """Successive cells: (lo, hi, counts, tokens, {"condition", "library"})."""
+    if batch_size < 1:
+        raise UserError(f"--batch_size is {batch_size}; expected at least 1.")
+    with progress_bar(len(source), task, progress) as bar:
+        for lo in range(0, len(source), batch_size):
+            hi = min(lo + batch_size, len(source))
+            counts = source.counts(lo, hi)
+            tokens = torch.from_numpy(model.binning.tokens(counts).astype(np.int64)).to(model.device)
+            context: dict[str, Any] = {"condition": None, "library": None}
+            if model.categories:
+                columns = [
+                    model.condition_codes(name, source.obs[name].to_numpy(object)[lo:hi])
+                    if name in source.obs
+                    else np.zeros(hi - lo, np.int64)
+                    for name in model.categories
+                ]
+                context["condition"] = torch.from_numpy(np.stack(columns, 1)).to(model.device)
+            if model.model.config["condition_library"]:
+                total = np.log(np.maximum(counts.sum(1), 1)).astype(np.float32)
+                # With genes missing the total over the panel is not known.
+                total[:] = np.nan if source.missing.any() else total
+                context["library"] = torch.from_numpy(total).to(model.device)
+            yield lo, hi, counts, tokens, context
+            bar.update(hi - lo)
+
+
+@torch.no_grad()
+def predict(
+    model: Pretrained, tokens: torch.Tensor, hidden: np.ndarray, context: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior mean and standard deviation of the hidden entries given the others, in one forward pass."""
+    mask = torch.from_numpy(hidden).to(tokens.device)
+    shown = tokens.masked_fill(mask, model.binning.n_bins)
+    mean, var = model.model.expectation(shown, model.sigma(mask), model.decode_values, **context)
+    return mean.cpu().numpy(), var.clamp_min(0).sqrt().cpu().numpy()
+
+
+def cross_predict(
+    model: Pretrained,
+    tokens: torch.Tensor,
+    context: dict[str, Any],
+    cells: np.ndarray,
+    folds: int,
+    rounds: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior mean and spread of every entry, each predicted while hidden with a random 1/folds of its cell."""
+    check_folds(folds, rounds)
+    mean, second = np.zeros(tokens.shape), np.zeros(tokens.shape)
+    for round_ in range(rounds):
+        fold = _folds(seed, round_, cells, tokens.shape[1], folds)
+        for k in range(folds):
+            hidden = fold == k
+            m, s = predict(model, tokens, hidden, context)
+            mean[hidden] += m[hidden]
+            second[hidden] += s[hidden] ** 2 + m[hidden].astype(np.float64) ** 2
+    mean, second = mean / rounds, second / rounds
+    return mean.astype(np.float32), np.sqrt(np.maximum(second - mean**2, 0)).astype(np.float32)
+
+
+def draw(
+    model: Pretrained,
+    sampler: AnalyticSampler | EulerSampler,
+    tokens: torch.Tensor,
+    hidden: np.ndarray,
+    context: dict[str, Any],
+    cells: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """One joint draw of the hidden entries given the others, decoded to counts, (B, n_vars)."""
+    masked = tokens.masked_fill(torch.from_numpy(hidden).to(tokens.device), model.binning.n_bins)
+    return model.binning.decode(sampler.sample(masked, seed=seed, cells=cells, **context).cpu().numpy())
+
+
+def cross_draw(
+    model: Pretrained,
+    sampler: AnalyticSampler | EulerSampler,
+    tokens: torch.Tensor,
+    context: dict[str, Any],
+    cells: np.ndarray,
+    folds: int,
+    k: int,
+    seed: int,
+) -> np.ndarray:
+    """The k-th draw of every entry, the parts of a random partition drawn jointly one after the other, (B, n_vars)."""
+    check_folds(folds, 1)
+    fold = _folds(seed, _DRAWN + k, cells, tokens.shape[1], folds)
+    out = np.zeros(tokens.shape, np.float32)
+    for part in range(folds):
+        hidden = fold == part
+        drawn = draw(model, sampler, tokens, hidden, context, cells, sample_seed(seed, k * folds + part))
+        out[hidden] = drawn[hidden]
+    return out
+
+
+def check_folds(folds: int, rounds: int) -> None:
+    """Check the partitions of a cell's genes.
+
+    Raises
+    ------
+    UserError
+        If there are fewer than 2 folds or no round.
+    """
+    if folds < 2 or rounds < 1:
+        raise UserError(f"folds is {folds} and rounds {rounds}; expected at least 2 folds and 1 round.")
+
+
+def _folds(seed: int, round_: int, cells: np.ndarray, n_vars: int, folds: int) -> np.ndarray:
+    """A random partition of each cell's genes into `folds` parts of equal size, (B, n_vars)."""
+    fold = np.zeros((len(cells), n_vars), np.int64)
+    for k in range(1, folds):  # nested: the k * n / folds smallest hashes of a cell are the parts 0 .. k-1
+        fold += ~exact_mask(seed, round_, cells, n_vars, k * n_vars // folds)
+    return fold
+
+
+def sample_seed(seed: int, k: int) -> int:
+    """The seed of the k-th of several draws of the same cells."""
+    return seed + 1_000_003 * (k + 1)
+
+
+class Moments:
+    """Mean and spread of draws that are seen one at a time."""
+
+    def __init__(self) -> None:
+        self.n, self._mean, self._second = 0, np.zeros(()), np.zeros(())
+
+    def add(self, values: np.ndarray) -> None:
+        """Take in another draw (Welford's update, which does not cancel)."""
+        self.n += 1
+        before = values - self._mean
+        self._mean = self._mean + before / self.n
+        self._second = self._second + before * (values - self._mean)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of the draws."""
+        return self._mean
+
+    @property
+    def std(self) -> np.ndarray:
+        """Their standard deviation, 0 for a single one."""
+        return np.sqrt(self._second / max(1, self.n))
