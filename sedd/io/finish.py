@@ -1,4 +1,4 @@
-"""The last steps of a conversion: bring parts to one type, join them into shards, write tables, check the whole."""
+"""The last steps of a conversion: bring parts to one type, join them into shards, check the whole."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import zarr
 
 from sedd.errors import warn_user
-from sedd.io import pack, tables
+from sedd.io import pack
 from sedd.io.files import new_file, save_arrays
 from sedd.io.gathered import Gathered
 from sedd.io.h5ad import Matrix
 from sedd.io.parts import Plan, load_plan, part_path
-from sedd.io.run import TaskRunner
+from sedd.io.run import Sequel, TaskRunner
 from sedd.io.shards import CHUNK, SHARD, Encoder, create_vector, n_shards, shard_length, write_shard
 from sedd.io.store import CellStore, forget, span_hashes
 
@@ -30,8 +30,8 @@ def widen_part(folder: str, number: int, dtype: str) -> None:
     plan, stem = load_plan(folder), part_path(folder, number)
     with np.load(f"{stem}.npz") as meta:
         arrays = dict(meta)
-    old = Encoder(arrays["data_edges"].dtype, plan.settings["codec"])
-    new = Encoder(np.dtype(dtype), plan.settings["codec"])
+    old = Encoder("data", arrays["data_edges"].dtype, plan.settings["codec"])
+    new = Encoder("data", np.dtype(dtype), plan.settings["codec"])
     with open(f"{stem}.data", "rb") as source, new_file(f"{stem}.{dtype}") as target:
         sizes = [target.write(new.encode(old.decode(source.read(int(size))))) for size in arrays["data_sizes"]]
     # The old file stays: until the new .npz is there, it is the old file that counts.
@@ -40,7 +40,12 @@ def widen_part(folder: str, number: int, dtype: str) -> None:
 
 
 def build_shard(folder: str, name: str, number: int, target: str, n: int, own: tuple[int, int]) -> None:
-    """Join the encoded chunks of parts `own[0]:own[1]` that lie in shard `number` of `X/name` into one file."""
+    """Join the encoded chunks of parts `own[0]:own[1]` that lie in shard `number` of `X/name` into one file.
+
+    Parts whose values differ in type are left for when they have been brought to one.
+    """
+    if name == "data" and len({part_dtype(folder, part) for part in range(*own)}) > 1:
+        return
     write_shard(target, _runs(folder, name, number, n, own), shard_length(n) // CHUNK)
 
 
@@ -55,7 +60,7 @@ def _runs(folder: str, name: str, number: int, n: int, own: tuple[int, int]) -> 
             first, head, tail = int(meta["first"]), int(meta["head"]), int(meta["tail"])
             edges, sizes = meta[f"{name}_edges"], meta[f"{name}_sizes"]
             file = str(meta["data_file"]) if name == "data" and "data_file" in meta else name
-        encoder = Encoder(edges.dtype, plan.settings["codec"])
+        encoder = Encoder(name, edges.dtype, plan.settings["codec"])
         for edge, at in ((edges[:head], first), (None, first + head), (edges[head:], first + tail)):
             if edge is None:
                 lo, hi = (int(np.clip((bound - at) // CHUNK, 0, sizes.size)) for bound in (begin, end + CHUNK - 1))
@@ -81,57 +86,71 @@ def _split(values: np.ndarray, at: int) -> list[np.ndarray]:
     return [piece for piece in np.split(values, cuts) if piece.size]
 
 
-def build(folder: str, runner: TaskRunner, inputs: list[dict[str, str]], rounded: int) -> str:
-    """Make the store from its parts in `folder`, and read it back; its path there.
-
-    Parameters
-    ----------
-    inputs : what the store remembers of its inputs
-    rounded : values rounded before the parts were made
-
-    Raises
-    ------
-    OSError
-        If what was written does not read back as what was gathered.
-    """
-    plan, root = load_plan(folder), f"{folder}/store"
-    _keep_shards(root)
-    gathered = Gathered(folder)
-    gathered.rounded += rounded
-    narrow = [k for k, dtype in enumerate(gathered.dtypes) if dtype != gathered.dtype]
-    runner.run(widen_part, [(folder, k, gathered.dtype.name) for k in narrow], [0] * len(narrow), title="widen")
-    group = zarr.open_group(root, mode="a", zarr_format=3)
-    group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-    _create_matrix(group, gathered, plan)
-    tasks = []
-    for name in ("data", "indices"):
-        for number in range(n_shards(gathered.n)):
-            target = f"{root}/X/{name}/c/{number}"
-            if not os.path.exists(target):
-                tasks.append((folder, name, number, target, gathered.n, gathered.parts_of(number)))
-    cells = gathered.n_obs / max(1, 2 * n_shards(gathered.n))
-    runner.run(build_shard, tasks, [cells] * len(tasks), title="join")
-    _write_indptr(root, gathered.row_nnz, plan)
-    tables.write(group, folder, plan, gathered, inputs)
-    _check(root, runner, gathered)
-    return root
-
-
-def _keep_shards(root: str) -> None:
-    """Remove from an earlier attempt all but complete shards of data and indices."""
-    for folder, _, names in os.walk(root):
-        inside = os.path.relpath(folder, root)
+def begin(folder: str) -> zarr.Group:
+    """Open the store under construction, keeping from an earlier attempt all complete shards of data and indices."""
+    root = f"{folder}/store"
+    for where, _, names in os.walk(root):
+        inside = os.path.relpath(where, root)
         if inside not in (os.path.join("X", "data", "c"), os.path.join("X", "indices", "c")):
             for name in names:
-                os.unlink(f"{folder}/{name}")
+                os.unlink(f"{where}/{name}")
     for name in ("data", "indices"):
         os.makedirs(f"{root}/X/{name}/c", exist_ok=True)
         for file in os.listdir(f"{root}/X/{name}/c"):
             if not file.isdigit():
                 os.unlink(f"{root}/X/{name}/c/{file}")
     for name in os.listdir(root):
-        if name != "X":
+        if name != "X" and os.path.isdir(f"{root}/{name}"):
             shutil.rmtree(f"{root}/{name}")
+    group = zarr.open_group(root, mode="a", zarr_format=3)
+    group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    return group
+
+
+def part_dtype(folder: str, number: int) -> np.dtype[Any]:
+    """Type of the values of a part."""
+    with np.load(f"{part_path(folder, number)}.npz") as meta:
+        return np.dtype(meta["data_edges"].dtype)
+
+
+def joins(folder: str, first: np.ndarray) -> list[Sequel]:
+    """The tasks that join parts into shards, those that are there already left out.
+
+    Parameters
+    ----------
+    first : (n_parts + 1,) int64, place in the store of each part's first entry
+    """
+    tasks, n = [], int(first[-1])
+    for number in range(n_shards(n)):
+        own = parts_of(first, number)
+        for name in ("data", "indices"):
+            target = f"{folder}/store/X/{name}/c/{number}"
+            if not os.path.exists(target):
+                tasks.append(Sequel(build_shard, (folder, name, number, target, n, own), range(*own)))
+    return tasks
+
+
+def parts_of(first: np.ndarray, shard: int) -> tuple[int, int]:
+    """Parts that have entries in a shard, as a range; `first` as in `joins`."""
+    lo = int(np.searchsorted(first[1:], shard * SHARD, side="right"))
+    return lo, int(np.searchsorted(first[:-1], min(int(first[-1]), (shard + 1) * SHARD), side="left"))
+
+
+def build(group: zarr.Group, folder: str, runner: TaskRunner, gathered: Gathered) -> None:
+    """Make X in `group` from the parts in `folder`: what `joins` could not do yet, and the metadata."""
+    root = f"{folder}/store"
+    narrow = [k for k, dtype in enumerate(gathered.dtypes) if dtype != gathered.dtype]
+    if narrow:  # what was joined from narrow parts goes before they are widened: whatever exists after that is right
+        for number in range(n_shards(gathered.n)):
+            target = f"{root}/X/data/c/{number}"
+            if not set(narrow).isdisjoint(range(*parts_of(gathered.first, number))) and os.path.exists(target):
+                os.unlink(target)
+        runner.run(widen_part, [(folder, k, gathered.dtype.name) for k in narrow], [0] * len(narrow), title="widen")
+    left = [join.arguments for join in joins(folder, gathered.first)]
+    runner.run(build_shard, left, [gathered.n_obs / max(1, len(left))] * len(left), title="join")
+    plan = load_plan(folder)
+    _create_matrix(group, gathered, plan)
+    _write_indptr(root, gathered.row_nnz, plan)
 
 
 def _create_matrix(group: zarr.Group, gathered: Gathered, plan: Plan) -> None:
@@ -147,7 +166,7 @@ def _create_matrix(group: zarr.Group, gathered: Gathered, plan: Plan) -> None:
 
 def _write_indptr(root: str, row_nnz: np.ndarray, plan: Plan) -> None:
     indptr = np.concatenate([[0], np.cumsum(row_nnz, dtype=np.int64)])
-    encoder = Encoder(indptr.dtype, plan.settings["codec"])
+    encoder = Encoder("indptr", indptr.dtype, plan.settings["codec"])
     os.makedirs(f"{root}/X/indptr/c", exist_ok=True)
     for number in range(n_shards(indptr.size)):
         own = indptr[number * SHARD : (number + 1) * SHARD]
@@ -156,8 +175,15 @@ def _write_indptr(root: str, row_nnz: np.ndarray, plan: Plan) -> None:
         write_shard(f"{root}/X/indptr/c/{number}", runs, shard_length(indptr.size) // CHUNK)
 
 
-def _check(root: str, runner: TaskRunner, gathered: Gathered) -> None:
-    """Read the finished store back, checksums and all, and compare each cell with what was gathered from the input."""
+def check(folder: str, runner: TaskRunner, gathered: Gathered) -> None:
+    """Read the finished store back, checksums and all, and compare each cell with what was gathered from the input.
+
+    Raises
+    ------
+    OSError
+        If what was written does not read back as what was gathered.
+    """
+    root = f"{folder}/store"
     forget()
     store = CellStore(root)
     spans = store.spans(CHECK_VALUES)
@@ -192,8 +218,8 @@ def rehearse(matrix: Matrix, narrow: np.dtype[Any], codec: str) -> tuple[float, 
     kind = pack.index_dtype(matrix.shape[1])
     pack.tally(indptr, indices.astype(kind), counts.values, matrix.shape[1 if matrix.layout != "csc" else 0])
     n_bytes = 0
-    for array in (counts.values, indices.astype(kind)):
-        encoder = Encoder(array.dtype, codec)
+    for name, array in (("data", counts.values), ("indices", indices.astype(kind))):
+        encoder = Encoder(name, array.dtype, codec)
         n_bytes += sum(len(encoder.encode(array[k : k + CHUNK])) for k in range(0, array.size, CHUNK))
     size = max(1, (matrix.nnz and indices.size) or (hi - lo) * matrix.shape[1])
     return (time.perf_counter() - start) / size, n_bytes / size

@@ -8,7 +8,6 @@ import numpy as np
 from scipy import sparse
 
 from sedd.io.parts import load_plan, part_path
-from sedd.io.shards import SHARD
 from sedd.io.stats import KeyCounter, with_zeros
 
 
@@ -18,6 +17,7 @@ class Gathered:
     Attributes
     ----------
     n, n_obs : entries and cells
+    first : (n_parts + 1,) int64, place of each part's first entry
     dtype : the narrowest type that holds all values
     dtypes : of the values of each part as they are now
     row_nnz, total, largest, hashes : of each cell
@@ -47,7 +47,7 @@ class Gathered:
                     np.maximum(real[3], meta["gene_real"][3], out=real[3])
                 else:
                     counter.add(meta["keys"], meta["numbers"])
-        self._first = np.array([*first, self.n])
+        self.first = np.array([*first, self.n])
         self.row_nnz, self.total, self.largest, self.hashes = (np.concatenate(column) for column in columns.values())
         self.n_obs = self.row_nnz.size
         self.dtype = max(self.dtypes, key=lambda dtype: dtype.itemsize)
@@ -66,12 +66,6 @@ class Gathered:
             real = np.stack([self.histogram @ counts, self.histogram @ counts**2, seen, highest])
         self.genes = dict(zip(("sum", "sum_sq", "nnz", "max"), real, strict=True))
         self.genes["nnz"] = self.genes["nnz"].astype(np.int64)
-
-    def parts_of(self, shard: int) -> tuple[int, int]:
-        """Parts that have entries in a shard, as a range."""
-        begin, end = shard * SHARD, min(self.n, (shard + 1) * SHARD)
-        lo = int(np.searchsorted(self._first[1:], begin, side="right"))
-        return lo, int(np.searchsorted(self._first[:-1], end, side="left"))
 
     def content(self) -> str:
         """A hash of the matrix: of every cell's entries, in order."""

@@ -128,6 +128,12 @@ class Matrix:
             data = self.data.read(start, stop)
         return self.indptr[lo : hi + 1] - start, indices, data
 
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Entries `start:stop` of `indices` or `data` piece by piece, as `(place after start, values)`."""
+        reader = self.indices if name == "indices" else self.data
+        with reading(self.path, f"{self.name}/{name} [{start}:{stop}]"):
+            yield from reader.pieces(start, stop)
+
     def read_dense(self, lo: int, hi: int) -> np.ndarray:
         """Rows `lo:hi` of a dense matrix."""
         with reading(self.path, f"{self.name} rows [{lo}:{hi}]"):

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import h5py
 import numpy as np
+
+PIECE = 1 << 17
+"""Values that `pieces` reads at once: they stay in the processor's cache until they are used."""
 
 DEFLATE, SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 
@@ -84,6 +88,17 @@ class Reader:
             first, last = max(lo, start), min(hi, start + rows)
             out[first - lo : last - lo] = chunk[first - start : last - start]
         return out
+
+    def pieces(self, lo: int, hi: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Read `lo:hi` of a vector piece by piece, no chunk of the file twice: `(place after lo, values)`."""
+        step = PIECE
+        if self._fd is None:
+            step = max(1, hi - lo)  # each call of the library, or of a network, costs much more than its bytes
+        elif self._offset is None:
+            step = -(-PIECE // self.dataset.chunks[0]) * self.dataset.chunks[0]
+        for start in range(lo // step * step if self._fd is not None else lo, hi, step):
+            first = max(lo, start)
+            yield first - lo, self.read(first, min(hi, start + step))
 
     def _inflate(self, number: int, n_bytes: int) -> np.ndarray:
         offset, size, mask = self._chunks[number]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import zarr
 
 from sedd.errors import NotCountsError, UserError, warn_user
-from sedd.io import finish, pack, parts, spill
+from sedd.io import finish, pack, parts, spill, tables
 from sedd.io.files import fingerprint, only_writer
+from sedd.io.gathered import Gathered
 from sedd.io.genes import match_genes, read_gene_list, unique_names
 from sedd.io.h5ad import H5ad, Matrix
 from sedd.io.parts import Plan, UntidyError
@@ -172,20 +176,22 @@ class Job:
         if plan is None:
             plan = self._plan(direct_allowed=True)
         try:
-            rounded = self._make_parts(plan)
+            group, gathered = self._gather(plan)
         except UntidyError:
             warn_user(f"{self.paths[0]}: has stored zeros, or unsorted or repeated indices: dropped, sorted and summed.")
             parts.forget()
             self._clear()
             plan = self._plan(direct_allowed=False)
-            rounded = self._make_parts(plan)
-        root = finish.build(self.folder, self.runner, self.records(), rounded)
+            group, gathered = self._gather(plan)
+        finish.build(group, self.folder, self.runner, gathered)
+        tables.write_added(group, plan, gathered, self.records())
+        finish.check(self.folder, self.runner, gathered)
         for path, known in zip(self.paths, self.fingerprints, strict=True):
             if fingerprint(path) != known:
                 raise UserError(f"{path}: changed while it was converted. Convert it again.")
         if os.path.exists(self.output):
             os.rename(self.output, f"{self.folder}/replaced")
-        os.rename(root, self.output)
+        os.rename(f"{self.folder}/store", self.output)
         self._clear()
         store = CellStore(self.output)
         finish.report(store, self.paths[0] if len(self.paths) == 1 else self.output)
@@ -270,23 +276,47 @@ class Job:
         stored = max(m.dtype.itemsize + (m.indices.dtype.itemsize if m.layout != "dense" else 8) for m in matrices)
         return int(min(LARGEST_BLOCK, self.budget / 2 / self.runner.workers / (stored + 4 * (pack.index_dtype(n_vars).itemsize + 4))))
 
-    def _make_parts(self, plan: Plan) -> int:
-        """Run the tasks that are not done; how many values were rounded on the way to the spill."""
+    def _gather(self, plan: Plan) -> tuple[zarr.Group, Gathered]:
+        """Make all parts, join those that allow it, and write the tables meanwhile."""
+        group = finish.begin(self.folder)
+        with ThreadPoolExecutor(1) as aside:
+            written = aside.submit(tables.write, group, self.folder, plan)
+            notes = self._make_parts(plan)
+            written.result()
+        if notes["summed"]:
+            warn_user(f"{self.paths[0]}: {notes['summed']} entries repeat a cell and gene; they were summed.")
+        gathered = Gathered(self.folder)
+        gathered.rounded += notes["rounded"]
+        return group, gathered
+
+    def _make_parts(self, plan: Plan) -> dict[str, int]:
+        """Run the tasks that are not done; how many values were "rounded" and entries "summed" on the way to the spill."""
         todo = [k for k in range(plan.n_parts) if not os.path.exists(f"{parts.part_path(self.folder, k)}.npz")]
         cells = np.diff(plan.edges)
         sizes = [int(cells[k]) for k in todo]
         if plan.direct:
-            self.runner.run(parts.direct_part, [(self.folder, k) for k in todo], sizes, title="convert")
-            return 0
+            first = parts.first_entries(self.folder)
+            tasks: list[tuple[Any, ...]] = [(self.folder, k) for k in todo]
+            self._run_parts(parts.direct_part, tasks, todo, first, sizes, "convert")
+            return {"rounded": 0, "summed": 0}
         left = [k for k in range(len(plan.spans)) if not os.path.exists(f"{spill.window_path(self.folder, k)}.npz")]
         share = sum(int(n) for n in cells) / len(plan.spans)
         self.runner.run(spill.scatter_window, [(self.folder, k) for k in left], [share] * len(left), title="read")
         first, notes = spill.index_windows(self.folder)
         tasks = [(self.folder, k, int(first[k]), notes["largest"]) for k in todo]
-        self.runner.run(spill.gather_part, tasks, sizes, title="gather")
-        if notes["summed"]:
-            warn_user(f"{self.paths[0]}: {notes['summed']} entries repeat a cell and gene; they were summed.")
-        return notes["rounded"]
+        self._run_parts(spill.gather_part, tasks, todo, first, sizes, "gather")
+        return notes
+
+    def _run_parts(
+        self, task: Callable[..., None], tasks: list[tuple[Any, ...]], todo: list[int], first: np.ndarray, sizes: list[int], title: str
+    ) -> None:
+        """Make the parts `todo`, and join shards as soon as all parts of one are there."""
+        place = {part: k for k, part in enumerate(todo)}
+        sequels = [
+            join._replace(after=[place[part] for part in join.after if part in place])
+            for join in finish.joins(self.folder, first)
+        ]
+        self.runner.run(task, tasks, sizes, title=title, sequels=sequels)
 
     def forecast(self) -> str:
         """What the conversion would do, as text: sizes, types, bytes and a time measured on a sample."""

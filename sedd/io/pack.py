@@ -31,7 +31,6 @@ class Counts(NamedTuple):
     """Outcome of `to_counts`."""
 
     values: np.ndarray
-    largest: int
     n_zero: int
     n_rounded: int
     bad: int
@@ -51,29 +50,62 @@ def to_counts(values: np.ndarray, narrow: np.dtype) -> Counts:
     if values.dtype == np.float16:
         values = values.astype(np.float32)
     out = np.empty(values.shape, narrow)
-    largest, n_zero, n_rounded, bad, wide = _to_counts(values, out, float(np.iinfo(narrow).max))
-    if wide and narrow.itemsize < 4:
+    most = int(np.iinfo(narrow).max)
+    if values.dtype.kind == "f":
+        limit = values.dtype.type(most)
+        if int(limit) > most:  # float32 has no 2**32 - 1
+            limit = np.nextafter(limit, values.dtype.type(0))
+        wrong, n_zero, n_rounded = _narrow_real(values, out, limit, values.dtype.type(TOLERANCE))
+    else:
+        wrong, n_zero = _narrow_integers(values, out, values.dtype.type(min(most, np.iinfo(values.dtype).max)))
+        n_rounded = 0
+    if not wrong:
+        return Counts(out, n_zero, n_rounded, -1)
+    bad = int(_first_bad(values))
+    if bad < 0:
         return to_counts(values, np.dtype(np.uint16 if narrow.itemsize == 1 else np.uint32))
-    return Counts(out, int(largest), n_zero, n_rounded, bad)
+    return Counts(out, n_zero, n_rounded, bad)
+
+
+# The two that follow look at every entry and never leave the loop early, so that the compiler can vectorise them.
 
 
 @njit(cache=True, nogil=True)
-def _to_counts(values, out, limit):  # type: ignore[no-untyped-def]
-    largest = 0.0
+def _narrow_real(values, out, limit, tolerance):  # type: ignore[no-untyped-def]
+    wrong = 0
     n_zero = 0
     n_rounded = 0
+    zero = values.dtype.type(0)
+    for i in range(values.size):
+        x = values[i]
+        r = np.rint(x)
+        wrong += not ((abs(x - r) <= tolerance) & (r >= zero) & (r <= limit))
+        n_zero += r == zero
+        n_rounded += x != r
+        out[i] = np.int32(r) if out.itemsize < 4 else np.int64(r)
+    return wrong, n_zero, n_rounded
+
+
+@njit(cache=True, nogil=True)
+def _narrow_integers(values, out, limit):  # type: ignore[no-untyped-def]
+    wrong = 0
+    n_zero = 0
+    for i in range(values.size):
+        x = values[i]
+        wrong += (x < 0) | (x > limit)
+        n_zero += x == 0
+        out[i] = x
+    return wrong, n_zero
+
+
+@njit(cache=True, nogil=True)
+def _first_bad(values):  # type: ignore[no-untyped-def]
     for i in range(values.size):
         x = float(values[i])
         r = np.rint(x)
-        if not (abs(x - r) <= 1e-6) or r < 0 or r > 4294967295.0:
-            return largest, n_zero, n_rounded, i, False
-        if r > limit:
-            return largest, n_zero, n_rounded, -1, True
-        n_zero += r == 0
-        n_rounded += x != r
-        largest = max(largest, r)
-        out[i] = np.uint32(r)
-    return largest, n_zero, n_rounded, -1, False
+        if not (abs(x - r) <= TOLERANCE) or r < 0 or r > 4294967295.0:
+            return i
+    return -1
 
 
 def first_disorder(indptr: np.ndarray, indices: np.ndarray) -> int:
@@ -90,9 +122,12 @@ def first_disorder(indptr: np.ndarray, indices: np.ndarray) -> int:
 @njit(cache=True, nogil=True)
 def _first_disorder(indptr, indices):  # type: ignore[no-untyped-def]
     for row in range(indptr.size - 1):
-        for k in range(indptr[row] + 1, indptr[row + 1]):
-            if indices[k] <= indices[k - 1]:
-                return row
+        own = indices[indptr[row] : indptr[row + 1]]
+        falls = 0
+        for k in range(1, own.size):  # all of them: a loop that can end early is not vectorised
+            falls += own[k] <= own[k - 1]
+        if falls:
+            return row
     return -1
 
 
@@ -121,73 +156,87 @@ def tally(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_vars: i
     values : (nnz,) unsigned counts, or float32 real values
     """
     n_rows = indptr.size - 1
-    hashes = np.zeros(n_rows, np.uint64)
+    hashes, keys = np.zeros(n_rows, np.uint64), _gene_keys(n_vars)
     if values.dtype.kind == "f":
         total, largest = np.zeros(n_rows, np.float64), np.zeros(n_rows, np.float32)
         gene_real = np.zeros((4, n_vars))
         gene_real[3] = -np.inf
-        _tally_real(indptr, indices, values, values.view(np.uint32), total, largest, hashes, gene_real)
+        _tally_real(indptr, indices, values, values.view(np.uint32), keys, total, largest, hashes, gene_real)
         none = np.empty(0, np.int64)
         return Tally(total, largest, hashes, none, none, gene_real)
     total, largest = np.zeros(n_rows, np.int64), np.zeros(n_rows, np.uint32)
     table = np.zeros((SMALL, n_vars), np.uint32)  # by count first: most are 1 or 2, and those rows stay in the cache
     rare = np.empty(max(1024, values.size // 32), np.int64)
-    while (n_rare := int(_tally(indptr, indices, values, total, largest, hashes, table, rare))) > rare.size:
+    while (n_rare := int(_tally(indptr, indices, values, keys, total, largest, hashes, table, rare))) > rare.size:
         rare = np.empty(n_rare, np.int64)
         table[:] = 0
     held = np.flatnonzero(table)
     genes, counts = held % n_vars, held // n_vars
     rare_keys, rare_numbers = np.unique(rare[:n_rare], return_counts=True)
-    keys = np.concatenate([genes << 32 | counts, rare_keys])
+    held_keys = np.concatenate([genes << 32 | counts, rare_keys])
     numbers = np.concatenate([table.reshape(-1)[held].astype(np.int64), rare_numbers])
-    return Tally(total, largest, hashes, keys, numbers, np.empty((4, 0)))
+    return Tally(total, largest, hashes, held_keys, numbers, np.empty((4, 0)))
+
+
+def _gene_keys(n: int) -> np.ndarray:
+    """A random odd 64-bit number for each of at least `n` genes (splitmix64): the weights of the cells' hashes."""
+    global _KEYS
+    keys = _KEYS
+    if keys.size < n:
+        with np.errstate(over="ignore"):
+            h = (np.arange(1, 2 * n + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            keys = _KEYS = (h ^ (h >> np.uint64(31))) | np.uint64(1)
+    return keys
+
+
+_KEYS = np.empty(0, np.uint64)
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _mix(gene, bits):  # type: ignore[no-untyped-def]
-    """A 64-bit hash of one entry (the finaliser of splitmix64)."""
-    h = (np.uint64(gene) << np.uint64(32) | np.uint64(bits)) + np.uint64(0x9E3779B97F4A7C15)
-    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return h ^ (h >> np.uint64(31))
+def _hash_row(keys, genes, bits):  # type: ignore[no-untyped-def]
+    """Sum of key times value modulo 2**64: odd keys make every change of a single value or gene change it."""
+    total = np.uint64(0)
+    for k in range(genes.size):
+        total += keys[np.uint32(genes[k])] * np.uint64(bits[k])
+    return total
 
 
 @njit(cache=True, nogil=True)
-def _tally(indptr, indices, values, total, largest, hashes, table, rare):  # type: ignore[no-untyped-def]
+def _tally(indptr, indices, values, keys, total, largest, hashes, table, rare):  # type: ignore[no-untyped-def]
     n_rare = 0
     small = np.uint32(table.shape[0])
     for row in range(indptr.size - 1):
+        genes = indices[indptr[row] : indptr[row + 1]]
+        counts = values[indptr[row] : indptr[row + 1]]
         row_total = np.int64(0)
-        row_max = np.uint32(0)
-        row_hash = np.uint64(0)
-        for k in range(indptr[row], indptr[row + 1]):
-            gene = np.int64(indices[k])
-            value = np.uint32(values[k])
+        row_max = values.dtype.type(0)
+        for value in counts:
             row_total += np.int64(value)
             row_max = max(row_max, value)
-            row_hash += _mix(gene, value)
-            if value < small:
-                table[value, gene] += np.uint32(1)
-            else:
-                if n_rare < rare.size:
-                    rare[n_rare] = gene << 32 | np.int64(value)
-                n_rare += 1
         total[row] = row_total
         largest[row] = row_max
-        hashes[row] = row_hash
+        hashes[row] = _hash_row(keys, genes, counts)
+        for k in range(genes.size):
+            value = np.uint32(counts[k])
+            if value < small:
+                table[value, np.uint32(genes[k])] += np.uint32(1)
+            else:
+                if n_rare < rare.size:
+                    rare[n_rare] = np.int64(genes[k]) << 32 | np.int64(value)
+                n_rare += 1
     return n_rare
 
 
 @njit(cache=True, nogil=True)
-def _tally_real(indptr, indices, values, bits, total, largest, hashes, gene_real):  # type: ignore[no-untyped-def]
+def _tally_real(indptr, indices, values, bits, keys, total, largest, hashes, gene_real):  # type: ignore[no-untyped-def]
     for row in range(indptr.size - 1):
-        row_hash = np.uint64(0)
         row_total = 0.0
         for k in range(indptr[row], indptr[row + 1]):
             gene = np.int64(indices[k])
             x = np.float64(values[k])
             row_total += x
-            row_hash += _mix(gene, bits[k])
             if k == indptr[row] or values[k] > largest[row]:
                 largest[row] = values[k]
             gene_real[0, gene] += x
@@ -195,24 +244,24 @@ def _tally_real(indptr, indices, values, bits, total, largest, hashes, gene_real
             gene_real[2, gene] += 1
             gene_real[3, gene] = max(gene_real[3, gene], x)
         total[row] = row_total
-        hashes[row] = row_hash
+        hashes[row] = _hash_row(keys, indices[indptr[row] : indptr[row + 1]], bits[indptr[row] : indptr[row + 1]])
 
 
 def cell_hashes(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Hash of the entries of each row, independent of their order; what `tally` returns as `hashes`."""
+    """Hash of the entries of each row, independent of their order; what `tally` returns as `hashes`.
+
+    Entries of a row that are hashed in several calls add up to the hash of the row.
+    """
     hashes = np.zeros(indptr.size - 1, np.uint64)
     bits = values.astype(np.float32, copy=False).view(np.uint32) if values.dtype.kind == "f" else values
-    _hash_rows(indptr, indices, bits, hashes)
+    _hash_rows(indptr, indices, bits, _gene_keys(int(indices.max(initial=0)) + 1), hashes)
     return hashes
 
 
 @njit(cache=True, nogil=True)
-def _hash_rows(indptr, indices, bits, hashes):  # type: ignore[no-untyped-def]
+def _hash_rows(indptr, indices, bits, keys, hashes):  # type: ignore[no-untyped-def]
     for row in range(indptr.size - 1):
-        row_hash = np.uint64(0)
-        for k in range(indptr[row], indptr[row + 1]):
-            row_hash += _mix(indices[k], bits[k])
-        hashes[row] = row_hash
+        hashes[row] = _hash_row(keys, indices[indptr[row] : indptr[row + 1]], bits[indptr[row] : indptr[row + 1]])
 
 
 def dense_rows(block: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from sedd.errors import NotCountsError, UserError
 from sedd.io import pack
 from sedd.io.files import new_file, save_arrays
 from sedd.io.h5ad import H5ad, Matrix
+from sedd.io.native import keep_freed_memory
 from sedd.io.shards import CHUNK, Encoder
 from sedd.io.values import explain
 
@@ -97,6 +99,7 @@ class Source(NamedTuple):
 def open_source(folder: str, number: int) -> Source:
     """Open input `number`, once for all tasks of this process."""
     plan = load_plan(folder)
+    keep_freed_memory()
     path, layer, raw = plan.sources[number]
     file = H5ad(path)
     matrix = file.matrix(layer, raw)
@@ -108,6 +111,14 @@ def open_source(folder: str, number: int) -> Source:
         np.load(genes) if os.path.exists(genes) else None,
         np.load(places)[first : first + matrix.shape[0]] if os.path.exists(places) else None,
     )
+
+
+def first_entries(folder: str) -> np.ndarray:
+    """Place in the store of each part's first entry, and their number, when parts come straight from the input."""
+    plan = load_plan(folder)
+    first = [plan.entries[source] + int(open_source(folder, source).matrix.indptr[lo]) for source, lo, _ in plan.spans]
+    source, _, hi = plan.spans[-1]
+    return np.array([*first, plan.entries[source] + int(open_source(folder, source).matrix.indptr[hi])])
 
 
 def forget() -> None:
@@ -126,13 +137,59 @@ def direct_part(folder: str, number: int) -> None:
     plan = load_plan(folder)
     source, lo, hi = plan.spans[number]
     src = open_source(folder, source)
-    indptr, raw_indices, raw_values = src.matrix.read_major(lo, hi)
-    indices = check_indices(src, raw_indices, lo, indptr)
-    values, rounded = take_values(plan, src, raw_values, lambda k: (row_of(indptr, k) + lo, int(indices[k])))
-    del raw_indices, raw_values
-    if pack.first_disorder(indptr, indices) >= 0 or not values.all():
+    block = read_rows(folder, src, lo, hi)
+    if block.untidy:
         raise UntidyError
+    indptr, indices, values, rounded = block[:4]
+    if values.dtype.itemsize > np.dtype(plan.narrow).itemsize and values.dtype.kind == "u":
+        Path(_wide_path(folder, values.dtype)).touch()
     write_part(folder, number, plan.entries[source] + int(src.matrix.indptr[lo]), indptr, indices, values, rounded)
+
+
+class Block(NamedTuple):
+    """Rows of CSR input in narrow types; `untidy` when entries are zero, out of order or repeated."""
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    rounded: int
+    untidy: bool
+
+
+def read_rows(folder: str, src: Source, lo: int, hi: int) -> Block:
+    """Read rows `lo:hi` of CSR input, checking and narrowing each piece while it is in the processor's cache."""
+    plan, matrix = load_plan(folder), src.matrix
+    start, stop = int(matrix.indptr[lo]), int(matrix.indptr[hi])
+    indptr = matrix.indptr[lo : hi + 1] - start
+    indices = np.empty(stop - start, pack.index_dtype(matrix.shape[1]))
+    for at, raw in matrix.pieces("indices", start, stop):
+        indices[at : at + raw.size] = check_indices(src, raw, lo, indptr, at)
+    narrow = narrow_dtype(folder)
+    values = np.empty(stop - start, np.float32 if plan.settings["values"] == "real" else narrow)
+    rounded = n_zero = 0
+    for at, raw in matrix.pieces("data", start, stop):
+        piece = take_values(plan, src, raw, narrow, lambda k, at=at: (row_of(indptr, at + k) + lo, int(indices[at + k])))  # type: ignore[misc]
+        narrow = piece.values.dtype
+        if narrow != values.dtype:
+            values = values.astype(narrow)
+        values[at : at + raw.size] = piece.values
+        rounded, n_zero = rounded + piece.n_rounded, n_zero + piece.n_zero
+    return Block(indptr, indices, values, rounded, n_zero > 0 or pack.first_disorder(indptr, indices) >= 0)
+
+
+def narrow_dtype(folder: str) -> np.dtype[Any]:
+    """The type to try first for counts: the plan's guess, or a wider one that a part made so far turned out to need.
+
+    Parts made narrower than the others are encoded again in the end.
+    """
+    for kind in (np.uint32, np.uint16):
+        if os.path.exists(_wide_path(folder, np.dtype(kind))):
+            return np.dtype(kind)
+    return np.dtype(load_plan(folder).narrow)
+
+
+def _wide_path(folder: str, dtype: np.dtype[Any]) -> str:
+    return f"{folder}/parts/{dtype.name}"
 
 
 def write_part(
@@ -156,7 +213,7 @@ def write_part(
     arrays = {}
     for name, array in (("data", values), ("indices", indices)):
         with new_file(f"{stem}.{name}") as file:
-            arrays[f"{name}_sizes"] = encode_chunks(file, array[head:tail], plan.settings["codec"])
+            arrays[f"{name}_sizes"] = encode_chunks(file, name, array[head:tail], plan.settings["codec"])
         arrays[f"{name}_edges"] = np.concatenate([array[:head], array[tail:]])
     tally = pack.tally(indptr, indices, values, plan.n_vars)
     place = {"first": first, "n": values.size, "head": head, "tail": tail}
@@ -164,11 +221,11 @@ def write_part(
     save_arrays(f"{stem}.npz", **place, **arrays, row_nnz=row_nnz, rounded=rounded, **tally._asdict())
 
 
-def encode_chunks(file: Any, array: np.ndarray, codec: str) -> np.ndarray:
-    """Write whole inner chunks one after the other; their sizes."""
-    encoder = Encoder(array.dtype, codec)
-    sizes = [file.write(encoder.encode(array[k : k + CHUNK])) for k in range(0, array.size, CHUNK)]
-    return np.array(sizes, np.int64)
+def encode_chunks(file: Any, name: str, array: np.ndarray, codec: str) -> np.ndarray:
+    """Write whole inner chunks of `X/name` one after the other; their sizes."""
+    encoded, sizes = Encoder(name, array.dtype, codec).encode_all(array)
+    file.write(encoded)
+    return sizes
 
 
 def row_of(indptr: np.ndarray, k: int) -> int:
@@ -176,23 +233,26 @@ def row_of(indptr: np.ndarray, k: int) -> int:
     return int(np.searchsorted(indptr, k, side="right")) - 1
 
 
-def check_indices(src: Source, indices: np.ndarray, lo: int, indptr: np.ndarray) -> np.ndarray:
-    """Minor indices in the narrowest type, all of them in range; `lo` is the first row (column of CSC) of the block."""
+def check_indices(src: Source, indices: np.ndarray, lo: int, indptr: np.ndarray, first: int = 0) -> np.ndarray:
+    """Minor indices in the narrowest type, all of them in range.
+
+    `lo` is the first row (column of CSC) of the block, `first` the place of the indices in it.
+    """
     axis, limit = ("cells", src.matrix.shape[0]) if src.matrix.layout == "csc" else ("genes", src.matrix.shape[1])
     if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < limit):
         at = int(np.argmax((indices < 0) | (indices >= limit)))
         major = "gene" if src.matrix.layout == "csc" else "cell"
         raise UserError(
-            f"{src.matrix.path}: {src.matrix.name}/indices holds {indices[at]} at {major} {lo + row_of(indptr, at)}, "
+            f"{src.matrix.path}: {src.matrix.name}/indices holds {indices[at]} at {major} {lo + row_of(indptr, first + at)}, "
             f"but there are {limit} {axis}. The file is damaged: copy or write it again."
         )
     return indices.astype(pack.index_dtype(limit), copy=False)
 
 
 def take_values(
-    plan: Plan, src: Source, raw: np.ndarray, place_of: Callable[[int], tuple[int, int]]
-) -> tuple[np.ndarray, int]:
-    """Counts in a narrow type (or float32 real values), and how many had to be rounded.
+    plan: Plan, src: Source, raw: np.ndarray, narrow: np.dtype[Any], place_of: Callable[[int], tuple[int, int]]
+) -> pack.Counts:
+    """Counts in type `narrow` or a wider one, or float32 real values.
 
     Raises
     ------
@@ -204,8 +264,8 @@ def take_values(
         finite = np.isfinite(values)
         if not finite.all():
             raise UserError(explain(src.file, src.matrix, raw, int(np.argmin(finite)), place_of))
-        return values, 0
-    counts = pack.to_counts(raw, np.dtype(plan.narrow))
+        return pack.Counts(values, int((values == 0).sum()), 0, -1)
+    counts = pack.to_counts(raw, narrow)
     if counts.bad >= 0:
         raise NotCountsError(explain(src.file, src.matrix, raw, counts.bad, place_of))
-    return counts.values, counts.n_rounded
+    return counts

@@ -19,6 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from sedd.errors import UserError
+from sedd.io import native
 from sedd.io.files import new_file
 
 CHUNK = 1 << 14
@@ -27,13 +28,14 @@ CHUNK = 1 << 14
 SHARD = 1 << 26
 """Entries in a shard: a million cells of 1,400 genes make 21 shards an array."""
 
-CODECS: dict[str, tuple[str, int, str] | None] = {
-    "lz4": ("lz4", 5, "bitshuffle"),
-    "zstd": ("zstd", 1, "shuffle"),
+CODECS: dict[str, tuple[str, int, dict[str, str]] | None] = {
+    "lz4": ("lz4", 5, {"data": "bitshuffle", "indices": "shuffle", "indptr": "shuffle"}),
+    "zstd": ("zstd", 1, {"data": "shuffle", "indices": "shuffle", "indptr": "shuffle"}),
     "none": None,
 }
-"""Name -> Blosc compressor, level and filter. Chosen by `benchmarks/codecs.py`: small counts gain from shuffled bits with lz4, which
-looks for whole bytes that repeat, and zstd gains nothing from higher levels but costs twice the time."""
+"""Name -> Blosc compressor, level and the filter of each array. Chosen by `benchmarks/codecs.py`: small counts gain from shuffled
+bits with lz4, which looks for whole bytes that repeat; gene indices do not, and whole bytes are shuffled back in half the
+time. zstd gains nothing from higher levels but costs twice the time."""
 
 _FILTERS = {"shuffle": numcodecs.Blosc.SHUFFLE, "bitshuffle": numcodecs.Blosc.BITSHUFFLE}
 
@@ -52,14 +54,15 @@ class Encoder:
 
     Parameters
     ----------
+    name : of the array in X, "data", "indices" or "indptr"
     dtype : of the array, little-endian numbers
     codec : a name of `CODECS`
     """
 
-    def __init__(self, dtype: np.dtype[Any], codec: str) -> None:
+    def __init__(self, name: str, dtype: np.dtype[Any], codec: str) -> None:
         self.dtype = np.dtype(dtype)
         setting = CODECS[check_codec(codec)]
-        self._blosc = setting and numcodecs.Blosc(setting[0], setting[1], _FILTERS[setting[2]], 0)
+        self._blosc = setting and numcodecs.Blosc(setting[0], setting[1], _FILTERS[setting[2][name]], 0)
 
     def encode(self, values: np.ndarray) -> bytes:
         """Encode up to `CHUNK` values; a short last chunk is filled with zeros, as Zarr wants."""
@@ -68,6 +71,18 @@ class Encoder:
             chunk = np.concatenate([chunk, np.zeros(CHUNK - chunk.size, self.dtype)])
         body = bytes(self._blosc.encode(chunk)) if self._blosc else chunk.tobytes()
         return body + struct.pack("<I", google_crc32c.value(body))
+
+    def encode_all(self, values: np.ndarray) -> tuple[bytes | memoryview, np.ndarray]:
+        """Encode whole chunks: their bytes one after the other, and the size of each."""
+        if self._blosc is None or not native.available():
+            chunks = [self.encode(values[k : k + CHUNK]) for k in range(0, values.size, CHUNK)]
+            return b"".join(chunks), np.array([len(chunk) for chunk in chunks], np.int64)
+        blosc = self._blosc
+        raw = np.ascontiguousarray(values, self.dtype).view(np.uint8)
+        encoded, sizes = native.encode_chunks(
+            raw, CHUNK * self.dtype.itemsize, self.dtype.itemsize, blosc.cname, blosc.clevel, blosc.shuffle
+        )
+        return memoryview(encoded), sizes  # type: ignore[arg-type]
 
     def decode(self, encoded: bytes | memoryview) -> np.ndarray:
         """The `CHUNK` values of an encoded inner chunk.
@@ -88,7 +103,7 @@ def create_vector(group: zarr.Group, name: str, n: int, dtype: np.dtype[Any], co
     """Write the metadata of a sharded vector of `n` entries; its shards are put beside it by `write_shard`."""
     setting = CODECS[check_codec(codec)]
     dtype = np.dtype(dtype)
-    blosc = [BloscCodec(typesize=dtype.itemsize, cname=setting[0], clevel=setting[1], shuffle=setting[2])] if setting else []
+    blosc = [BloscCodec(typesize=dtype.itemsize, cname=setting[0], clevel=setting[1], shuffle=setting[2][name])] if setting else []
     return group.create_array(
         name,
         shape=(n,),

@@ -12,7 +12,7 @@ import numpy as np
 
 from sedd.io import pack
 from sedd.io.files import new_file, save_arrays
-from sedd.io.parts import Plan, check_indices, load_plan, open_source, row_of, take_values, write_part
+from sedd.io.parts import Plan, check_indices, load_plan, open_source, read_rows, row_of, take_values, write_part
 
 ALIGN = 8
 """Every array of a piece begins at a multiple of this many bytes."""
@@ -49,13 +49,15 @@ def _scatter_rows(plan: Plan, folder: str, source: int, lo: int, hi: int):  # ty
     src = open_source(folder, source)
     if src.matrix.layout == "dense":
         indptr, raw_indices, raw_values = pack.dense_rows(src.matrix.read_dense(lo, hi))
+        indices = check_indices(src, raw_indices, lo, indptr)
+        narrow = np.dtype(plan.narrow)
+        counts = take_values(plan, src, raw_values, narrow, lambda k: (row_of(indptr, k) + lo, int(indices[k])))
+        values, rounded, untidy = counts.values, counts.n_rounded, counts.n_zero > 0
+        del raw_indices, raw_values
     else:
-        indptr, raw_indices, raw_values = src.matrix.read_major(lo, hi)
-    indices = check_indices(src, raw_indices, lo, indptr)
-    values, rounded = take_values(plan, src, raw_values, lambda k: (row_of(indptr, k) + lo, int(indices[k])))
-    del raw_indices, raw_values
+        indptr, indices, values, rounded, untidy = read_rows(folder, src, lo, hi)
     summed = 0
-    if src.genes is not None or pack.first_disorder(indptr, indices) >= 0 or not values.all():
+    if src.genes is not None or untidy:
         indptr, indices, values, summed = pack.clean_rows(indptr, indices, values, plan.n_vars, src.genes)
     places = src.places[lo:hi] if src.places is not None else np.arange(lo, hi) + plan.offsets[source]
     order = np.argsort(places, kind="stable")
@@ -71,8 +73,9 @@ def _scatter_columns(plan: Plan, folder: str, source: int, lo: int, hi: int):  #
     src = open_source(folder, source)
     indptr, raw_rows, raw_values = src.matrix.read_major(lo, hi)
     rows = check_indices(src, raw_rows, lo, indptr)
-    values, rounded = take_values(plan, src, raw_values, lambda k: (int(rows[k]), row_of(indptr, k) + lo))
-    del raw_rows, raw_values
+    counts = take_values(plan, src, raw_values, np.dtype(plan.narrow), lambda k: (int(rows[k]), row_of(indptr, k) + lo))
+    values, rounded = counts.values, counts.n_rounded
+    del raw_rows, raw_values, counts
     summed = 0
     if pack.first_disorder(indptr, rows) >= 0:
         indptr, rows, values, summed = pack.clean_rows(indptr, rows, values, src.matrix.shape[0], None)

@@ -10,7 +10,6 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 import zarr
 
 import sedd
@@ -24,9 +23,9 @@ ROWS = 1 << 20
 """Rows of a column in one chunk: few files."""
 
 
-def write(group: zarr.Group, folder: str, plan: Plan, gathered: Gathered, inputs: list[dict[str, str]]) -> None:
-    """Write the tables of the store of `plan` into `group`, and consolidate its metadata."""
-    settings = plan.settings
+def write(group: zarr.Group, folder: str, plan: Plan) -> None:
+    """Write what the inputs of `plan` have beside X into `group`."""
+    settings, n_obs = plan.settings, plan.edges[-1]
     paths = [path for path, _, _ in plan.sources]
     with ExitStack() as stack:
         files = [stack.enter_context(H5ad(path)) for path in paths]
@@ -42,25 +41,41 @@ def write(group: zarr.Group, folder: str, plan: Plan, gathered: Gathered, inputs
     cells = genes.join_obs(obs, obsm, paths)
     if settings["shuffle"]:
         places = np.load(f"{folder}/places.npy")
-        order = np.argsort(places, kind="stable")[places.size - gathered.n_obs :]
+        order = np.argsort(places, kind="stable")[places.size - n_obs :]
         cells = cells[order].copy()
         cells.obs["sedd_cell"] = order
-    elif gathered.n_obs < cells.n_obs:
-        cells = cells[: gathered.n_obs].copy()
-    uns["sedd"] = _added(plan, gathered, inputs, var.index)
+    elif n_obs < cells.n_obs:
+        cells = cells[:n_obs].copy()
+    uns.pop("sedd", None)
     elements = {"obs": cells.obs, "var": var, "obsm": dict(cells.obsm), "uns": uns}
     elements |= {name: {} for name in ("layers", "obsp", "varm", "varp")}
-    with ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True):
-        for key, element in elements.items():
-            ad.experimental.write_dispatched(group, key, element, callback=_few_chunks)
+    _write(group, elements)
+
+
+def write_added(group: zarr.Group, plan: Plan, gathered: Gathered, inputs: list[dict[str, str]]) -> None:
+    """Write `uns["sedd"]`, and consolidate the metadata of the whole store.
+
+    Parameters
+    ----------
+    inputs : what the store remembers of its inputs
+    """
+    var = group["var"]
+    names = ad.io.read_elem(var[var.attrs["_index"]])
+    _write(group["uns"], {"sedd": _added(plan, gathered, inputs, names.tolist())})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that consolidated metadata are an extension of Zarr v3; anndata writes them too
         zarr.consolidate_metadata(group.store, zarr_format=3)
 
 
-def _added(plan: Plan, gathered: Gathered, inputs: list[dict[str, str]], names: pd.Index) -> dict[str, Any]:
+def _write(group: zarr.Group, elements: dict[str, Any]) -> None:
+    with ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True):
+        for key, element in elements.items():
+            ad.experimental.write_dispatched(group, key, element, callback=_few_chunks)
+
+
+def _added(plan: Plan, gathered: Gathered, inputs: list[dict[str, str]], names: list[str]) -> dict[str, Any]:
     """What goes under `uns["sedd"]`."""
-    identity = json.dumps([gathered.content(), gathered.n_obs, plan.settings["values"], list(names)])
+    identity = json.dumps([gathered.content(), gathered.n_obs, plan.settings["values"], names])
     meta = {
         "format": FORMAT,
         "sedd": sedd.__version__,
