@@ -36,6 +36,8 @@ class Convert:
     """Keep only these genes: a file with one name a line."""
     obs: tuple[str, ...] = ()
     """Keep only these obs columns; all if none is named."""
+    keep_layers: tuple[str, ...] = ()
+    """Keep these layers too, beside the matrix."""
     shuffle: bool = False
     """Permute all cells; their place in the input is kept in obs."""
     seed: int = 0
@@ -65,7 +67,7 @@ class Convert:
             raise UserError("expected INPUT.h5ad [INPUT2.h5ad ...] OUTPUT.zarr; found fewer than two paths.")
         *inputs, output = self.paths
         settings: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "paths"}
-        settings["obs"] = list(self.obs) or None
+        settings["obs"], settings["keep_layers"] = list(self.obs) or None, list(self.keep_layers)
         if self.codec is None:
             del settings["codec"]
         store = convert(list(inputs), output, **settings)

@@ -37,6 +37,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     obs: list[str] | None = None,
+    keep_layers: Sequence[str] = (),
     values: str = "counts",
     progress: bool = True,
     limit_cells: int | None = None,
@@ -60,6 +61,7 @@ def convert(
     overwrite : replace a store, or an unfinished conversion
     dry_run : print what would be done, and return None
     obs : columns of `obs` to keep, all by default
+    keep_layers : layers to keep beside X, as counts if that is what they hold
     values : "counts", or "real" for float32 of any sign
     progress : show a bar
     limit_cells : take only the first so many cells
@@ -89,6 +91,7 @@ def convert(
         workers=workers,
         scheduler=scheduler,
         obs=obs,
+        keep_layers=keep_layers,
         values=values,
         progress=progress,
         limit_cells=limit_cells,

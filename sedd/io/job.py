@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -57,6 +57,7 @@ class Job:
         workers: int | None = None,
         scheduler: str | None = None,
         obs: list[str] | None = None,
+        keep_layers: Sequence[str] = (),
         values: str = "counts",
         progress: bool = True,
         limit_cells: int | None = None,
@@ -65,10 +66,12 @@ class Job:
             raise UserError("no input; expected one or several .h5ad files.")
         if values not in ("counts", "real"):
             raise UserError(f"values must be counts or real, not {values!r}.")
+        if raw and keep_layers:
+            raise UserError(f"--raw has other genes than the layers; {', '.join(keep_layers)} cannot be kept beside it.")
         if limit_cells is not None and limit_cells < 1:
             raise UserError(f"the number of cells must be positive, not {limit_cells}.")
         self.paths, self.output, self.folder = paths, output, f"{output}.partial"
-        self.budget = budget
+        self.budget, self.workers, self.scheduler = budget, workers, scheduler
         self.settings: dict[str, Any] = {
             "layer": layer,
             "raw": raw,
@@ -78,6 +81,7 @@ class Job:
             "seed": seed if shuffle else 0,
             "codec": check_codec(codec),
             "obs": obs,
+            "keep_layers": list(keep_layers),
             "values": values,
             "limit_cells": limit_cells,
         }
@@ -184,6 +188,7 @@ class Job:
             plan = self._plan(direct_allowed=False)
             group, gathered = self._gather(plan)
         finish.build(group, self.folder, self.runner, gathered)
+        self._keep_layers()
         tables.write_added(group, plan, gathered, self.records())
         finish.check(self.folder, self.runner, gathered)
         for path, known in zip(self.paths, self.fingerprints, strict=True):
@@ -197,12 +202,31 @@ class Job:
         finish.report(store, self.paths[0] if len(self.paths) == 1 else self.output)
         return store
 
+    def _keep_layers(self) -> None:
+        """Convert each layer to keep like an X of its own, and take its matrix into the store."""
+        for number, name in enumerate(self.settings["keep_layers"]):
+            output = f"{self.folder}/layer-{number}.zarr"
+            try:
+                self._layer_job(name, output, "counts").run(resume=True, overwrite=True)
+            except NotCountsError:
+                self._layer_job(name, output, "real").run(resume=True, overwrite=True)
+            os.rename(f"{output}/X", f"{self.folder}/store/layers/{name}")
+
+    def _layer_job(self, name: str, output: str, values: str) -> Job:
+        same = {key: self.settings[key] for key in ("join", "genes", "shuffle", "seed", "codec", "limit_cells")}
+        return Job(
+            self.paths, output, layer=name, obs=[], values=values, budget=self.budget, workers=self.workers,
+            scheduler=self.scheduler, progress=self.runner.progress, **same,
+        )  # fmt: skip
+
     def open_inputs(self, stack: ExitStack) -> list[tuple[H5ad, Matrix]]:
         """Open the inputs, closed with `stack`; refuses empty ones."""
         opened = []
         for path in self.paths:
             file = stack.enter_context(H5ad(path))
             matrix = file.matrix(self.settings["layer"], self.settings["raw"])
+            for name in self.settings["keep_layers"]:
+                file.matrix(name)
             for count, what in zip(matrix.shape, ("cells", "genes"), strict=True):
                 if count == 0:
                     raise UserError(f"{path}: has no {what}; there is nothing to convert.")

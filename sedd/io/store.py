@@ -80,6 +80,12 @@ class CellStore:
         """The arrays of X: `indptr`, `indices`, `data`."""
         return {name: self._group[f"X/{name}"] for name in ("indptr", "indices", "data")}
 
+    @property
+    def layer_arrays(self) -> dict[str, dict[str, zarr.Array]]:
+        """The arrays of each layer that was kept."""
+        layers = self._group["layers"]
+        return {key: {name: layers[f"{key}/{name}"] for name in ("indptr", "indices", "data")} for key in sorted(layers)}
+
     @cached_property
     def _readers(self) -> dict[str, ChunkReader]:
         return {name: ChunkReader(array, name=f"{self.path}/X/{name}") for name, array in self.x_arrays.items()}

@@ -11,6 +11,7 @@ import numpy as np
 
 from sedd.errors import UserError
 from sedd.io import pack
+from sedd.io.fastread import ChunkReader
 from sedd.io.files import fingerprint
 from sedd.io.genes import match_genes, unique_names
 from sedd.io.h5ad import H5ad, Matrix
@@ -28,7 +29,7 @@ def verify(
     workers: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Check a store: every chunk's checksum, every cell's hash and, with `against`, every entry of the input.
+    """Check a store: every chunk's checksum, every cell's hash and, with `against`, every entry of the input's matrix.
 
     Parameters
     ----------
@@ -60,6 +61,7 @@ def verify(
     wrong = np.flatnonzero(hashes != store.cell_hashes())
     if wrong.size:
         raise UserError(f"{path}: cell {wrong[0]} is not what was written there. Convert the input again.")
+    _check_layers(store, runner)
     if len(store.obs) != store.n_obs or len(store.var) != store.n_vars:
         raise UserError(f"{path}: obs or var does not have the length of X. Convert the input again.")
     changed: list[str] = []
@@ -80,6 +82,21 @@ def verify(
         "against": inputs,
         "changed": changed,
     }
+
+
+def _check_layers(store: CellStore, runner: TaskRunner) -> None:
+    """Read every chunk of the layers that are kept beside X."""
+
+    def check(reader: ChunkReader, first: int, last: int) -> None:
+        chunks = np.arange(first, last)
+        reader.read(chunks, np.empty(chunks.size * reader.chunk, reader.dtype), (chunks - first) * reader.chunk)
+
+    for name, arrays in store.layer_arrays.items():
+        for part, array in arrays.items():
+            reader = ChunkReader(array, name=f"{store.path}/layers/{name}/{part}")
+            step = max(1, BLOCK // reader.chunk)
+            spans = [(reader, k, min(k + step, reader.n_chunks)) for k in range(0, reader.n_chunks, step)]
+            runner.run(check, spans, [0] * len(spans), title=f"verify {name}")
 
 
 def _compare(store: CellStore, inputs: list[str], hashes: np.ndarray, runner: TaskRunner) -> None:

@@ -137,3 +137,34 @@ def test_memory_budget_is_read_as_people_write_it() -> None:
     for text in ("lots", "1MB"):
         with pytest.raises(UserError, match="memory budget"):
             parse_bytes(text)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_layers_asked_for_are_kept_beside_the_matrix(tmp_path: Path, shuffle: bool) -> None:
+    inputs, spliced, scaled = [], [], []
+    for number in range(2):
+        matrix = counts(30, 12, seed=number)
+        file = ad.AnnData(matrix, layers={"spliced": matrix * 2, "scaled": matrix * 0.25, "left": matrix * 3})
+        file.obs_names = [f"{number}-{k}" for k in range(30)]
+        file.write_h5ad(tmp_path / f"{number}.h5ad")
+        inputs.append(tmp_path / f"{number}.h5ad")
+        spliced.append((matrix * 2).toarray())
+        scaled.append((matrix * 0.25).toarray())
+    store = convert(inputs, tmp_path / "o.zarr", shuffle=shuffle, keep_layers=["spliced", "scaled"], progress=False)
+    read = ad.read_zarr(store.path)
+    order = read.obs["sedd_cell"].to_numpy() if shuffle else np.arange(60)
+    assert sorted(read.layers) == ["scaled", "spliced"]
+    np.testing.assert_array_equal(read.layers["spliced"].toarray(), np.concatenate(spliced)[order])
+    np.testing.assert_array_equal(read.layers["scaled"].toarray(), np.concatenate(scaled)[order])
+    assert read.layers["spliced"].dtype == np.uint8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.h5ad", "1.h5ad", "o.zarr"]
+    verify(store.path, against=inputs)
+    shard = tmp_path / "o.zarr/layers/spliced/data/c/0"
+    damaged = bytearray(shard.read_bytes())
+    damaged[10] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(UserError, match="layers/spliced/data: chunk 0"):
+        verify(store.path)
+    with pytest.raises(UserError, match="has no layers/none"):
+        convert(inputs, tmp_path / "p.zarr", keep_layers=["none"], progress=False)
+    assert not list(tmp_path.glob("p.zarr*"))
