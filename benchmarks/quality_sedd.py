@@ -77,24 +77,15 @@ def impute(model: Pretrained, adata: anndata.AnnData, hidden: np.ndarray) -> dic
     return out
 
 
-def with_own_count(mean: np.ndarray, std: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Rates of entries given the other genes and their own count.
-
-    The prediction of an entry from the other genes has a mean and a variance; what the variance exceeds a Poisson's by is
-    taken as the variance of the rate, a gamma law, which the observed count then updates in closed form.
-    """
-    mean = np.maximum(mean.astype(np.float64), 1e-9)
-    excess = np.maximum(std.astype(np.float64) ** 2 - mean, 1e-9 * mean)
-    shape = mean**2 / excess
-    return (shape + counts) / (shape / mean + 1)
-
-
 def denoise(
     model: Pretrained, adata: anndata.AnnData, seed: int, folds: int = 8, rounds: int = 4
 ) -> dict[str, np.ndarray]:
-    """Denoised counts: from the other genes alone, and with the entry's own count."""
-    genes = adata.var_names
-    made = tasks.denoise(model, adata, folds=folds, rounds=rounds, seed=seed, progress=False)[:, genes]
-    mean, std = np.asarray(made.X, np.float64), np.asarray(made.layers["sedd_std"], np.float64)
-    own = adata.X.toarray() if hasattr(adata.X, "toarray") else np.asarray(adata.X)
-    return {"sedd, other genes only": mean, "sedd": with_own_count(mean, std, own)}
+    """Denoised counts: with the entry's own count, from the other genes alone, and by the mean of the logarithm."""
+    settings: dict[str, Any] = {"folds": folds, "rounds": rounds, "seed": seed, "progress": False}
+    made = tasks.denoise(model, adata, log1p=True, **settings)[:, adata.var_names]
+    others = tasks.denoise(model, adata, own_counts=False, **settings)[:, adata.var_names]
+    return {
+        "sedd": np.asarray(made.X, np.float64),
+        "sedd, other genes only": np.asarray(others.X, np.float64),
+        "sedd, mean of the logarithm": np.expm1(np.asarray(made.layers["sedd_log1p"], np.float64)),
+    }

@@ -162,7 +162,7 @@ class Impute:
 
 @dataclass(frozen=True, kw_only=True)
 class Denoise:
-    """Replace counts by what the other genes of the cell say they should be."""
+    """Replace counts by the rates behind them, as the whole cell tells them."""
 
     checkpoint: Positional[str]
     """A checkpoint or an experiment directory."""
@@ -178,6 +178,10 @@ class Denoise:
     """Random partitions of the genes to average over."""
     folds: int = 4
     """Parts of a partition; each is hidden once."""
+    own_counts: bool = True
+    """Whether a count has a say in its own denoised value; --no-own_counts leaves it to the other genes."""
+    log1p: bool = False
+    """Also give the expected log1p(CP10k), in the layer sedd_log1p."""
     num_samples: int = 0
     """Also draw every count this many times; mean and spread of the draws go into layers sedd_mean and sedd_std."""
     num_steps: int = 64
@@ -200,8 +204,9 @@ class Denoise:
         check_output(self.output, self.overwrite)
         from sedd.tasks import denoise
 
-        names = ("cells", "layer", "rounds", "folds", "num_samples", "num_steps", "sampler", "batch_size", "seed", "output")
-        _say_written(denoise(_with_new_genes(self), self.data, **_given(self, *names)), self.output)
+        names = ("cells", "layer", "rounds", "folds", "own_counts", "log1p", "num_samples", "num_steps", "sampler")
+        settings = _given(self, *names, "batch_size", "seed", "output")
+        _say_written(denoise(_with_new_genes(self), self.data, **settings), self.output)
         return 0
 
 

@@ -19,11 +19,9 @@ from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
 from sedd.prediction import batches
-from sedd.pretrained import Pretrained
+from sedd.pretrained import COUNT_BINNINGS, Pretrained
 from sedd.report import ReportData, write_report
 from sedd.run_directory import write_json
-
-_COUNT_BINNINGS = ("identity", "counts")  # a token is the count, up to the last bin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +171,7 @@ def _likelihood(
     if model.model.config["condition_library"]:  # the total is a function of the counts: paid for, p(x) is comparable again
         per_cell = given_total + LibraryPrior.fit(np.asarray(train.sum(1)).ravel()).nats(totals)
     top = model.binning.n_bins - 1 if model.binning.kind == "counts" else None
-    if model.binning.kind in _COUNT_BINNINGS:
+    if model.binning.kind in COUNT_BINNINGS:
         baselines = CountBaselines.fit(train)
         rows = likelihood_table(baselines, per_cell, counts, top=top)
         if model.model.config["condition_library"]:
@@ -241,7 +239,7 @@ def _imputation(
     baselines = CountBaselines.fit(train)
     library = visible_library(counts, hidden, baselines.share)[cell]
     mean, below, upto_ = np.concatenate(means), np.concatenate(belows), np.concatenate(uptos)
-    of_counts = model.binning.kind in _COUNT_BINNINGS
+    of_counts = model.binning.kind in COUNT_BINNINGS
     table = recovery_table(
         baselines,
         gene=gene,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sedd.kernels.mask import exact_mask
 from sedd.pretrained import Pretrained
 from sedd.sampling import AnalyticSampler, EulerSampler
 
+_AT_A_TIME = 1 << 15  # entries whose distributions exist at a time
 _DRAWN = 1 << 20  # rounds from here on are the partitions of joint draws, those below of posterior means
 
 
@@ -65,6 +67,47 @@ def predict(
     return mean.cpu().numpy(), var.clamp_min(0).sqrt().cpu().numpy()
 
 
+@dataclass(frozen=True)
+class Posterior:
+    """What the other genes of a cell say of every entry, each (B, n_vars) float64.
+
+    Attributes
+    ----------
+    mean, std
+        Of the count.
+    zero
+        Probability that the count is 0.
+    log1p
+        Mean of `log1p(10,000 count / total)`, the total being that of the cell as observed.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    zero: np.ndarray
+    log1p: np.ndarray
+
+    def with_own_counts(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the rates behind the counts, given the other genes and the count itself.
+
+        An entry is taken as Poisson around a rate that the other genes leave uncertain, a gamma law. Its mean is the
+        predicted one and its shape the one for which the count is 0 as often as predicted: the variance would depend on
+        the far tail, where a predicted distribution is least sure. The observed count then updates it in closed form.
+
+        Parameters
+        ----------
+        counts : (B, n_vars)
+        """
+        mean = np.maximum(self.mean, 1e-12)
+        low, high = np.full(mean.shape, 1e-4), np.full(mean.shape, 1e6)
+        for _ in range(36):  # to 1e-9 of the logarithm
+            shape = np.sqrt(low * high)
+            below = np.exp(-shape * np.log1p(mean / shape)) < self.zero
+            low, high = np.where(below, low, shape), np.where(below, shape, high)
+        rate = 1 + shape / mean
+        return (shape + counts) / rate, np.sqrt(shape + counts) / rate
+
+
+@torch.no_grad()
 def cross_predict(
     model: Pretrained,
     tokens: torch.Tensor,
@@ -73,19 +116,29 @@ def cross_predict(
     folds: int,
     rounds: int,
     seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior mean and spread of every entry, each predicted while hidden with a random 1/folds of its cell."""
+) -> Posterior:
+    """The posterior of every entry, each predicted while hidden with a random 1/folds of its cell, averaged over rounds."""
     check_folds(folds, rounds)
-    mean, second = np.zeros(tokens.shape), np.zeros(tokens.shape)
+    values = model.decode_values.double()
+    total = values[tokens].sum(1).clamp_min(1)
+    first, second, zero, log = (np.zeros(tokens.shape) for _ in range(4))
     for round_ in range(rounds):
         fold = _folds(seed, round_, cells, tokens.shape[1], folds)
         for k in range(folds):
-            hidden = fold == k
-            m, s = predict(model, tokens, hidden, context)
-            mean[hidden] += m[hidden]
-            second[hidden] += s[hidden] ** 2 + m[hidden].astype(np.float64) ** 2
-    mean, second = mean / rounds, second / rounds
-    return mean.astype(np.float32), np.sqrt(np.maximum(second - mean**2, 0)).astype(np.float32)
+            mask = torch.from_numpy(fold == k).to(tokens.device)
+            readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
+            where = mask.nonzero(as_tuple=True)
+            for part in torch.arange(len(where[0]), device=tokens.device).split(_AT_A_TIME):
+                rows, genes = where[0][part], where[1][part]
+                p = model.model.log_mu(readout, rows, genes).double().exp()
+                at = (rows.cpu().numpy(), genes.cpu().numpy())
+                first[at] += (p @ values).cpu().numpy()
+                second[at] += (p @ values.square()).cpu().numpy()
+                zero[at] += p[:, 0].cpu().numpy()
+                log[at] += (p * torch.log1p(1e4 * values / total[rows, None])).sum(1).cpu().numpy()
+    mean = first / rounds
+    std = np.sqrt(np.maximum(second / rounds - mean**2, 0))
+    return Posterior(mean, std, zero / rounds, log / rounds)
 
 
 def draw(

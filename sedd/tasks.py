@@ -23,7 +23,7 @@ from sedd.gene_vectors import read_gene_vectors
 from sedd.kernels.discretize import smoothed_log_shares
 from sedd.kernels.mask import exact_mask
 from sedd.prediction import batches
-from sedd.pretrained import Pretrained
+from sedd.pretrained import COUNT_BINNINGS, Pretrained
 from sedd.results import open_result
 from sedd.sampling import make_sampler
 
@@ -110,7 +110,8 @@ def impute(
                 if count:
                     hidden |= exact_mask(seed, 0, here, len(named), count)
                 if zeros:
-                    mean, std = prediction.cross_predict(model, tokens, context, here, folds, 1, seed)
+                    found = prediction.cross_predict(model, tokens, context, here, folds, 1, seed)
+                    mean, std = found.mean, found.std
                     hidden = counts == 0
                 else:
                     mean, std = prediction.predict(model, tokens, hidden, context)
@@ -140,6 +141,8 @@ def denoise(
     layer: str | None = None,
     rounds: int = 4,
     folds: int = 4,
+    own_counts: bool = True,
+    log1p: bool = False,
     num_samples: int = 0,
     num_steps: int = 64,
     sampler: str = "analytic",
@@ -148,10 +151,10 @@ def denoise(
     output: str | Path | None = None,
     progress: bool = True,
 ) -> ad.AnnData:
-    """Replace every count by what the other genes of the cell say it should be.
+    """Replace every count by the rate behind it, as the whole cell tells it.
 
-    Each gene of a cell is hidden once a round, together with a random 1/`folds` of the others, and predicted by its
-    posterior mean; predictions are averaged over `rounds` random partitions.
+    Each gene of a cell is hidden once a round, together with a random 1/`folds` of the others, and predicted from the rest;
+    predictions are averaged over `rounds` random partitions. The count itself then updates what the others say of it.
 
     Parameters
     ----------
@@ -159,33 +162,43 @@ def denoise(
         As in `impute`.
     rounds, folds
         More rounds average more random visible subsets; more folds show more of the cell each time.
+    own_counts
+        Whether an entry's own count has a say in it (`sedd.prediction.Posterior.with_own_counts`), or the other genes
+        alone. It has none where a bin is not a count (`--binning linear`, `log` or `quantile`).
+    log1p
+        Also give the posterior mean of `log1p(CP10k)`, by the other genes: what to compare cells by on that scale, where
+        the logarithm of a mean is too large.
     num_samples
         Also draw every entry this many times, the parts of a partition jointly; mean and spread of the draws are reported.
 
     Returns
     -------
     denoised : AnnData, cells x panel
-        `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: posterior standard deviation. With
-        samples, `layers["sedd_mean"]` and `["sedd_std"]` are those of the draws. With `output`, as in `impute`.
+        `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: standard deviation of the rate, or
+        by the other genes alone that of the count. `layers["sedd_log1p"]` if asked for. With samples (by the other genes), `layers["sedd_mean"]` and `["sedd_std"]` are those of the draws. With `output`, as in `impute`.
     """
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
     prediction.check_folds(folds, rounds)
+    own_counts = own_counts and model.binning.kind in COUNT_BINNINGS
     reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
     with opened(data, layer or model.state["args"]["layer"]) as adata:
         source = open_cells(model, adata, cells, layer, _name(data))
         with open_result(output, source.obs, source.var) as out:
             for lo, hi, counts, tokens, context in batches(model, source, batch_size, "denoise", progress):
                 here = source.indices[lo:hi]
-                mean, std = prediction.cross_predict(model, tokens, context, here, folds, rounds, seed)
-                layers = {"sedd_std": std}
+                found = prediction.cross_predict(model, tokens, context, here, folds, rounds, seed)
+                mean, std = found.with_own_counts(counts) if own_counts else (found.mean, found.std)
+                layers = {"sedd_std": std.astype(np.float32)}
+                if log1p:
+                    layers["sedd_log1p"] = found.log1p.astype(np.float32)
                 drawn = prediction.Moments()
                 for k in range(num_samples):
                     drawn.add(prediction.cross_draw(model, reverse, tokens, context, here, folds, k, seed))
                 if num_samples:
-                    layers = {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
-                out.add(X=mean, counts=counts, **layers)
-            details = {"rounds": rounds, "folds": folds, "num_samples": num_samples, "seed": seed}
+                    layers |= {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
+                out.add(X=mean.astype(np.float32), counts=counts, **layers)
+            details = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
             return out.finish(_described(model, "denoise", details))
 
 

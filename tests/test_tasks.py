@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 from conftest import TINY_FLAGS, make_counts
+from scipy.stats import gamma
 
 from sedd import cells, results
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation import evaluate
+from sedd.prediction import Posterior
 from sedd.pretrained import Pretrained
 from sedd.tasks import add_genes, denoise, embed, generate, impute
 
@@ -112,8 +114,9 @@ def test_samples_are_counts_and_agree_with_the_mean(model: Pretrained) -> None:
 @pytest.mark.parametrize("task", ["impute", "denoise"])
 def test_draws_of_entries_that_are_hidden_in_turn_agree_with_their_posterior_means(model: Pretrained, task: str) -> None:
     adata, n = make_counts(30), 40
-    run = impute if task == "impute" else denoise
-    out = run(model, adata, num_samples=n, num_steps=8, progress=False)
+    run: Callable[..., ad.AnnData] = impute if task == "impute" else denoise
+    others = {} if task == "impute" else {"own_counts": False}
+    out = run(model, adata, num_samples=n, num_steps=8, progress=False, **others)
     drawn, spread = dense(out.layers["sedd_mean"]), dense(out.layers["sedd_std"])
     known = np.zeros(out.shape, bool) if task == "denoise" else dense(adata.X) > 0
     assert np.array_equal(drawn[known], dense(adata.X)[known])
@@ -231,6 +234,34 @@ def test_denoising_is_nearer_to_the_truth_than_the_counts(model: Pretrained) -> 
     rate = np.stack([true[groups == g].mean(0) if isinstance(g, str) else true.mean(0) for g in groups])
     assert ((dense(out.X) - rate) ** 2).mean() < ((true - rate) ** 2).mean()
     assert out.obs.equals(adata.obs)
+
+
+@pytest.mark.parametrize("shape", [0.3, 2.0, 50.0])
+def test_own_counts_update_a_gamma_rate_exactly(shape: float) -> None:
+    mean = np.array([[0.01, 0.5, 3.0, 40.0]])
+    counts = np.array([[1.0, 0.0, 7.0, 20.0]])
+    zero = (1 + mean / shape) ** -shape  # of a negative binomial with this mean and shape
+    found = Posterior(mean, np.zeros_like(mean), zero, np.zeros_like(mean))
+    rate, std = found.with_own_counts(counts)
+    law = gamma(shape + counts, scale=1 / (shape / mean + 1))
+    np.testing.assert_allclose(rate, law.mean(), rtol=1e-6)
+    np.testing.assert_allclose(std, law.std(), rtol=1e-6)
+    certain = Posterior(mean, np.zeros_like(mean), np.exp(-mean), np.zeros_like(mean))  # Poisson: nothing is left to learn
+    np.testing.assert_allclose(certain.with_own_counts(counts)[0], mean, rtol=1e-3)
+
+
+def test_denoising_gives_what_was_asked_for(model: Pretrained) -> None:
+    adata = make_counts(60)
+    both = denoise(model, adata, log1p=True, progress=False)
+    others = denoise(model, adata, own_counts=False, progress=False)
+    assert np.corrcoef(dense(both.X).ravel(), dense(adata.X).ravel())[0, 1] > np.corrcoef(
+        dense(others.X).ravel(), dense(adata.X).ravel()
+    )[0, 1]
+    assert "sedd_log1p" not in others.layers
+    totals = dense(adata.X).sum(1, keepdims=True)
+    log = dense(both.layers["sedd_log1p"])
+    assert (log > 0).all()
+    assert (log <= np.log1p(1e4 * dense(others.X) / totals) + 1e-5).all()  # Jensen: the logarithm is concave
 
 
 def test_generated_cells_carry_the_label_asked_for_and_look_like_it(model: Pretrained) -> None:
