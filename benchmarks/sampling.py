@@ -6,8 +6,9 @@ r"""Speed and quality of generation against the number of steps, for both backbo
     python benchmarks/sampling.py --data data/pbmc3k.h5ad --n_genes 2000 --attention full --hidden_dim 128 --num_layers 3 \
         --num_heads 4 --cells 4 --steps 1 8 32 --confidence_steps 8 --epochs 0
 
-With `--epochs 0` the network is not trained and speed alone is measured, which training does not change. Else each backbone is trained on the 80 % of the cells that `benchmarks/quality.py` trains on, then draws cells at each number of
+Each backbone is trained on the 80 % of the cells that `benchmarks/quality.py` trains on, then draws cells at each number of
 steps. They are compared with the other 20 %, beside real training cells (what a perfect model gets) and independent genes.
+With `--epochs 0` the network is left as it starts and speed alone is measured, which training does not change.
 Appends to `benchmarks/results/sampling.json`: an entry with the same panel and backbone is replaced.
 """
 
