@@ -145,6 +145,12 @@ def _matrix(cells: Cells) -> sp.csr_matrix:
     return sp.vstack(blocks, format="csr")
 
 
+def _top(model: Pretrained, counts: sp.csr_matrix) -> int | None:
+    """The last bin where it stands for "this many or more", as it does once a count has no bin of its own."""
+    clipped = model.binning.kind == "counts" or counts.max() >= model.binning.n_bins
+    return model.binning.n_bins - 1 if clipped else None
+
+
 def _tokens(model: Pretrained, counts: sp.csr_matrix) -> np.ndarray:
     return model.binning.tokens(counts.toarray())
 
@@ -170,7 +176,7 @@ def _likelihood(
     totals = np.asarray(counts.sum(1)).ravel()
     if model.model.config["condition_library"]:  # the total is a function of the counts: paid for, p(x) is comparable again
         per_cell = given_total + LibraryPrior.fit(np.asarray(train.sum(1)).ravel()).nats(totals)
-    top = model.binning.n_bins - 1 if model.binning.kind == "counts" else None
+    top = _top(model, counts)
     if model.binning.kind in COUNT_BINNINGS:
         baselines = CountBaselines.fit(train)
         rows = likelihood_table(baselines, per_cell, counts, top=top)
@@ -249,7 +255,7 @@ def _imputation(
         cdf_below=below if of_counts else None,
         cdf=upto_ if of_counts else None,
         library=library,
-        top=model.binning.n_bins - 1 if model.binning.kind == "counts" else None,
+        top=_top(model, counts),
     )
     return table, {"hidden_true": true_counts, "hidden_mean": mean, "hidden_cdf_below": below, "hidden_cdf": upto_}
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from sedd.cells import Cells
-from sedd.errors import UserError
+from sedd.errors import UserError, warn_user
 from sedd.kernels.mask import exact_mask
 from sedd.pretrained import Pretrained
 from sedd.sampling import AnalyticSampler, EulerSampler
@@ -33,10 +33,17 @@ def batches(
     """Successive cells: (lo, hi, counts, tokens, {"condition", "library"})."""
     if batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}; expected at least 1.")
+    warned = False
     with progress_bar(len(source), task, progress) as bar:
         for lo in range(0, len(source), batch_size):
             hi = min(lo + batch_size, len(source))
             counts = source.counts(lo, hi)
+            if not warned and model.binning.kind == "identity" and counts.max(initial=0) >= model.binning.n_bins:
+                warn_user(
+                    f"{source.name}: has counts up to {counts.max():.0f} or more; the model has a bin for each count up to "
+                    f"{model.binning.n_bins - 1}, which larger ones share. Train with a larger --num_bins to tell them apart."
+                )
+                warned = True
             tokens = torch.from_numpy(model.binning.tokens(counts).astype(np.int64)).to(model.device)
             context: dict[str, Any] = {"condition": None, "library": None}
             if model.categories:
@@ -120,7 +127,7 @@ def cross_predict(
     """The posterior of every entry, each predicted while hidden with a random 1/folds of its cell, averaged over rounds."""
     check_folds(folds, rounds)
     values = model.decode_values.double()
-    total = values[tokens].sum(1).clamp_min(1)
+    logs = torch.log1p(1e4 * values / values[tokens].sum(1).clamp_min(1)[:, None])
     first, second, zero, log = (np.zeros(tokens.shape) for _ in range(4))
     for round_ in range(rounds):
         fold = _folds(seed, round_, cells, tokens.shape[1], folds)
@@ -135,7 +142,7 @@ def cross_predict(
                 first[at] += (p @ values).cpu().numpy()
                 second[at] += (p @ values.square()).cpu().numpy()
                 zero[at] += p[:, 0].cpu().numpy()
-                log[at] += (p * torch.log1p(1e4 * values / total[rows, None])).sum(1).cpu().numpy()
+                log[at] += (p * logs[rows]).sum(1).cpu().numpy()
     mean = first / rounds
     std = np.sqrt(np.maximum(second / rounds - mean**2, 0))
     return Posterior(mean, std, zero / rounds, log / rounds)

@@ -259,6 +259,10 @@ def generate(
     by_library = model.model.config["condition_library"]
     if library_size is not None and not by_library:
         raise UserError("--library_size needs a model trained with --condition_library_size; this one was not.")
+    if guidance != 1 and not where and not by_library:
+        raise UserError(
+            f"--guidance is {guidance} and there is nothing to be guided by; give --where COLUMN=LABEL or leave it at 1."
+        )
     codes = [
         model.condition_codes(column, np.array([where[column]] if column in where else [None], object))[0]
         for column in model.categories

@@ -288,6 +288,30 @@ def test_unknown_labels_and_columns_are_errors_that_list_the_known(model: Pretra
         generate(model, 0)
 
 
+def test_guidance_by_nothing_is_an_error(tmp_path: Path, tiny_h5ad: Path) -> None:
+    flags = [*TINY_FLAGS, "--num_epochs", "1", "--condition", "cell_type"]
+    assert main(["train", "--data_path", str(tiny_h5ad), "--checkpoint_dir", str(tmp_path), *flags]) == 0
+    with pytest.raises(UserError, match="nothing to be guided by; give --where"):
+        generate(tmp_path, 2, guidance=2.0, progress=False)
+    assert generate(tmp_path, 2, guidance=2.0, where={"cell_type": "B cell"}, num_steps=2, progress=False).n_obs == 2
+
+
+def test_counts_beyond_the_bins_are_said_to_share_the_last_one(
+    model: Pretrained, tiny_h5ad: Path, tmp_path: Path
+) -> None:
+    adata = make_counts(40, seed=1)
+    values = dense(adata.X)
+    values[3, 4] = 900
+    adata.X = values
+    with pytest.warns(SeddWarning, match=r"has counts up to 900 or more; the model has a bin for each count up to \d+"):
+        out = impute(model, adata, hide=0.1, progress=False)
+    assert dense(out.layers["counts"])[3, 4] == 900
+    # What a baseline says of "that many or more" is no smaller than what it says of 900.
+    with pytest.warns(SeddWarning, match="up to 900"):
+        rows = evaluate(model, adata, n_masks=2, num_steps=2, progress=False).metrics["likelihood"]
+    assert rows["nats_per_cell"]["baselines"]["gene mean (Poisson)"] < 120  # a Poisson would give 900 itself 5,000 nats
+
+
 @pytest.mark.parametrize("setting", [{"num_steps": 0}, {"temperature": 0.0}, {"sampler": "magic"}])
 def test_a_bad_sampler_setting_is_one_clear_error(model: Pretrained, setting: dict) -> None:
     with pytest.raises(UserError):
