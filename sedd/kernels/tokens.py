@@ -33,28 +33,50 @@ def _check_row(indices: Any, data: Any, start: Any, stop: Any, n_store: Any) -> 
 def _table_row(indices: Any, data: Any, start: Any, stop: Any, columns: Any, table: Any, out: Any) -> float:
     """Scatter `table[count]`; return the sum of the counts inside the panel."""
     out[:] = table[0]
-    last = np.int64(table.shape[0] - 1)
+    last = np.uint64(table.shape[0] - 1)
+    genes, counts = indices[start:stop], data[start:stop]
     total = np.int64(0)
+    # Unsigned subscripts, which `_check_row` has seen to be in range: for signed ones Numba adds a test for counting from the end.
     if columns.shape[0] == 0:
-        for i in range(start, stop):
-            count = np.int64(data[i])
-            total += count
-            out[np.int64(indices[i])] = table[min(count, last)]
+        for count in counts:
+            total += np.int64(count)
+        for i in range(genes.shape[0]):
+            out[np.uint64(genes[i])] = table[min(np.uint64(counts[i]), last)]
     else:
-        for i in range(start, stop):
-            gene = columns[np.int64(indices[i])]
+        for i in range(genes.shape[0]):
+            gene = columns[np.uint64(genes[i])]
             if gene >= 0:
-                count = np.int64(data[i])
-                total += count
-                out[gene] = table[min(count, last)]
+                total += np.int64(counts[i])
+                out[np.uint64(gene)] = table[min(np.uint64(counts[i]), last)]
+    return np.float64(total)
+
+
+@numba.njit(cache=True, nogil=True)
+def _value_row(indices: Any, data: Any, start: Any, stop: Any, columns: Any, zero: Any, out: Any) -> float:
+    """Scatter the values themselves; return their sum inside the panel, added up in the type of `zero`."""
+    out[:] = 0
+    genes, values = indices[start:stop], data[start:stop]
+    total = zero
+    if columns.shape[0] == 0:
+        for i in range(genes.shape[0]):
+            total += values[i]
+            out[np.uint64(genes[i])] = values[i]
+    else:
+        for i in range(genes.shape[0]):
+            gene = columns[np.uint64(genes[i])]
+            if gene >= 0:
+                total += values[i]
+                out[np.uint64(gene)] = values[i]
     return np.float64(total)
 
 
 @numba.njit(cache=True, nogil=True)
 def _real_row(
-    indices: Any, data: Any, start: Any, stop: Any, columns: Any, mode: Any, edges: Any, scratch: Any, out: Any
+    indices: Any, data: Any, start: Any, stop: Any, columns: Any, mode: Any, zero: Any, edges: Any, scratch: Any, out: Any
 ) -> float:
     """Scatter the bins of real values, or (`_VALUE`) the values themselves; return their sum inside the panel."""
+    if mode == _VALUE:
+        return _value_row(indices, data, start, stop, columns, zero, out)
     own_edges = edges
     if mode == _QUANTILE:
         present = np.empty(stop - start, np.float64)
@@ -69,8 +91,7 @@ def _real_row(
         if count > 0:
             quantile_edges(np.sort(present[:count]), scratch)
         own_edges = scratch
-    zero = digit(0.0, edges) if mode == _EDGES else 0
-    out[:] = zero
+    out[:] = digit(0.0, edges) if mode == _EDGES else 0
     total = 0.0
     for i in range(start, stop):
         gene = np.int64(indices[i])
@@ -78,9 +99,7 @@ def _real_row(
             gene = np.int64(columns[gene])
         if gene >= 0:
             total += data[i]
-            if mode == _VALUE:
-                out[gene] = data[i]
-            elif data[i] > 0:
+            if data[i] > 0:
                 out[gene] = digit(np.float64(data[i]), own_edges)
     return total
 
@@ -127,14 +146,14 @@ def _table_rows(
 
 
 def _real_rows(
-    indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, mode: Any, edges: Any, out: Any,
+    indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, mode: Any, zero: Any, edges: Any, out: Any,
     library: Any, mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
 ) -> None:  # fmt: skip
     for row in numba.prange(starts.shape[0]):
         library[row] = _check_row(indices, data, starts[row], stops[row], n_store)
         if library[row] == 0:
             scratch = np.empty(edges.shape[0], np.float64)
-            library[row] = _real_row(indices, data, starts[row], stops[row], columns, mode, edges, scratch, out[row])
+            library[row] = _real_row(indices, data, starts[row], stops[row], columns, mode, zero, edges, scratch, out[row])
             if mask_mode != _NO_MASK:
                 _mask(mask_mode, stream, cells[row], limits[row], masked[row])
 
@@ -315,7 +334,10 @@ class RowFiller:
         if self._table.size and data.dtype.kind in "ui":
             by_table(indices, data, starts, stops, self.n_store, self.columns, self._table, *tail)
         else:
-            by_value(indices, data, starts, stops, self.n_store, self.columns, self._mode, self._real_edges(), *tail)
+            # Whole numbers are added as such: a processor waits for each sum of floating-point numbers before the next.
+            zero = np.float64(0) if data.dtype.kind == "f" else np.int64(0)
+            head = (indices, data, starts, stops, self.n_store, self.columns)
+            by_value(*head, self._mode, zero, self._real_edges(), *tail)
         if n_rows and float(library.min()) < 0:
             row = int(np.argmin(library))
             at = f"row {row}" if cells is None else f"cell {cells[row]}"
