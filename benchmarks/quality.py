@@ -28,6 +28,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import quality_sedd
 import scanpy as sc
 from quality_methods import alra, knn_denoise, knn_impute
@@ -182,11 +183,16 @@ def score_generation(task: Task, method: str, cells: Any, train_rows: np.ndarray
     return {"protocol": "generation", "method": method, "seed": task.seed, **scores}
 
 
+def unlabelled(labels: np.ndarray) -> np.ndarray:
+    """Which cells have no label."""
+    return np.isin(labels, ["nan", "unknown", ""])
+
+
 def score_embedding(task: Task, method: str, train: np.ndarray, test: np.ndarray) -> Record:
     """kNN from training to test cells, and k-means on all of them; cells without a label take no part."""
     assert task.labels is not None
     a, b = task.labels[task.train_rows], task.labels[task.test_rows]
-    known_a, known_b = ~np.isin(a, ["nan", "unknown", ""]), ~np.isin(b, ["nan", "unknown", ""])
+    known_a, known_b = ~unlabelled(a), ~unlabelled(b)
     both, labels = np.concatenate([train[known_a], test[known_b]]), np.concatenate([a[known_a], b[known_b]])
     scores = {
         "knn_accuracy": m.knn_accuracy(train[known_a], a[known_a], test[known_b], b[known_b]),
@@ -287,13 +293,28 @@ def sedd_records(task: Task, checkpoint: Path, protocols: Sequence[str], n_masks
         yield score_embedding(task, "sedd", states[0], states[1])
 
 
+def recipe_records(task: Task, checkpoint: Path) -> Iterator[Record]:
+    """Score the recipe of cross-entropy at a fixed share of masked genes and a sampler with the forward rate."""
+    model = quality_sedd.Pretrained.load(checkpoint)
+    if model.config.model.objective != "masked":
+        raise SystemExit(f"{checkpoint}: --recipe scores a model trained with --objective masked.")
+    test, order = quality_sedd.aligned(model, task.test, task.genes), quality_sedd.gene_order(model, task.genes)
+    name = "the same network, cross-entropy at 15 %"
+    for fraction, hidden in task.hidden.items():
+        answers = quality_sedd.impute(model, test, hidden)
+        yield score_imputation(task, name, fraction, answers.pop("mean"), **answers)
+    made = quality_sedd.generate_by_forward_rate(model, task.test.shape[0], 100, task.seed)
+    yield score_generation(task, f"{name}, forward-rate sampler", sparse.csr_array(made)[:, order])
+
+
 def export(data: Path, n_genes: int, label: str | None, path: Path) -> None:
     """Write the training cells on the panel, for `sedd train`."""
     task = prepare(data, n_genes, label, 0)
     adata = anndata.AnnData(sparse.csr_matrix(task.train).astype(np.float32))
     adata.var_names, adata.obs_names = task.genes, [f"cell{i}" for i in task.train_rows]
     if task.labels is not None:
-        adata.obs["label"] = task.labels[task.train_rows]
+        labels = task.labels[task.train_rows]
+        adata.obs["label"] = pd.Categorical(np.where(unlabelled(labels), None, labels))
     path.parent.mkdir(parents=True, exist_ok=True)
     adata.write_h5ad(path, compression="gzip")
 
@@ -333,6 +354,7 @@ def main() -> None:
     parser.add_argument("--peer_python", help="interpreter with scvi-tools and magic-impute; without it no peer is run")
     parser.add_argument("--methods", nargs="+", default=["baselines", *PEERS], choices=["baselines", *PEERS])
     parser.add_argument("--checkpoint", type=Path, help="score this sedd model in place of baselines and peers")
+    parser.add_argument("--recipe", action="store_true", help="the checkpoint is one of --objective masked, a peer")
     parser.add_argument("--protocols", nargs="+", default=PROTOCOLS, choices=PROTOCOLS, help="of sedd's score")
     parser.add_argument("--n_masks", type=int, default=64, help="masks per cell of sedd's bound")
     parser.add_argument("--export", type=Path, help="write the training cells on the panel to this .h5ad and stop")
@@ -356,7 +378,9 @@ def main() -> None:
             "machine": _machine(),
         }
         jobs: list[tuple[str, Callable[[], Iterator[Record]]]] = []
-        if args.checkpoint:
+        if args.checkpoint and args.recipe:
+            jobs.append(("recipe", lambda: recipe_records(task, args.checkpoint)))  # noqa: B023
+        elif args.checkpoint:
             jobs.append(("sedd", lambda: sedd_records(task, args.checkpoint, args.protocols, args.n_masks)))  # noqa: B023
         for method in [] if args.checkpoint else args.methods:
             if method == "baselines":

@@ -25,6 +25,7 @@ TITLES = {
     "imputation": "Imputation of hidden genes",
     "denoising": "Denoising of held-out molecules",
     "generation": "Generation",
+    "conditional": "Generation by cell type",
     "embedding": "Embedding",
 }
 COLUMNS: dict[str, list[tuple[str, str, str | float]]] = {
@@ -41,6 +42,12 @@ COLUMNS: dict[str, list[tuple[str, str, str | float]]] = {
     "generation": [
         (key, METRICS[key].title, METRICS[key].better)
         for key in ("w2", "w2_exact", "mmd2", "auc", "correlation", "zero_fraction", "library_ks", "nearest_ratio")
+    ],
+    "conditional": [
+        ("named_right_per_type", "Named as asked for, mean of types", "higher"),
+        ("named_right", "Named as asked for, mean of cells", "higher"),
+        ("w2_within_types", "Gaussian W2 within types", "lower"),
+        ("mmd2_within_types", "MMD² within types", "lower"),
     ],
     "embedding": [("knn_accuracy", "kNN accuracy", "higher"), ("ari", "ARI", "higher")],
 }
@@ -105,6 +112,8 @@ def tables(path: Path) -> str:
     ]
     for protocol, title in TITLES.items():
         records = [r for r in result["records"] if r["protocol"] == protocol]
+        if not records:
+            continue
         for percent in sorted({r.get("hidden_percent", 0) for r in records}):
             part = [r for r in records if r.get("hidden_percent", 0) == percent]
             lines += [f"### {title}{f', {percent} % hidden' if percent else ''}", "", *table(protocol, part), ""]
