@@ -17,6 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,13 +32,13 @@ N_BINS = 100
 
 
 def measure(options: dict[str, Any], form: str, seconds: float) -> dict[str, float]:
-    """Cells per second of a loader after its first epoch, or half the time if that is longer."""
+    """Cells per second of a loader, after as long a stretch to warm up."""
     from sedd.io.loader import CellLoader
 
-    with CellLoader(split="all", n_bins=N_BINS, labels=["cell_type"], pin_memory=False, **options) as loader:
+    with CellLoader(split="all", binning="counts", n_bins=N_BINS, labels=["cell_type"], pin_memory=False, **options) as loader:
         cells = epoch = 0
         began, cpu = time.perf_counter(), time.process_time()
-        warm = began + seconds / 2
+        warm = began + seconds
         while True:
             loader.set_epoch(epoch)
             epoch += 1
@@ -115,9 +116,9 @@ def contest(store: str, batches: list[int], seconds: float, panel: int) -> dict[
     from sedd.io.store import CellStore
 
     began = time.perf_counter()
-    with CellLoader(store, split="all", n_bins=N_BINS, labels=["cell_type"], batch_size=64) as loader:
+    with CellLoader(store, split="all", binning="counts", n_bins=N_BINS, labels=["cell_type"], batch_size=64) as loader:
         next(iter(loader))
-    result: dict[str, Any] = {"first_batch_seconds": time.perf_counter() - began}
+        result: dict[str, Any] = {"first_batch_seconds": time.perf_counter() - began}
     genes = list(CellStore(store).var_names[:: max(1, CellStore(store).n_vars // panel)][:panel])
     forms: dict[str, dict[str, Any]] = {
         "tokens": {"mask": None},
@@ -129,11 +130,82 @@ def contest(store: str, batches: list[int], seconds: float, panel: int) -> dict[
     for mode in ("window", "full"):
         for batch in batches:
             for form, options in forms.items():
+                if mode == "window" and form in ("float32", "panel") and batch != 512:
+                    continue
                 given = {"store": store, "batch_size": batch, "shuffle": mode, **options}
                 result[f"{form}/{batch} {mode}"] = measure(given, form, seconds)
     result.update(limits(store, seconds))
     result["rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return result
+
+
+def cold_epoch(store: str) -> dict[str, float]:
+    """Cells per second of one windowed epoch whose shards the page cache does not hold."""
+    from sedd.io.loader import CellLoader
+
+    for file in Path(store, "X").rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with CellLoader(
+        store, split="all", binning="counts", n_bins=N_BINS, batch_size=512, shuffle="window", pin_memory=False
+    ) as loader:
+        began, cells = time.perf_counter(), 0
+        for batch in loader:
+            cells += len(batch.cell)
+        seconds = time.perf_counter() - began
+    return {"cells_a_second": cells / seconds, "seconds": seconds}
+
+
+def first_epoch_of_gzip(h5ad: Path) -> dict[str, float]:
+    """Seconds from a gzipped h5ad to the end of the first epoch, conversion counted."""
+    from sedd.io.convert import convert
+    from sedd.io.loader import CellLoader
+
+    with tempfile.TemporaryDirectory(dir=h5ad.parent) as folder:
+        began = time.perf_counter()
+        store = convert(h5ad, f"{folder}/store.zarr", progress=False)
+        assert store is not None
+        converted = time.perf_counter() - began
+        with CellLoader(
+            store.path, split="all", binning="counts", n_bins=N_BINS, batch_size=512, pin_memory=False
+        ) as loader:
+            cells = sum(len(batch.cell) for batch in loader)
+        seconds = time.perf_counter() - began
+    return {"conversion_seconds": converted, "seconds": seconds, "cells_a_second": cells / seconds}
+
+
+def figure(record: dict[str, Any], path: Path, batch: int = 512) -> None:
+    """Draw the rates at one batch size, peers beside each other and the machine's limit above."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    forms = {"tokens": "tokens", "masked": "tokens + mask", "float32": "float32", "csr": "CSR"}
+    rates, own = record["rates"], record["rates"]["sedd"]
+    bars = {f"sedd, {mode}": {form: own[f"{form}/{batch} {mode}"] for form in forms} for mode in ("full", "window")}
+    bars |= {name: {form: value.get(f"{form}/{batch}") for form in forms} for name, value in rates.items() if name != "sedd"}
+    fig, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    width = 0.8 / len(bars)
+    for k, (name, values) in enumerate(bars.items()):
+        there = [n for n, form in enumerate(forms) if values[form] is not None]
+        at = np.array(there) + (k - (len(bars) - 1) / 2) * width
+        walls = [values[form]["wall"] for form in forms if values[form] is not None]
+        middle = np.array([wall["median"] for wall in walls]) / 1e3
+        low, high = np.array([wall["range"] for wall in walls]).T / 1e3
+        axis.bar(at, middle, width * 0.92, label=name)
+        axis.errorbar(at, middle, np.maximum(0, [middle - low, high - middle]), fmt="none", ecolor="0.3", lw=1)
+    for k, form in enumerate(("tokens", "masked")):
+        limit = own[f"limit {form}"]["wall"]["median"] / 1e3
+        axis.hlines(limit, k - 0.45, k + 0.45, colors="black", linestyles="dashed", lw=1)
+    axis.set_xticks(range(len(forms)), list(forms.values()))
+    axis.set_yscale("log")
+    axis.set_ylabel("thousand cells a second")
+    axis.set_title(f"Batches of {batch} of {record['data']['file']}, 2 cores; dashed: decode + scatter (+ mask) alone", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9, ncols=2)
+    fig.savefig(path, dpi=150)
 
 
 def shuffle_quality(store: str, batch: int = 64, n_batches: int = 400) -> dict[str, float]:
@@ -218,6 +290,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--panel", type=int, default=2000)
+    parser.add_argument("--gzip", type=Path, help="the same h5ad, gzipped")
+    parser.add_argument("--figure", type=Path)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--contest", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -237,6 +311,8 @@ def main() -> None:
         peer, python = text.split("=", 1)
         script = str(here.with_name("loader_peers.py"))
         commands[peer] = [python, script, peer, str(args.h5ad), str(store.parent), *common]
+        if peer != "annbatch":  # the slower ones at one size, tiledbsoma-ml in one form: it takes half a minute
+            commands[peer] += ["--batches", "512", "--forms", "csr" if peer == "soma" else "csr,tokens"]
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for number in range(args.rounds):
         for name, command in commands.items():
@@ -247,12 +323,16 @@ def main() -> None:
         "data": {"file": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds},
         "rates": {name: summarise(values) for name, values in rounds.items()},
         "label_entropy_bits": shuffle_quality(str(store)),
+        "cold_epoch": cold_epoch(str(store)),
+        "first_epoch_of_gzip": None if args.gzip is None else first_epoch_of_gzip(args.gzip),
         "bytes_read_by_8_ranks": rank_bytes(str(store)),
         "bytes_of_the_store": sum(
             f.stat().st_size for n in ("data", "indices") for f in (store / "X" / n / "c").iterdir()
         ),
     }
     args.output.write_text(json.dumps(record, indent=1) + "\n")
+    if args.figure is not None:
+        figure(record, args.figure)
     print(args.output)
 
 

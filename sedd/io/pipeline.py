@@ -171,7 +171,7 @@ class Pipeline:
         def read() -> tuple[np.ndarray, Rows]:
             cells = self._cells_at(order, plan.positions(low, high))
             task = dask.delayed(self.reader.read, pure=False, traverse=False)(cells)
-            return cells, task.compute(scheduler="synchronous")
+            return cells, task.compute(scheduler=dask.get)  # by name, dask would import distributed to look for a cluster
 
         def read_elsewhere() -> tuple[np.ndarray, Rows]:
             cells = self._cells_at(order, plan.positions(low, high))

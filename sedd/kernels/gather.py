@@ -12,19 +12,23 @@ from ..errors import UserError
 
 @numba.njit(cache=True, nogil=True)
 def _count(indices: Any, starts: Any, stops: Any, n_store: Any, columns: Any, indptr: Any) -> bool:
-    """Write the row pointers; return whether all indices are inside the store."""
+    """Write the row pointers; return whether all indices are inside the store.
+
+    Rows are cut out first here and below: a subscript that may be negative keeps a loop from being vectorised.
+    """
     fine = True
     indptr[0] = 0
     for row in range(starts.shape[0]):
-        kept = stops[row] - starts[row]
-        bad = False
-        for i in range(starts[row], stops[row]):
-            bad |= (np.int64(indices[i]) >= n_store) | (np.int64(indices[i]) < 0)
-        fine &= not bad
-        if columns.shape[0] > 0 and not bad:
+        genes = indices[starts[row] : stops[row]]
+        kept = genes.shape[0]
+        bad = 0
+        for gene in genes:
+            bad += (np.int64(gene) >= n_store) | (np.int64(gene) < 0)
+        fine &= bad == 0
+        if columns.shape[0] > 0 and bad == 0:
             kept = 0
-            for i in range(starts[row], stops[row]):
-                kept += columns[np.int64(indices[i])] >= 0
+            for gene in genes:
+                kept += columns[np.uint64(gene)] >= 0
         indptr[row + 1] = indptr[row] + kept
     return fine
 
@@ -34,17 +38,20 @@ def _gather(
     indices: Any, data: Any, starts: Any, stops: Any, columns: Any, indptr: Any, out_indices: Any, out_data: Any
 ) -> None:
     for row in range(starts.shape[0]):
-        at, start = indptr[row], starts[row]
+        genes, values = indices[starts[row] : stops[row]], data[starts[row] : stops[row]]
+        own_indices, own_data = out_indices[indptr[row] : indptr[row + 1]], out_data[indptr[row] : indptr[row + 1]]
         if columns.shape[0] == 0:
-            for i in range(stops[row] - start):
-                out_indices[at + i] = indices[start + i]
-                out_data[at + i] = data[start + i]
+            for i in range(genes.shape[0]):
+                own_indices[i] = genes[i]
+            for i in range(genes.shape[0]):
+                own_data[i] = values[i]
         else:
-            for i in range(start, stops[row]):
-                gene = columns[np.int64(indices[i])]
+            at = 0
+            for i in range(genes.shape[0]):
+                gene = columns[np.uint64(genes[i])]
                 if gene >= 0:
-                    out_indices[at] = gene
-                    out_data[at] = data[i]
+                    own_indices[at] = gene
+                    own_data[at] = values[i]
                     at += 1
 
 
