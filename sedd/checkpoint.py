@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from sedd.errors import UserError, warn_user
+from sedd.sharding import whole
 
 FORMAT = 1
 _NUMBERED = re.compile(r"(epoch|step)_(\d+)\.pt$")
@@ -50,9 +51,10 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        # torch reports a failed write of the archive as RuntimeError; to the caller it is the disk's error.
+        # torch reports a failed write of the archive as a RuntimeError of its own, after the disk's error.
         if isinstance(error, RuntimeError):
-            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+            cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).splitlines()[0])
+            raise OSError(cause.errno, f"could not be written: {cause.strerror or cause}", str(path)) from error
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -140,7 +142,7 @@ class CheckpointWriter:
     """Writes checkpoints in a thread, so that training goes on meanwhile; one write at a time.
 
     The state handed to `submit` must not change afterwards (`snapshot` copies it). An error of a write is raised by the
-    next `submit` or `wait`.
+    next `submit`, `check` or `wait`.
     """
 
     def __init__(self) -> None:
@@ -163,6 +165,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=work, name="sedd-checkpoint")
         self._thread.start()
 
+    def check(self) -> None:
+        """Raise the error of a write that has failed, without waiting for one that is under way."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
     def wait(self) -> None:
         """Return when nothing is being written."""
         if self._thread is not None:
@@ -173,12 +180,21 @@ class CheckpointWriter:
             raise error
 
 
-def snapshot(value: Any) -> Any:
-    """A copy of nested containers whose tensors lie in memory of their own on the CPU."""
+def snapshot(value: Any, *, keep: bool = True) -> Any:
+    """A copy of nested containers whose tensors lie in memory of their own on the CPU.
+
+    Parameters
+    ----------
+    value
+        May hold tensors that are divided among processes. They are made whole, for which every process must call this.
+    keep
+        Whether this process wants the copy; else tensors become None.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        full = whole(value.detach())
+        return full.to("cpu", copy=True) if keep else None
     if isinstance(value, dict):
-        return {k: snapshot(v) for k, v in value.items()}
+        return {k: snapshot(v, keep=keep) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [snapshot(v) for v in value]
+        return [snapshot(v, keep=keep) for v in value]
     return value

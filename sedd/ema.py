@@ -68,11 +68,6 @@ class EMA:
             for name, p in weights.items():
                 p.data = own[name]
 
-    def to(self, device: torch.device | str) -> EMA:
-        """Move the average to a device."""
-        self.average = {name: value.to(device) for name, value in self.average.items()}
-        return self
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the average, the decay and the number of updates."""
         return {"average": dict(self.average), "decay": self.decay, "updates": self.updates}

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from sedd.config import TrainConfig
 from sedd.errors import UserError
+from sedd.progress import Progress
 from sedd.run_directory import RunDirectory
 
 _EVERY_S = 1.0  # a line of metrics.jsonl at most this often
@@ -59,22 +60,14 @@ class Tracker:
         if self._backend is not None:
             getattr(self._backend, "close", getattr(self._backend, "finish", lambda: None))()
 
-    def step(self, step: int, loss: float, learning_rate: float, sums: dict[str, float]) -> None:
+    def step(self, step: int, loss: float, learning_rate: float, progress: Progress) -> None:
         """Log an optimizer step; all but one a second are passed over."""
         now = time.monotonic()
         if not self._accelerator.is_main_process or now - self._last < _EVERY_S:
             return
         self._last = now
-        seconds = max(sums["seconds"], 1e-9)
-        self._write(
-            step,
-            {
-                "loss": loss,
-                "learning_rate": learning_rate,
-                "cells_per_s": sums["cells"] * self._accelerator.num_processes / seconds,
-                "wait_share": sums["wait"] / seconds,
-            },
-        )
+        speed = {"cells_per_s": progress.cells_per_s, "wait_share": progress.wait_share}
+        self._write(step, {"loss": loss, "learning_rate": learning_rate, **speed})
 
     def epoch(self, entry: dict[str, Any]) -> None:
         """Log an epoch's summary."""

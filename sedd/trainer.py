@@ -21,19 +21,25 @@ from tqdm import tqdm
 
 from sedd import checkpoint
 from sedd.config import TrainConfig
-from sedd.devices import is_out_of_memory, make_accelerator, parameter_groups
+from sedd.devices import make_accelerator, parameter_groups
 from sedd.ema import EMA
 from sedd.errors import UserError
+from sedd.failures import explained
 from sedd.graph import make_graph
 from sedd.io.loader import Batch, CellLoader
 from sedd.kernels.mask import stream_key
 from sedd.loss import diffusion_loss
+from sedd.model import SEDDTransformer
 from sedd.noise import make_noise
 from sedd.panel import Panel, prepare_panel
+from sedd.progress import Progress
 from sedd.run_directory import RunDirectory
+from sedd.sharding import divide_like, divide_optimizer_state, whole
 from sedd.signals import StopRequest, TrainingInterrupted
 from sedd.tracking import Tracker, resolve_logger
 from sedd.validation import Validator
+
+_TIMES = ("seconds", "wait")  # of the sums over an epoch
 
 
 class SEDDTrainer:
@@ -77,6 +83,8 @@ class SEDDTrainer:
             After SIGTERM, SIGUSR1 or Ctrl-C, when the state has been saved.
         FloatingPointError
             If the loss is not finite; the last checkpoint stays as it was.
+        MemoryError, OSError, ConnectionError
+            If memory or the disk is full or another process has ended, with what to do; so does the checkpoint then.
         """
         run = self.config.run
         if run.num_threads:
@@ -94,6 +102,7 @@ class SEDDTrainer:
             if run.dry_run:
                 self._describe(panel)
                 return self.history
+            stack.enter_context(explained(self.config, lambda: self.step))
             if self.accelerator.is_main_process:
                 self.directory.create(self.config.to_flat(), fresh=resumed is None)
                 self.directory.rewind_metrics(self.step)
@@ -107,9 +116,8 @@ class SEDDTrainer:
             while self.epoch < self.config.optim.num_epochs and not self._stopped_improving():
                 self._train_epoch()
                 self._finish_epoch()
-            if self.accelerator.is_main_process:
-                self._save([self.directory.path / "final.pt"], self._sums)
-                self._writer.wait()
+            self._save([self.directory.path / "final.pt"], self._sums)
+            self._writer.wait()
             self.accelerator.wait_for_everyone()
         return self.history
 
@@ -162,7 +170,6 @@ class SEDDTrainer:
         if resumed is not None:
             _check_same_model(resumed, self.model.config, config.model.graph)
             self.model.load_state_dict(resumed["model"])
-        self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.optim.weight_decay),
             lr=config.optim.learning_rate,
@@ -173,8 +180,8 @@ class SEDDTrainer:
         self._module, self._optimizer = accelerator.prepare(module, optimizer)
         warmup = config.optim.warmup_steps
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, warmup)))
-        if self.ema is not None:
-            self.ema.to(accelerator.device)
+        # Of the weights where and as the optimizer has them: on the device, and divided if they are.
+        self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
         self._loader = self._make_loader()
         self._validator = Validator(config, panel, accelerator, self.noise, self.graph)
         if resumed is not None:
@@ -201,16 +208,18 @@ class SEDDTrainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
-        self._optimizer.load_state_dict(state["optimizer"])
+            average = {k: divide_like(v, self.ema.average.get(k, v)) for k, v in state["ema"]["average"].items()}
+            self.ema.load_state_dict({**state["ema"], "average": average})
+        self._optimizer.load_state_dict(divide_optimizer_state(state["optimizer"], self._optimizer))
         self._scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.best_loss = state["best_loss"] if state["best_loss"] is not None else math.inf
         self.history = state["history"]
-        # The sums of all ranks go on in the first one's; the others start from nothing.
-        self._sums = state["sums"] if self.accelerator.is_main_process else dict.fromkeys(state["sums"], 0.0)
+        # The sums of all ranks go on in the first one's, the others start from nothing; times are means over ranks.
+        first = self.accelerator.is_main_process
+        self._sums = {name: value if first or name in _TIMES else 0.0 for name, value in state["sums"].items()}
         self._loader.load_state_dict(state["loader"])
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -221,37 +230,28 @@ class SEDDTrainer:
             self._loader.set_epoch(self.epoch)
         config, sums = self.config.optim, self._sums
         self._module.train()
-        bar = tqdm(
-            total=self._loader.n_cells,
-            initial=int(sums["cells"]) * self.accelerator.num_processes,
-            desc=f"epoch {self.epoch + 1}/{config.num_epochs}",
-            unit="cell",
-            disable=not self.accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-            dynamic_ncols=True,
+        bar = Progress(
+            self.epoch,
+            config.num_epochs,
+            self._loader.state_dict()["position"],
+            self._loader.n_cells,
+            nelbo=self.history[-1]["val_nelbo"] if self.history else None,
+            shown=self.accelerator.is_main_process,
         )
         batches = iter(self._loader)
         began, waited = time.monotonic(), self._loader.wait_seconds
         with bar:
             while group := list(islice(batches, config.gradient_accumulation_steps)):
-                try:
-                    per_cell, n_cells = self._optimizer_step(group)
-                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    raise MemoryError(self._memory_advice()) from error
+                per_cell, n_cells = self._optimizer_step(group)
+                now, wait = time.monotonic(), self._loader.wait_seconds
                 # Sums of this rank's cells; they are added up over ranks when an epoch ends or its state is saved.
                 sums["loss"] += per_cell * n_cells
                 sums["cells"] += n_cells
-                now, wait = time.monotonic(), self._loader.wait_seconds
                 sums["seconds"] += now - began
                 sums["wait"] += wait - waited
+                bar.step(per_cell, n_cells * self.accelerator.num_processes, now - began, wait - waited)
                 began, waited = now, wait
-                bar.set_postfix(
-                    loss=f"{per_cell:.1f}", wait=f"{sums['wait'] / max(sums['seconds'], 1e-9):.1%}", refresh=False
-                )
-                bar.update(n_cells * self.accelerator.num_processes)
-                self._tracker.step(self.step, per_cell, float(self._scheduler.get_last_lr()[0]), sums)
+                self._tracker.step(self.step, per_cell, float(self._scheduler.get_last_lr()[0]), bar)
                 self._save_if_due()
 
     def _optimizer_step(self, group: list[Batch]) -> tuple[float, int]:
@@ -291,32 +291,24 @@ class SEDDTrainer:
             hidden = torch.rand(len(batch.cell), device=device) < config.condition_dropout
             condition = None if condition is None else condition.masked_fill(hidden[:, None], 0)
             library = None if library is None else library.masked_fill(hidden, math.nan)
-        return diffusion_loss(
-            self._module,
-            self.graph,
-            self.noise,
-            batch.tokens.to(device, non_blocking=True),
-            None if batch.masked is None else batch.masked.to(device, non_blocking=True),
-            batch.t.to(device, non_blocking=True),
-            condition=condition,
-            library=library,
-            objective=config.objective,
-        )
-
-    def _memory_advice(self) -> str:
-        config = self.config.optim
-        smaller = max(1, config.batch_size // 2)
-        steps = config.gradient_accumulation_steps * config.batch_size // smaller
-        return (
-            f"out of memory at step {self.step} with --batch_size {config.batch_size}; the last checkpoint is whole. Continue "
-            f"with --resume auto --batch_size {smaller} --gradient_accumulation_steps {steps}, which makes the same steps."
-        )
+        with self.accelerator.autocast():  # which accelerate leaves to its own casts where weights are divided
+            return diffusion_loss(
+                self._module,
+                self.graph,
+                self.noise,
+                batch.tokens.to(device, non_blocking=True),
+                None if batch.masked is None else batch.masked.to(device, non_blocking=True),
+                batch.t.to(device, non_blocking=True),
+                condition=condition,
+                library=library,
+                objective=config.objective,
+            )
 
     def _finish_epoch(self) -> None:
         """Validate, write the epoch's line and its checkpoints."""
-        with self._averaged_weights():
+        with self._averaged_model() as model:
             # Ranks validate different numbers of batches, so within it each looks at its own signal only.
-            found = self._validator.run(self.model, stop=lambda: self._stop.signal_number != 0)
+            found = self._validator.run(model, stop=lambda: self._stop.signal_number != 0)
         if self._agree_on_signal():  # continued from here: the epoch's training is not done again
             self._interrupt()
         sums = self._summed_over_ranks()
@@ -337,13 +329,13 @@ class SEDDTrainer:
         self.best_loss = min(self.best_loss, entry["val_nelbo"])
         self._sums = dict.fromkeys(sums, 0.0)
         self._loader.set_epoch(self.epoch)
-        if not self.accelerator.is_main_process:
-            return
         paths = [self.directory.path / "best.pt"] if improved else []
         if self.epoch % 10 == 0:
             paths.append(self.directory.path / f"epoch_{self.epoch}.pt")
         if paths:
             self._save(paths, self._sums)
+        if not self.accelerator.is_main_process:
+            return
         self.directory.write_history(self.history)
         self._tracker.epoch(entry)
         tqdm.write(
@@ -353,12 +345,18 @@ class SEDDTrainer:
         )
 
     @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        if self.ema is None:
-            yield
+    def _averaged_model(self) -> Iterator[SEDDTransformer]:
+        """The model with its averaged weights. Of divided ones a whole copy, which ranks can use independently."""
+        if self.accelerator.is_fsdp2:
+            weights = {**self.model.state_dict(), **({} if self.ema is None else self.ema.average)}
+            copy = SEDDTransformer(**self.model.config).to(self.accelerator.device)
+            copy.load_state_dict({name: whole(value.detach()) for name, value in weights.items()})
+            yield copy
+        elif self.ema is None:
+            yield self.model
         else:
             with self.ema.applied(self.model):
-                yield
+                yield self.model
 
     def _stopped_improving(self) -> bool:
         patience = self.config.run.early_stopping
@@ -376,7 +374,7 @@ class SEDDTrainer:
         values = torch.tensor(list(self._sums.values()), dtype=torch.float64)
         dist.all_reduce(values, group=self._cpu_group)
         sums = dict(zip(self._sums, values.tolist(), strict=True))
-        for name in ("seconds", "wait"):
+        for name in _TIMES:
             sums[name] /= self.accelerator.num_processes
         return sums
 
@@ -409,7 +407,12 @@ class SEDDTrainer:
         }
 
     def _save(self, paths: list[Path], sums: dict[str, float], *, drop: list[Path] | None = None) -> None:
-        self._writer.submit(paths, checkpoint.snapshot(self.state(sums)), drop=drop)
+        """Have the first rank write the state; every rank must call this, as divided weights are made whole by all."""
+        main = self.accelerator.is_main_process
+        if main or self.accelerator.is_fsdp2:
+            state = checkpoint.snapshot(self.state(sums), keep=main)
+            if main:
+                self._writer.submit(paths, state, drop=drop)
 
     def _save_if_due(self) -> None:
         every_steps, every_seconds = self.config.run.checkpoint_interval()
@@ -417,6 +420,7 @@ class SEDDTrainer:
         due = (every_steps is not None and self.step - step >= every_steps) or (
             every_seconds is not None and time.monotonic() - at >= every_seconds
         )
+        self._writer.check()
         signal_number, due = self._agree(self._stop.signal_number, due)
         self._stop.signal_number = signal_number
         if signal_number:
@@ -428,11 +432,11 @@ class SEDDTrainer:
     def _save_step(self) -> Path:
         """Save `step_N.pt`; every rank must call this."""
         path = self.directory.path / f"step_{self.step}.pt"
-        sums = self._summed_over_ranks()
+        others: list[Path] = []
         if self.accelerator.is_main_process:
             others = [p for p in checkpoint.numbered_checkpoints(path.parent, "step") if p != path]
-            keep = self.config.run.keep_checkpoints - 1
-            self._save([path], sums, drop=others[: max(0, len(others) - keep)])
+        keep = self.config.run.keep_checkpoints - 1
+        self._save([path], self._summed_over_ranks(), drop=others[: max(0, len(others) - keep)])
         return path
 
     def _agree(self, signal_number: int, due: bool) -> tuple[int, bool]:

@@ -1,0 +1,90 @@
+"""What a machine can do to a run, and what its user can do about it: no memory, a full disk, a dead process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from sedd import checkpoint
+from sedd.config import TrainConfig
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# gloo and NCCL say in words only that the other end of a connection is gone.
+_PEER_LOST = ("closed by peer", "reset by peer", "broken pipe", "gloo/transport", "remote process exited")
+
+
+@contextlib.contextmanager
+def explained(config: TrainConfig, step: Callable[[], int]) -> Iterator[None]:
+    """Context that turns failures of the machine into errors which say what to do.
+
+    Parameters
+    ----------
+    config
+        Of the run.
+    step
+        Asked for the step at which it happened.
+
+    Raises
+    ------
+    MemoryError
+        When memory ran out, with the settings that make the same steps in less of it.
+    OSError
+        When the disk is full, with the checkpoint that is left.
+    ConnectionError
+        When another process of the run has ended.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(_memory_advice(config, step())) from error
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            full = OSError(_disk_advice(config, error))
+            full.errno = error.errno
+            raise full from error
+        if _is_lost_peer(error):
+            raise ConnectionError(
+                f"another process of this run ended during step {step()}; its message or the launcher's says why. "
+                f"{_left(config)} Continue with --resume auto."
+            ) from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is memory that failed: on the CPU torch says so in the words of a RuntimeError only."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error).lower() for w in words)
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    lost = isinstance(error, dist.DistError) or any(words in str(error).lower() for words in _PEER_LOST)
+    return lost and dist.is_initialized()
+
+
+def _memory_advice(config: TrainConfig, step: int) -> str:
+    optim = config.optim
+    smaller = max(1, optim.batch_size // 2)
+    steps = optim.gradient_accumulation_steps * optim.batch_size // smaller
+    return (
+        f"out of memory at step {step} with --batch_size {optim.batch_size}; the last checkpoint is whole. Continue "
+        f"with --resume auto --batch_size {smaller} --gradient_accumulation_steps {steps}, which makes the same steps."
+    )
+
+
+def _disk_advice(config: TrainConfig, error: OSError) -> str:
+    return (
+        f"{config.run.checkpoint_dir}: no room left for what was being saved ({error.strerror}). {_left(config)} Free some "
+        "space or lower --keep_checkpoints, then continue with --resume auto."
+    )
+
+
+def _left(config: TrainConfig) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a damaged checkpoint is passed over again, aloud, when the run continues
+        path = checkpoint.find_newest(config.run.checkpoint_dir)
+    return "No checkpoint was made yet." if path is None else f"The last whole checkpoint is {path}."
