@@ -1,0 +1,75 @@
+"""Trains in children of one process that has imported everything; a child is killed, as by `kill -9`, where the plan says.
+
+    python tests/forked.py PLAN.json
+
+PLAN.json is a list of runs: `argv` of `sedd`, `processes`, and `kill`, which is null or [step, seconds, ranks]: so long after
+that step, wherever it then is, each of these ranks dies. For each run a line of JSON is printed: the exit status of each rank
+(-9 for a killed one) and the seconds that passed from the first death to the last end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import sedd.evaluation  # noqa: F401
+from sedd import cli, trainer
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def child(run: dict[str, Any], rank: int, port: int) -> None:
+    if run["processes"] > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run["processes"], "LOCAL_WORLD_SIZE": run["processes"]}
+        os.environ.update({k: str(v) for k, v in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if run["kill"] is not None and rank in run["kill"][2]:
+        step, seconds, _ = run["kill"]
+        real, armed = trainer.SEDDTrainer._optimizer_step, []
+
+        def watched(self: Any, group: Any) -> Any:
+            if self.step >= step and not armed:
+                armed.append(1)
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return real(self, group)
+
+        trainer.SEDDTrainer._optimizer_step = watched  # type: ignore[method-assign]
+    try:
+        status = cli.main(run["argv"])
+    except BaseException:
+        traceback.print_exc()
+        status = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def execute(run: dict[str, Any]) -> dict[str, Any]:
+    port, pids = free_port(), {}
+    for rank in range(run["processes"]):
+        pid = os.fork()
+        if pid == 0:
+            child(run, rank, port)
+        pids[pid] = rank
+    statuses, first = [0] * len(pids), 0.0
+    for _ in range(len(pids)):
+        pid, status = os.wait()
+        first = first or time.monotonic()
+        statuses[pids[pid]] = os.waitstatus_to_exitcode(status)
+    return {"statuses": statuses, "seconds": time.monotonic() - first}
+
+
+if __name__ == "__main__":
+    for one in json.loads(Path(sys.argv[1]).read_text()):
+        print(json.dumps(execute(one)), flush=True)
