@@ -234,36 +234,43 @@ class Pipeline:
         batches = []
         for first in range(low, high, plan.batch_size):
             last = min(first + plan.batch_size, high)
-            blocks, cells = [], []
+            pieces, cells = [], []
             for run in (run for run in runs if run.low < last and run.high > first):
                 run_cells, rows = run.result.result()
                 part = slice(max(first, run.low) - run.low, min(last, run.high) - run.low)
-                blocks.append(self._gather(rows, part))
+                pieces.append(Rows(rows.indices, rows.data, rows.starts[part], rows.stops[part]))
                 cells.append(run_cells[part])
-            cell = np.concatenate(cells)
-            x = blocks[0] if len(blocks) == 1 else sp.vstack(blocks, format="csr")
+            cell, x = np.concatenate(cells), self._gather(pieces)
             batches.append({"x": x, "cell": cell, "labels": {name: of[cell] for name, of in self.recipe.codes.items()}})
         return batches
 
-    def _gather(self, rows: Rows, part: slice) -> sp.csr_matrix:
-        filler, starts, stops = self.recipe.filler, rows.starts[part], rows.stops[part]
-        indptr = row_pointers(rows.indices, starts, stops, n_store=filler.n_store, columns=filler.columns)
-        indices = self._slabs.take((int(indptr[-1]),), np.dtype(np.int32))
-        data = self._slabs.take((int(indptr[-1]),), np.dtype(np.float32))
-        gather_rows(
-            rows.indices,
-            rows.data,
-            starts,
-            stops,
-            columns=filler.columns,
-            indptr=indptr,
-            out_indices=indices,
-            out_data=data,
-            target_sum=filler.target_sum,
-            log1p=filler.log1p,
-        )
+    def _gather(self, pieces: list[Rows]) -> sp.csr_matrix:
+        """Copy the rows of all pieces into one matrix."""
+        filler = self.recipe.filler
+        pointers = [
+            row_pointers(piece.indices, piece.starts, piece.stops, n_store=filler.n_store, columns=filler.columns)
+            for piece in pieces
+        ]
+        ends = np.cumsum([0, *(int(own[-1]) for own in pointers)])
+        indices = self._slabs.take((int(ends[-1]),), np.dtype(np.int32))
+        data = self._slabs.take((int(ends[-1]),), np.dtype(np.float32))
+        for k, piece in enumerate(pieces):
+            gather_rows(
+                piece.indices,
+                piece.data,
+                piece.starts,
+                piece.stops,
+                columns=filler.columns,
+                indptr=pointers[k],
+                out_indices=indices[ends[k] : ends[k + 1]],
+                out_data=data[ends[k] : ends[k + 1]],
+                target_sum=filler.target_sum,
+                log1p=filler.log1p,
+            )
         # scipy copies all indices on each slice when the two index types differ.
-        return sp.csr_matrix((data, indices, indptr.astype(np.int32)), shape=(starts.size, filler.n_panel))
+        shifted = [pointers[0], *(own[1:] + ends[k] for k, own in enumerate(pointers) if k)]
+        indptr = np.concatenate(shifted).astype(np.int32)
+        return sp.csr_matrix((data, indices, indptr), shape=(indptr.size - 1, filler.n_panel))
 
     # -- an epoch ------------------------------------------------------------------------------------------------
 
