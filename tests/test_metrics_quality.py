@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import integrate, sparse, stats
+from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from quality import score_denoising, update
 from quality_methods import alra, knn_denoise, knn_impute
-from quality_sedd import with_own_count
+from quality_sedd import ForwardRateSampler
 from quality_tables import table
 
 from sedd import metrics as m
+from sedd.graph import AbsorbingGraph
+from sedd.noise import LogLinearNoise
 
 
 def two_kinds(n: int = 160, n_vars: int = 120, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -62,19 +64,12 @@ def test_alra_keeps_what_was_seen_and_thresholds_what_was_not() -> None:
     assert out[unseen & (rate > 1.5)].mean() > 5 * out[unseen & (rate < 0.02)].mean()
 
 
-def test_own_count_updates_a_gamma_rate_as_bayes_does() -> None:
-    shape, scale, count = 2.5, 0.8, 4
-    mean, variance = shape * scale, shape * scale + shape * scale**2
-
-    def weight(rate: float) -> float:
-        return float(stats.gamma.pdf(rate, shape, scale=scale) * stats.poisson.pmf(count, rate))
-
-    top = integrate.quad(lambda r: r * weight(r), 0, 60)[0]
-    expected = top / integrate.quad(weight, 0, 60)[0]
-    got = with_own_count(np.array([mean]), np.array([np.sqrt(variance)]), np.array([count]))
-    assert got[0] == pytest.approx(expected)
-    sure = with_own_count(np.array([mean]), np.array([np.sqrt(mean)]), np.array([40]))  # a Poisson: the rate is known
-    assert sure[0] == pytest.approx(mean, rel=1e-3)
+def test_the_forward_rate_unmasks_all_but_a_twenty_thousandth_in_the_first_of_100_steps() -> None:
+    curve = ForwardRateSampler(None, AbsorbingGraph(4), LogLinearNoise(), num_steps=100).survival()
+    assert curve[0] == pytest.approx(np.exp(-9.99), rel=1e-6)  # dsigma(1) = 999 for eps = 1e-3
+    assert 1 - curve[0] == pytest.approx(0.99995, abs=1e-5)
+    assert curve[-1] == 0
+    assert (curve.diff() <= 0).all()
 
 
 def test_records_replace_their_like_and_leave_the_others(tmp_path: Path) -> None:
