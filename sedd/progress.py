@@ -76,7 +76,7 @@ class Progress:
         self.seconds += seconds
         self.wait += wait
         self._bar.set_postfix_str(self.status(loss), refresh=False)
-        self._bar.update(min(cells, self._bar.total - self._bar.n))  # the last step can be filled up
+        self._bar.update(min(cells, int(self._bar.total or 0) - self._bar.n))  # the last step can be filled up
 
     def status(self, loss: float) -> str:
         """The figures beside the bar; the time left is that of training alone, without validation."""
