@@ -1,4 +1,4 @@
-"""The command line: `sedd convert | info | verify | train | impute | denoise | generate | embed | evaluate | runs`.
+"""The command line: `sedd convert | info | verify | train | impute | denoise | generate | embed | evaluate | runs | export`.
 
 Each command is a dataclass (its fields are the flags) with a `run` method. The modules that do the work are imported by
 the command that needs them, so `sedd --help` answers at once.

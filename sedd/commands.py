@@ -78,10 +78,10 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Tell what is in a store, a checkpoint or an experiment directory."""
+    """Tell what is in a store, a checkpoint, an experiment directory or an exported model."""
 
     path: Positional[str]
-    """A .zarr store, a .pt checkpoint or an experiment directory."""
+    """A .zarr store, a .pt checkpoint, an experiment directory or that of an exported model."""
 
     def run(self) -> int:
         """Print it."""
@@ -372,6 +372,27 @@ class Runs:
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a trained model into a directory to hand on: safetensors, settings, panel and a model card."""
+
+    checkpoint: Positional[str]
+    """A checkpoint or an experiment directory."""
+    directory: Positional[str]
+    """The directory to make; the other commands take it like a checkpoint."""
+    overwrite: bool = False
+    """Replace an exported model that is there."""
+
+    def run(self) -> int:
+        """Export and say where."""
+        from sedd.pretrained import Pretrained
+
+        model = Pretrained.load(self.checkpoint, device="cpu")
+        written = model.push_to_hub(self.directory, overwrite=self.overwrite)
+        print(f"{written}: {', '.join(sorted(path.name for path in written.iterdir()))} of {model.path}")
+        return 0
+
+
 COMMANDS: dict[str, Any] = {
     "convert": Convert,
     "info": Info,
@@ -382,6 +403,7 @@ COMMANDS: dict[str, Any] = {
     "embed": Embed,
     "evaluate": Evaluate,
     "runs": Runs,
+    "export": Export,
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from sedd import checkpoint
 from sedd.config import TrainConfig
 from sedd.errors import UserError
+from sedd.export import is_export, read_export, write_export
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
 from sedd.kernels.discretize import Binning
 from sedd.model import SEDDTransformer
@@ -75,12 +76,12 @@ class Pretrained:
 
     @classmethod
     def load(cls, path: Pretrained | str | Path, *, device: str | torch.device | None = None) -> Pretrained:
-        """Read the checkpoint that `path` names (`sedd.checkpoint.find`).
+        """Read the checkpoint that `path` names (`sedd.checkpoint.find`), or an exported model.
 
         Parameters
         ----------
         path
-            A checkpoint, an experiment directory, or a loaded model, which is returned as it is.
+            A checkpoint, an experiment directory, that of an exported model, or a loaded model, which is returned as it is.
         device
             Where to put the model; a GPU if there is one.
 
@@ -91,8 +92,50 @@ class Pretrained:
         """
         if isinstance(path, Pretrained):
             return path
+        if is_export(path):
+            return cls._of(Path(path), read_export(path), device)
         file = checkpoint.find(path)
-        state = checkpoint.load(file)
+        return cls._of(file, checkpoint.load(file), device)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
+        """Read a model that `push_to_hub` wrote into a local directory; nothing in it is executed.
+
+        Parameters
+        ----------
+        directory
+            Of the exported model.
+        device
+            Where to put the model; a GPU if there is one.
+
+        Raises
+        ------
+        UserError
+            If a file is missing or damaged.
+        """
+        if not Path(directory).is_dir():
+            raise UserError(f"{directory}: no such directory; expected one that `sedd export` or push_to_hub made.")
+        return cls._of(Path(directory), read_export(directory), device)
+
+    def push_to_hub(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the model into a local directory that can be handed on: safetensors, settings, panel and a card.
+
+        Parameters
+        ----------
+        directory
+            Where to.
+        overwrite
+            Replace an exported model that is there.
+
+        Raises
+        ------
+        UserError
+            If the directory exists and is not to be replaced.
+        """
+        return write_export(self, directory, overwrite=overwrite)
+
+    @classmethod
+    def _of(cls, file: Path, state: dict[str, Any], device: str | torch.device | None) -> Pretrained:
         model = SEDDTransformer(**state["model_config"])
         averaged = state["ema"]
         try:
