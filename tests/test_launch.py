@@ -69,6 +69,12 @@ def trainers(mark: str) -> list[int]:
     return found
 
 
+def read_variable(pid: int, name: str) -> str | None:
+    """The value of an environment variable of a process."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(word.partition("=")[::2] for word in words).get(name)
+
+
 EPOCHS = "100"  # long enough that a signal sent after the first steps finds the run at work, on a fast machine too
 
 
@@ -151,6 +157,30 @@ def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_bit_for_bit(
     assert saved is not None and saved.name.startswith("step_")
     launched(config, processes, tiny_h5ad, directory, "--num_epochs", EPOCHS, "--resume", "auto")
     assert_same_weights(directory / "final.pt", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_process_ends_the_run_and_its_last_checkpoint_goes_on_bit_for_bit(
+    rank: int, tiny_h5ad: Path, tmp_path: Path, two_processes: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    flags = ["--num_epochs", EPOCHS, "--checkpoint_every", "5", "--checkpoint_dir", str(directory)]
+    with started(launch_words("cpu.yaml", 2, tiny_h5ad, directory, *flags)) as launcher:
+        wait_until(lambda: last_step(directory) >= 10)
+        ranks = {read_variable(pid, "RANK"): pid for pid in trainers(str(directory))}
+        os.kill(ranks[str(rank)], signal.SIGKILL)
+        died = time.monotonic()
+        assert launcher.wait() == 1
+        wait_until(lambda: not trainers(str(directory)))
+        assert time.monotonic() - died < 60
+    said = capfd.readouterr().err
+    assert "another process of this run ended" in said or "Signal 9 (SIGKILL)" in said
+    saved = checkpoint.find_newest(directory)
+    assert saved is not None and checkpoint.load(saved)["step"] >= 5
+    launched("cpu.yaml", 2, tiny_h5ad, directory, "--num_epochs", EPOCHS, "--resume", "auto")
+    assert_same_weights(directory / "final.pt", two_processes)
 
 
 @pytest.mark.slow
