@@ -208,6 +208,15 @@ def figure(record: dict[str, Any], path: Path, batch: int = 512) -> None:
     fig.savefig(path, dpi=150)
 
 
+def windowed(store: str, seconds: float) -> dict[str, Any]:
+    """Rates of a windowed shuffle at batches of 512, and the memory they took."""
+    rates: dict[str, Any] = {
+        form: measure({"store": store, "batch_size": 512, "shuffle": "window", **options}, form, seconds)
+        for form, options in (("tokens", {"mask": None}), ("masked", {}))
+    }
+    return {**rates, "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
 def shuffle_quality(store: str, batch: int = 64, n_batches: int = 400) -> dict[str, float]:
     """Mean label entropy (bits) of batches, of the plan alone, for both ways of shuffling and for true random draws."""
     from sedd.io.choose import encode_label
@@ -291,14 +300,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--panel", type=int, default=2000)
     parser.add_argument("--gzip", type=Path, help="the same h5ad, gzipped")
+    parser.add_argument("--large", type=Path, help="a store of more cells, to compare rates with")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--contest", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--windowed", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     store = args.store or args.h5ad.with_suffix(".zarr")
     if args.contest:
         batches = [int(size) for size in args.batches.split(",")]
         print(json.dumps(contest(str(store), batches, args.seconds, args.panel)))
+        return
+    if args.windowed:
+        print(json.dumps(windowed(str(store), args.seconds)))
         return
     if not store.exists():
         from sedd.io.convert import convert
@@ -318,11 +332,17 @@ def main() -> None:
         for name, command in commands.items():
             rounds[name].append(run(command))
             print(f"round {number + 1}: {name}", file=sys.stderr)
+    by_store: dict[str, list[dict[str, Any]]] = {one.name: [] for one in (store, args.large) if one is not None}
+    for _ in range(args.rounds):
+        for one in filter(None, (store, args.large)):
+            own = [sys.executable, str(here), str(args.h5ad), "--store", str(one), "--windowed", "--seconds", str(args.seconds)]
+            by_store[one.name].append(run(own))
     record = {
         "machine": machine(),
         "data": {"file": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds},
         "rates": {name: summarise(values) for name, values in rounds.items()},
         "label_entropy_bits": shuffle_quality(str(store)),
+        "window_by_store": {name: summarise(values) for name, values in by_store.items()},
         "cold_epoch": cold_epoch(str(store)),
         "first_epoch_of_gzip": None if args.gzip is None else first_epoch_of_gzip(args.gzip),
         "bytes_read_by_8_ranks": rank_bytes(str(store)),
