@@ -3,7 +3,7 @@
     python benchmarks/loader.py atlas.h5ad --peer_python annbatch=/path/to/python --rounds 5
 
 Every contestant runs in a process of its own, one after the other, `--rounds` times; medians and ranges go to
-`benchmarks/results/loader.json`. Rates are given by the clock and per second of processor time: on a machine that does other
+`benchmarks/results/loader_NAME.json`. Rates are given by the clock and per second of processor time: on a machine that does other
 work as well, the second is what can be compared.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results" / "loader.json"
+RESULTS = Path(__file__).parent / "results"
 N_BINS = 100
 
 
@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--gzip", type=Path, help="the same h5ad, gzipped")
     parser.add_argument("--large", type=Path, help="a store of more cells, to compare rates with")
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="by default results/loader_NAME.json")
     parser.add_argument("--contest", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--windowed", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -350,10 +350,11 @@ def main() -> None:
             f.stat().st_size for n in ("data", "indices") for f in (store / "X" / n / "c").iterdir()
         ),
     }
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    output = args.output or RESULTS / f"loader_{args.h5ad.stem}.json"
+    output.write_text(json.dumps(record, indent=1) + "\n")
     if args.figure is not None:
         figure(record, args.figure)
-    print(args.output)
+    print(output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from sedd.io import pack
 from sedd.io.files import new_file, save_arrays
 from sedd.io.gathered import Gathered
 from sedd.io.h5ad import Matrix
-from sedd.io.parts import Plan, load_plan, part_path
+from sedd.io.parts import Plan, encoded_path, load_plan, part_path
 from sedd.io.run import Sequel, TaskRunner
 from sedd.io.shards import CHUNK, SHARD, Encoder, create_vector, n_shards, shard_length, write_shard
 from sedd.io.store import CellStore, forget, span_hashes
@@ -30,12 +30,13 @@ def widen_part(folder: str, number: int, dtype: str) -> None:
     plan, stem = load_plan(folder), part_path(folder, number)
     with np.load(f"{stem}.npz") as meta:
         arrays = dict(meta)
-    old = Encoder("data", arrays["data_edges"].dtype, plan.settings["codec"])
-    new = Encoder("data", np.dtype(dtype), plan.settings["codec"])
-    with open(f"{stem}.data", "rb") as source, new_file(f"{stem}.{dtype}") as target:
+    was, wide = arrays["data_edges"].dtype, np.dtype(dtype)
+    old, new = Encoder("data", was, plan.settings["codec"]), Encoder("data", wide, plan.settings["codec"])
+    paths = [encoded_path(folder, number, "data", kind) for kind in (was, wide)]
+    with open(paths[0], "rb") as source, new_file(paths[1]) as target:
         sizes = [target.write(new.encode(old.decode(source.read(int(size))))) for size in arrays["data_sizes"]]
     # The old file stays: until the new .npz is there, it is the old file that counts.
-    arrays |= {"data_edges": arrays["data_edges"].astype(dtype), "data_sizes": np.array(sizes, np.int64), "data_file": dtype}
+    arrays |= {"data_edges": arrays["data_edges"].astype(dtype), "data_sizes": np.array(sizes, np.int64)}
     save_arrays(f"{stem}.npz", **arrays)
 
 
@@ -59,13 +60,12 @@ def _runs(folder: str, name: str, number: int, n: int, own: tuple[int, int]) -> 
         with np.load(f"{stem}.npz") as meta:
             first, head, tail = int(meta["first"]), int(meta["head"]), int(meta["tail"])
             edges, sizes = meta[f"{name}_edges"], meta[f"{name}_sizes"]
-            file = str(meta["data_file"]) if name == "data" and "data_file" in meta else name
         encoder = Encoder(name, edges.dtype, plan.settings["codec"])
         for edge, at in ((edges[:head], first), (None, first + head), (edges[head:], first + tail)):
             if edge is None:
                 lo, hi = (int(np.clip((bound - at) // CHUNK, 0, sizes.size)) for bound in (begin, end + CHUNK - 1))
                 if lo < hi:
-                    with open(f"{stem}.{file}", "rb") as stream:
+                    with open(encoded_path(folder, part, name, edges.dtype), "rb") as stream:
                         stream.seek(int(sizes[:lo].sum()))
                         yield stream.read(int(sizes[lo:hi].sum())), sizes[lo:hi]
                 continue

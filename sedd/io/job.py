@@ -30,6 +30,14 @@ LARGEST_BLOCK = 1 << 23
 """Stored values in one task at most; more does not make a task more efficient."""
 
 
+class StoppedError(UserError):
+    """The output cannot be written; what is done so far is kept for `--resume`."""
+
+    def __init__(self, message: str, reason: OSError) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Job:
     """What is asked of one conversion; `run` does it.
 
@@ -122,20 +130,26 @@ class Job:
             plan = self._earlier_plan(resume, overwrite)
             try:
                 return self._convert(plan)
+            except StoppedError as error:  # while a layer was converted
+                raise self._stopped(error.reason) from error
             except UserError:
                 self._clear()
                 raise
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"interrupted; go on with --resume, or delete {self.folder}") from None
             except OSError as error:
-                raise UserError(
-                    f"{self.output}: cannot be written ({error.strerror or error}). What is done so far is in "
-                    f"{self.folder}: make room and go on with --resume, or delete it."
-                ) from error
+                raise self._stopped(error) from error
             finally:
                 parts.forget()
                 spill.forget()
                 self.runner.close()
+
+    def _stopped(self, reason: OSError) -> StoppedError:
+        return StoppedError(
+            f"{self.output}: cannot be written ({reason.strerror or reason}). What is done so far is in "
+            f"{self.folder}: make room and go on with --resume, or delete it.",
+            reason,
+        )
 
     def _finished(self) -> CellStore | None:
         try:
@@ -359,6 +373,8 @@ class Job:
             if self.settings["values"] == "real":
                 narrow = np.dtype(np.float32)
         n_obs = min(n_obs, self.settings["limit_cells"] or n_obs)
+        if self.settings["keep_layers"]:
+            lines.append(f"kept beside it, each converted in the same way: {', '.join(self.settings['keep_layers'])}")
         passes = 1 if all(m.layout == "csr" for _, m in opened) and not self.settings["shuffle"] else 2
         lines += [
             f"{self.output}: {n_obs:,} cells x {len(genes):,} genes, {'at most ' if passes == 2 else ''}{stored:,} non-zeros",

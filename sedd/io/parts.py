@@ -128,8 +128,16 @@ def forget() -> None:
 
 
 def part_path(folder: str, number: int) -> str:
-    """Stem of the files of part `number`: `.npz` (written last), `.data`, `.indices`."""
+    """Stem of the files of part `number`: `.npz` (written last), and an encoded file for each array (`encoded_path`)."""
     return f"{folder}/parts/{number:06d}"
+
+
+def encoded_path(folder: str, number: int, name: str, dtype: np.dtype[Any]) -> str:
+    """Where the encoded chunks of a part of `X/name` are.
+
+    The type is in the name: a part that is made twice, or widened, may change its type, and its `.npz` says which one counts.
+    """
+    return f"{part_path(folder, number)}.{name}.{dtype.name}"
 
 
 def direct_part(folder: str, number: int) -> None:
@@ -212,7 +220,7 @@ def write_part(
         head = tail = values.size
     arrays = {}
     for name, array in (("data", values), ("indices", indices)):
-        with new_file(f"{stem}.{name}") as file:
+        with new_file(encoded_path(folder, number, name, array.dtype)) as file:
             arrays[f"{name}_sizes"] = encode_chunks(file, name, array[head:tail], plan.settings["codec"])
         arrays[f"{name}_edges"] = np.concatenate([array[:head], array[tail:]])
     tally = pack.tally(indptr, indices, values, plan.n_vars)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pytest
 
@@ -245,6 +246,25 @@ def test_a_file_size_limit_is_one_clear_error(tmp_path: Path) -> None:
     assert not (tmp_path / "a.zarr").exists()
     convert(source, tmp_path / "a.zarr", resume=True, progress=False)
     verify(tmp_path / "a.zarr", against=source)
+
+
+def test_a_file_size_limit_met_by_a_layer_keeps_what_is_done(tmp_path: Path) -> None:
+    matrix = counts(4000, 300, density=0.01)
+    source = write(tmp_path / "a.h5ad", matrix, layers={"large": counts(4000, 300, density=0.6)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, limits[1]))
+        with pytest.raises(UserError, match=r"a\.zarr: cannot be written \(File too large\).*a\.zarr\.partial.*--resume"):
+            convert(source, tmp_path / "a.zarr", keep_layers=["large"], progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "a.zarr").exists()
+    assert list((tmp_path / "a.zarr.partial" / "parts").glob("*.npz"))
+    store = convert(source, tmp_path / "a.zarr", keep_layers=["large"], resume=True, progress=False)
+    assert (ad.read_zarr(store.path).layers["large"] != ad.read_h5ad(source).layers["large"]).nnz == 0
+    verify(store.path, against=source)
 
 
 def test_an_existing_output_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
