@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -315,12 +314,13 @@ class Job:
         return int(min(LARGEST_BLOCK, self.budget / 2 / self.runner.workers / (stored + 4 * (pack.index_dtype(n_vars).itemsize + 4))))
 
     def _gather(self, plan: Plan) -> tuple[zarr.Group, Gathered]:
-        """Make all parts, join those that allow it, and write the tables meanwhile."""
+        """Make all parts, join those that allow it, and write the tables.
+
+        Not the tables meanwhile: anndata silences warnings while it works, which in a thread would silence ours.
+        """
         group = finish.begin(self.folder)
-        with ThreadPoolExecutor(1) as aside:
-            written = aside.submit(tables.write, group, self.folder, plan)
-            notes = self._make_parts(plan)
-            written.result()
+        notes = self._make_parts(plan)
+        tables.write(group, self.folder, plan)
         if notes["summed"]:
             warn_user(f"{self.paths[0]}: {notes['summed']} entries repeat a cell and gene; they were summed.")
         gathered = Gathered(self.folder)

@@ -28,9 +28,12 @@ class Slabs:
 
     def __init__(self, *, pinned: bool = False, keep: int = 8) -> None:
         self.pinned = pinned
-        # Slabs come back from finalisers, which run at any moment in any thread, so no lock may be needed: a deque's
-        # operations are atomic, and it forgets the oldest slab itself when it is full.
+        # The end of a loan may come at any moment in any thread, so no lock may be needed: a deque's operations are atomic, and
+        # `_free` forgets the oldest slab itself when it is full. Nor may Python code run there: a Ctrl-C that arrives while
+        # it does would be lost. So a loan that ends only puts its weak reference on `_ended`, and `_find` looks there.
         self._free: deque[np.ndarray] = deque(maxlen=keep)
+        self._ended: deque[weakref.ref[np.ndarray]] = deque()
+        self._lent: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Return an array of undefined content."""
@@ -42,13 +45,20 @@ class Slabs:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
         slab = self._find(size)
         lent = slab[:size]
-        weakref.finalize(lent, self._free.append, slab).atexit = False
+        loan_of = weakref.ref(lent, self._ended.append)
+        self._lent[id(loan_of)] = (loan_of, slab)  # arrays have no hash
         # NumPy makes a view of a view refer to the owner of the memory, past `lent`; through a memoryview every array and
         # tensor made from the result keeps `lent` itself alive, whose end is the end of the loan.
         loan = np.frombuffer(memoryview(lent), np.uint8)  # type: ignore[arg-type]
         return loan.view(dtype).reshape(shape)
 
     def _find(self, size: int) -> np.ndarray:
+        for _ in range(len(self._ended)):
+            try:
+                ended = self._ended.popleft()
+            except IndexError:  # another thread was quicker
+                break
+            self._free.append(self._lent.pop(id(ended))[1])
         for _ in range(len(self._free)):
             try:
                 slab = self._free.pop()  # the last to come back: some of it may still be in the processor's cache

@@ -108,6 +108,33 @@ for epoch in range(10**6):
     assert "KeyboardInterrupt" in errors
 
 
+def test_no_interrupt_is_lost_in_an_epoch() -> None:
+    """An exception that a signal raises within a finaliser is printed and forgotten: none may have Python code to run."""
+    fired = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal fired
+        fired = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    rng = np.random.default_rng(0)
+    try:
+        with CellLoader(str(small_store()), batch_size=4) as loader:
+            list(loader)
+            for _ in range(300):
+                fired = False
+                with pytest.raises(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_VIRTUAL, float(rng.uniform(5e-4, 2e-2)))
+                    while not fired:
+                        for _ in loader:
+                            if fired:
+                                break
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def test_a_consumer_that_stops_early_leaves_nothing_running() -> None:
     with CellLoader(small_store(), batch_size=10) as loader:
         for _ in range(5):
