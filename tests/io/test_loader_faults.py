@@ -117,6 +117,13 @@ def test_no_interrupt_is_lost_in_an_epoch() -> None:
         fired = True
         raise KeyboardInterrupt
 
+    def read_until_interrupted(loader: CellLoader, seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        while not fired:
+            for _ in loader:
+                if fired:
+                    break
+
     before = signal.signal(signal.SIGVTALRM, interrupt)
     rng = np.random.default_rng(0)
     try:
@@ -125,11 +132,7 @@ def test_no_interrupt_is_lost_in_an_epoch() -> None:
             for _ in range(300):
                 fired = False
                 with pytest.raises(KeyboardInterrupt):
-                    signal.setitimer(signal.ITIMER_VIRTUAL, float(rng.uniform(5e-4, 2e-2)))
-                    while not fired:
-                        for _ in loader:
-                            if fired:
-                                break
+                    read_until_interrupted(loader, float(rng.uniform(5e-4, 2e-2)))
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
