@@ -28,7 +28,7 @@ from sampling import NOISE, processor
 from sedd import metrics as m
 from sedd.ema import EMA
 from sedd.graph import AbsorbingGraph
-from sedd.kernels.discretize import smoothed_log_shares
+from sedd.kernels.discretize import Binning, smoothed_log_shares
 from sedd.likelihood import Likelihood, nelbo
 from sedd.loss import diffusion_loss
 from sedd.model import SEDDTransformer
@@ -67,13 +67,14 @@ def build(task: Task, n_bins: int, args: argparse.Namespace, design: str) -> SED
     """A new model that starts at the training marginals."""
     torch.manual_seed(args.seed)
     histogram = m.count_histogram(task.train, n_bins).astype(np.float64)
+    falloff = Binning("identity", n_bins, None, np.arange(n_bins)).falloff
     return SEDDTransformer(
         task.train.shape[1],
         n_bins,
         hidden_dim=args.hidden_dim,
         num_layers=args.num_layers,
         num_heads=args.num_heads,
-        log_marginals=torch.from_numpy(smoothed_log_shares(histogram)),
+        log_marginals=torch.from_numpy(smoothed_log_shares(histogram, falloff)),
         **DESIGNS[design],
     )
 

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --peer_python PEERS/bin/python
     python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --export experiments/quality/pbmc3k_train.h5ad
-    sedd train --data_path experiments/quality/pbmc3k_train.h5ad --config configs/quality_pbmc3k.yaml --checkpoint_dir DIR
+    sedd train --data_path experiments/quality/pbmc3k_train.h5ad --config configs/quality.yaml --checkpoint_dir DIR
     python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --checkpoint DIR
 
 The first line runs the peers (in an interpreter with scvi-tools and magic-impute), the others write the training cells,

@@ -8,9 +8,11 @@ from typing import Any
 import anndata
 import numpy as np
 import torch
+from scipy import sparse
 
 from sedd import prediction, tasks
 from sedd.errors import UserError
+from sedd.evaluation import within_nats
 from sedd.likelihood import CellBatch, nelbo
 from sedd.pretrained import Pretrained
 from sedd.sampling import AnalyticSampler
@@ -42,15 +44,10 @@ def gene_order(model: Pretrained, genes: np.ndarray) -> np.ndarray:
 
 
 def likelihood(model: Pretrained, adata: anndata.AnnData, n_masks: int, seed: int) -> np.ndarray:
-    """Bound on the negative log likelihood of each cell, nats; needs a bin for every count."""
-    largest = int(adata.X.max())
-    if largest >= model.binning.n_bins:
-        raise UserError(
-            f"{model.path}: has {model.binning.n_bins} bins and the cells have counts up to {largest}; a likelihood of "
-            f"counts needs one bin for each: train with --num_bins {largest + 1} or more."
-        )
+    """Bound on the negative log likelihood of each cell's counts, nats."""
     given = (CellBatch(tokens, **context) for _, _, tokens, context in batches(model, adata))
-    return nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
+    of_tokens = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
+    return of_tokens + within_nats(model.binning, sparse.csr_matrix(adata.X))
 
 
 @torch.no_grad()
@@ -75,6 +72,9 @@ def impute(model: Pretrained, adata: anndata.AnnData, hidden: np.ndarray) -> dic
             out["mean"][where] = (log_mu.exp() @ values).numpy()
             out["log_prob"][where] = log_prob.numpy()
             out["cdf_below"][where] = (cdf.gather(1, true)[:, 0] - log_prob.exp()).clamp(0, 1).numpy()
+    log_within, below_within = model.binning.within(adata.X.toarray()[hidden])  # from the law of tokens to that of counts
+    out["cdf_below"][hidden] += np.exp(out["log_prob"][hidden]) * below_within
+    out["log_prob"][hidden] += log_within
     return out
 
 

@@ -30,7 +30,7 @@ from quality import Task, prepare
 from sedd import metrics as m
 from sedd.ema import EMA
 from sedd.graph import AbsorbingGraph
-from sedd.kernels.discretize import smoothed_log_shares
+from sedd.kernels.discretize import Binning, smoothed_log_shares
 from sedd.likelihood import nelbo
 from sedd.loss import diffusion_loss
 from sedd.model import SEDDTransformer
@@ -57,6 +57,8 @@ def train(task: Task, args: argparse.Namespace, attention: str, n_bins: int) -> 
     """Train a model of the given size and return it with its averaged weights."""
     torch.manual_seed(args.seed)
     tokens = torch.from_numpy(task.train.toarray())
+    histogram = m.count_histogram(task.train, n_bins).astype(np.float64)
+    falloff = Binning("identity", n_bins, None, np.arange(n_bins)).falloff
     model = SEDDTransformer(
         tokens.shape[1],
         n_bins,
@@ -64,7 +66,7 @@ def train(task: Task, args: argparse.Namespace, attention: str, n_bins: int) -> 
         num_layers=args.num_layers,
         num_heads=args.num_heads,
         attention=attention,
-        log_marginals=torch.from_numpy(smoothed_log_shares(m.count_histogram(task.train, n_bins).astype(np.float64))),
+        log_marginals=torch.from_numpy(smoothed_log_shares(histogram, falloff)),
     )
     graph, ema = AbsorbingGraph(n_bins), EMA(model, decay=0.995)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)

@@ -42,8 +42,8 @@ class DataConfig:
     genes: str | None = "2000"
     """The genes to model: a number N (the N most variable, seurat_v3 on the training cells), a file with one name a
     line, or `all`."""
-    binning: Literal["auto", "identity", "counts", "linear", "log", "quantile"] = "auto"
-    """How a value becomes a token. auto: integers as they are, those of --num_bins and more share the last bin."""
+    binning: Literal["auto", "identity", "geometric", "counts", "linear", "log", "quantile"] = "auto"
+    """How a value becomes a token. auto: small counts as they are, large ones in bins of a few per cent (geometric)."""
     num_bins: int = 100
     """Number of value bins; the mask is a token of its own beside them."""
     val_fraction: float = 0.1

@@ -15,11 +15,12 @@ import torch
 from sedd import tasks
 from sedd.cells import Cells, obs_digest, read_anndata
 from sedd.errors import UserError
+from sedd.kernels.discretize import COUNT_KINDS, Binning
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
 from sedd.prediction import batches
-from sedd.pretrained import COUNT_BINNINGS, Pretrained
+from sedd.pretrained import Pretrained
 from sedd.report import ReportData, write_report
 from sedd.run_directory import write_json
 
@@ -147,12 +148,19 @@ def _matrix(cells: Cells) -> sp.csr_matrix:
 
 def _top(model: Pretrained, counts: sp.csr_matrix) -> int | None:
     """The last bin where it stands for "this many or more", as it does once a count has no bin of its own."""
-    clipped = model.binning.kind == "counts" or counts.max() >= model.binning.n_bins
-    return model.binning.n_bins - 1 if clipped else None
+    kind, n_bins = model.binning.kind, model.binning.n_bins
+    return n_bins - 1 if kind == "counts" or (kind == "identity" and counts.max() >= n_bins) else None
 
 
 def _tokens(model: Pretrained, counts: sp.csr_matrix) -> np.ndarray:
     return model.binning.tokens(counts.toarray())
+
+
+def within_nats(binning: Binning, counts: sp.csr_matrix) -> np.ndarray:
+    """What tells the counts of each cell from others in their bins, (n_cells,) nats; beside a bound on the tokens."""
+    log_p = counts.astype(np.float64)  # zeros have a bin of their own, so only the others count
+    log_p.data = -binning.within(counts.data)[0]
+    return np.asarray(log_p.sum(1)).ravel()
 
 
 def _likelihood(
@@ -165,19 +173,22 @@ def _likelihood(
     seed: int,
     progress: bool,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The bound and the baselines, on tokens: with identity binning these are the counts."""
+    """The bound and the baselines: on counts, or on tokens where bins are not of whole numbers."""
     names = torch.from_numpy(cells.indices)
     given = (
         CellBatch(tokens, context["condition"], context["library"], names[lo:hi])
         for lo, hi, _, tokens, context in batches(model, cells, batch_size, "likelihood", progress)
     )
     per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
+    of_counts = model.binning.kind in COUNT_KINDS
+    if of_counts:
+        per_cell = per_cell + within_nats(model.binning, counts)
     given_total = per_cell
     totals = np.asarray(counts.sum(1)).ravel()
     if model.model.config["condition_library"]:  # the total is a function of the counts: paid for, p(x) is comparable again
         per_cell = given_total + LibraryPrior.fit(np.asarray(train.sum(1)).ravel()).nats(totals)
     top = _top(model, counts)
-    if model.binning.kind in COUNT_BINNINGS:
+    if of_counts:
         baselines = CountBaselines.fit(train)
         rows = likelihood_table(baselines, per_cell, counts, top=top)
         if model.model.config["condition_library"]:
@@ -224,7 +235,7 @@ def _imputation(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Recovery of the hidden entries, and (true, mean, cdf) of each for the figures."""
     values = model.decode_values
-    means, log_probs, belows, uptos = [], [], [], []
+    means, log_probs, belows = [], [], []
     for lo, hi, _, tokens, context in batches(model, cells, batch_size, "imputation", False):
         mask = torch.from_numpy(hidden[lo:hi] | cells.missing).to(tokens.device)
         readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
@@ -232,32 +243,34 @@ def _imputation(
         for part in torch.arange(len(rows), device=rows.device).split(1 << 15):
             log_mu = model.model.log_mu(readout, rows[part], genes[part]).double()
             true = tokens[rows[part], genes[part]][:, None]
-            upto = log_mu.exp().cumsum(1)
-            upto /= upto[:, -1:]
-            at = upto.gather(1, true)[:, 0]
+            cdf = log_mu.exp().cumsum(1)
+            at = (cdf / cdf[:, -1:]).gather(1, true)[:, 0]
             log_prob = log_mu.gather(1, true)[:, 0]
             means.append((log_mu.exp() @ values.double()).cpu().numpy())
             log_probs.append(log_prob.cpu().numpy())
-            uptos.append(at.cpu().numpy())
             belows.append((at - log_prob.exp()).clamp_min(0).cpu().numpy())
     cell, gene = np.nonzero(hidden)
     true_counts = np.asarray(counts[cell, gene]).ravel()
     baselines = CountBaselines.fit(train)
     library = visible_library(counts, hidden, baselines.share)[cell]
-    mean, below, upto_ = np.concatenate(means), np.concatenate(belows), np.concatenate(uptos)
-    of_counts = model.binning.kind in COUNT_BINNINGS
+    mean, log_p, below = np.concatenate(means), np.concatenate(log_probs), np.concatenate(belows)
+    of_counts = model.binning.kind in COUNT_KINDS
+    if of_counts:  # from the law of the token to that of the count
+        log_within, below_within = model.binning.within(true_counts)
+        below, log_p = below + np.exp(log_p) * below_within, log_p + log_within
+    upto = np.minimum(below + np.exp(log_p), 1.0)
     table = recovery_table(
         baselines,
         gene=gene,
         true=true_counts.astype(np.int64) if of_counts else true_counts,
         predicted=mean,
-        log_prob=np.concatenate(log_probs) if of_counts else None,
+        log_prob=log_p if of_counts else None,
         cdf_below=below if of_counts else None,
-        cdf=upto_ if of_counts else None,
+        cdf=upto if of_counts else None,
         library=library,
         top=_top(model, counts),
     )
-    return table, {"hidden_true": true_counts, "hidden_mean": mean, "hidden_cdf_below": below, "hidden_cdf": upto_}
+    return table, {"hidden_true": true_counts, "hidden_mean": mean, "hidden_cdf_below": below, "hidden_cdf": upto}
 
 
 def _write(

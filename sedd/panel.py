@@ -78,7 +78,7 @@ class Panel:
             attention=config.attention,
             num_latents=config.num_latents,
             head=config.head,
-            log_marginals=torch.from_numpy(smoothed_log_shares(self.histogram.toarray().astype(np.float64))),
+            log_marginals=torch.from_numpy(smoothed_log_shares(self.histogram.toarray().astype(np.float64), self.binning.falloff)),
             bin_values=torch.from_numpy(self.binning.values),
             condition_sizes=tuple(len(labels) for labels in self.categories.values()),
             condition_library=config.condition_library_size,
@@ -162,7 +162,9 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
     index = pd.Index(store.var_names).get_indexer(genes)
     if hist is not None and data.binning != "quantile":
         panel_hist = hist[index]
-        binning = Binning.fit(data.binning, data.num_bins, hist=panel_hist)
+        # The law of head nb is one of the bins' numbers, so these have to be counts.
+        kind = "counts" if data.binning == "auto" and config.model.head == "nb" else data.binning
+        binning = Binning.fit(kind, data.num_bins, hist=panel_hist)
         tokens = binning.token_histogram(panel_hist)
         _report_clipped(binning, panel_hist, data.num_bins)
     else:

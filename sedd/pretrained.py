@@ -19,8 +19,6 @@ from sedd.kernels.discretize import Binning
 from sedd.model import SEDDTransformer
 from sedd.noise import Noise, make_noise
 
-COUNT_BINNINGS = ("identity", "counts")  # a token is the count, up to the last bin
-
 
 @dataclass(frozen=True)
 class Pretrained:

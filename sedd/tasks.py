@@ -20,10 +20,10 @@ from sedd import __version__, prediction
 from sedd.cells import Cells, cells_of_split, opened, read_anndata
 from sedd.errors import UserError
 from sedd.gene_vectors import read_gene_vectors
-from sedd.kernels.discretize import smoothed_log_shares
+from sedd.kernels.discretize import COUNT_KINDS, smoothed_log_shares
 from sedd.kernels.mask import exact_mask
 from sedd.prediction import batches
-from sedd.pretrained import COUNT_BINNINGS, Pretrained
+from sedd.pretrained import Pretrained
 from sedd.results import open_result
 from sedd.sampling import make_sampler
 
@@ -180,7 +180,7 @@ def denoise(
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
     prediction.check_folds(folds, rounds)
-    own_counts = own_counts and model.binning.kind in COUNT_BINNINGS
+    own_counts = own_counts and model.binning.kind in COUNT_KINDS
     reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
     with opened(data, layer or model.state["args"]["layer"]) as adata:
         source = open_cells(model, adata, cells, layer, _name(data))
@@ -358,7 +358,7 @@ def add_genes(
             f"{gene_embeddings}: its vectors have {vectors.shape[1]} numbers; the model was trained with {known.shape[1]}."
         )
     network = model.model.for_genes(
-        smoothed_log_shares(histogram.toarray().astype(np.float64)),
+        smoothed_log_shares(histogram.toarray().astype(np.float64), model.binning.falloff),
         np.concatenate([known, vectors]),
         known=[*range(len(model.genes)), *[-1] * len(genes)],
     )

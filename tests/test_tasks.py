@@ -12,16 +12,19 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 from conftest import TINY_FLAGS, make_counts
-from scipy.stats import gamma
+from scipy.stats import gamma, geom
 
 from sedd import cells, results
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation import evaluate
+from sedd.likelihood import CellBatch, nelbo
+from sedd.metrics import CountBaselines
 from sedd.prediction import Posterior
 from sedd.pretrained import Pretrained
-from sedd.tasks import add_genes, denoise, embed, generate, impute
+from sedd.tasks import add_genes, denoise, embed, generate, impute, open_cells
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +313,44 @@ def test_counts_beyond_the_bins_are_said_to_share_the_last_one(
     with pytest.warns(SeddWarning, match="up to 900"):
         rows = evaluate(model, adata, n_masks=2, num_steps=2, progress=False).metrics["likelihood"]
     assert rows["nats_per_cell"]["baselines"]["gene mean (Poisson)"] < 120  # a Poisson would give 900 itself 5,000 nats
+
+
+def test_wide_bins_of_large_counts_are_scored_as_counts(tmp_path: Path) -> None:
+    adata = make_counts()
+    values = dense(adata.X)
+    values[:, 0] *= 60  # a gene in the hundreds, as hormones and ribosomal genes are
+    adata.X = sp.csr_matrix(values)
+    adata.write_h5ad(tmp_path / "wide.h5ad")
+    flags = [*TINY_FLAGS, "--num_bins", "40", "--log_with", "none"]
+    assert main(["train", "--data_path", str(tmp_path / "wide.h5ad"), "--checkpoint_dir", str(tmp_path / "run"), *flags]) == 0
+    model = Pretrained.load(tmp_path / "run")
+    assert model.binning.kind == "geometric"
+    found = evaluate(model, adata, n_masks=4, num_steps=4, progress=False)
+
+    # The oracle: the same bound on the tokens, and for each count its share of its bin, one by one.
+    held_out = open_cells(model, adata, "val", None)
+    counts = held_out.counts(0, len(held_out))
+    tokens = torch.from_numpy(model.binning.tokens(counts).astype(np.int64))
+    cell_batch = CellBatch(tokens, cell=torch.from_numpy(held_out.indices))
+    bound = nelbo(model.model, model.graph, model.noise, [cell_batch], n_masks=4).per_cell
+    edges = [0, *model.binning.edges, np.inf]
+    for i, row in enumerate(counts):
+        for count, token in zip(row, model.binning.tokens(row), strict=True):
+            if token < model.binning.n_bins - 1:
+                bound[i] += np.log(sum(edges[token] <= c < edges[token + 1] for c in range(int(count) + 200)))
+            else:
+                stop = 1 / (1 + model.binning.values[-1] - edges[token])
+                bound[i] -= geom.logpmf(count - edges[token] + 1, stop)
+    assert found.metrics["likelihood"]["nats_per_cell"]["sedd"] == pytest.approx(bound.mean(), rel=1e-6)
+
+    baselines = CountBaselines.fit(sp.csr_matrix(np.delete(dense(adata.X), held_out.indices, axis=0)))
+    poisson = -baselines.log_probs(np.arange(60)[None], counts.astype(int))["gene mean (Poisson)"].sum(1).mean()
+    assert found.metrics["likelihood"]["nats_per_cell"]["baselines"]["gene mean (Poisson)"] == pytest.approx(poisson)
+    below, upto = found.arrays["hidden_cdf_below"], found.arrays["hidden_cdf"]
+    assert (below >= 0).all() and (upto <= 1).all() and (below < upto).all()
+    made = dense(generate(model, 30, num_steps=4, progress=False).X)
+    assert made.max() > 40
+    np.testing.assert_array_equal(made, np.rint(made))
 
 
 @pytest.mark.parametrize("setting", [{"num_steps": 0}, {"temperature": 0.0}, {"sampler": "magic"}])

@@ -16,7 +16,8 @@ import scipy.sparse as sp
 
 from ..errors import UserError
 
-KINDS = ("identity", "counts", "linear", "log", "quantile")
+KINDS = ("identity", "geometric", "counts", "linear", "log", "quantile")
+COUNT_KINDS = ("identity", "geometric", "counts")  # bins of whole numbers
 MAX_BINS = 1 << 16
 # Counts are looked up in a table of at most this size; a larger count takes the last entry, as in the top bin.
 MAX_TABLE = 1 << 22
@@ -135,7 +136,7 @@ class Binning:
 
     Attributes
     ----------
-    kind : {"identity", "counts", "linear", "log", "quantile"}
+    kind : {"identity", "geometric", "counts", "linear", "log", "quantile"}
     n_bins : int
         Tokens are 0 .. n_bins - 1.
     edges : (n_bins - 1,) float64 or None
@@ -160,7 +161,7 @@ class Binning:
             object.__setattr__(self, "edges", _check_edges(self.edges))
             if self.edges.size != self.n_bins - 1:
                 raise UserError(f"binning has {self.edges.size} edges; expected {self.n_bins - 1}")
-        elif self.kind in ("linear", "log"):
+        elif self.kind in ("geometric", "linear", "log"):
             raise UserError(f"binning '{self.kind}' needs edges; fit it with Binning.fit")
 
     @classmethod
@@ -176,8 +177,9 @@ class Binning:
 
         Parameters
         ----------
-        kind : {"auto", "identity", "counts", "linear", "log", "quantile"}
-            `auto` keeps integers as they are: `identity` when the largest is below `num_bins`, else `counts`.
+        kind : {"auto", "identity", "geometric", "counts", "linear", "log", "quantile"}
+            `auto` is `identity` when the largest count is below `num_bins`, else `geometric`: small counts as they are, large
+            ones in bins as wide as a fixed share of them. `counts` lets those of `num_bins - 1` and more share the last bin.
         num_bins : int
             `linear` has one bin more than this: `np.digitize` against `num_bins` points starts at 1 for values >= 0.
         hist : (n_vars, max_count + 1) sparse, optional
@@ -207,15 +209,19 @@ class Binning:
             raise UserError(f"values run from {points[0]} to {points[-1]}; expected finite numbers >= 0")
         top = float(points[-1])
         if kind == "auto":
-            kind = "identity" if top < num_bins else "counts"
+            kind = "identity" if top < num_bins else "geometric"
         if kind == "identity" and top >= num_bins:
             raise UserError(
                 f"the largest count is {top:.0f}, which is no token of {num_bins} bins; "
-                f"pass --num_bins {int(top) + 1} or --binning counts"
+                f"pass --num_bins {int(top) + 1} or --binning geometric"
             )
+        if kind in COUNT_KINDS and hist is None:
+            raise UserError(f"binning '{kind}' is for counts; bin real values with --binning linear, log or quantile")
         edges: np.ndarray | None = None
         n_bins = num_bins
-        if kind == "linear":
+        if kind == "geometric":
+            edges = geometric_edges(num_bins, int(top))
+        elif kind == "linear":
             edges = np.linspace(0, top if top > 0 else 1.0, num_bins)
             n_bins = num_bins + 1
         elif kind == "log":
@@ -241,6 +247,11 @@ class Binning:
         means = np.interp(bins, bins[seen], total[seen] / mass[seen])
         if self.kind in ("identity", "counts"):
             means = np.where(seen, means, bins)
+        elif self.kind == "geometric":
+            assert self.edges is not None
+            first = np.concatenate([[0], self.edges])
+            middle = np.append((first[:-1] + first[1:] - 1) / 2, first[-1])
+            means = np.where(seen, means, middle)
         elif self.kind == "quantile":
             means[0] = 0  # the zeros, also where the sample has none
         return Binning(self.kind, self.n_bins, self.edges, means.astype(np.float32))
@@ -300,8 +311,59 @@ class Binning:
         return np.minimum(counts, self.n_bins - 1).astype(self.dtype)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Mean training count of each token; see `unbin_tokens`."""
-        return unbin_tokens(tokens, values=self.values)
+        """Mean training count of each token, a whole number for bins of whole numbers; see `unbin_tokens`."""
+        return unbin_tokens(tokens, values=np.rint(self.values) if self.kind in COUNT_KINDS else self.values)
+
+    @property
+    def widths(self) -> np.ndarray:
+        """How many counts share each bin, (n_bins,) float64; of the last, open one, the mean number above its first and 1."""
+        widths = np.ones(self.n_bins)
+        if self.kind == "geometric":
+            assert self.edges is not None
+            widths[:-1] = np.diff(self.edges, prepend=0)
+            widths[-1] = max(float(self.values[-1] - self.edges[-1]), 0.0) + 1
+        return widths
+
+    def within(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a token leaves open: the law of a count inside its bin.
+
+        Uniform over the whole numbers of a bin, geometric in the last one, which has no end. With it a law of tokens is one
+        of counts: `log P(count) = log P(token) + log P(count | token)`. Both are 0 where a bin holds one count.
+
+        Parameters
+        ----------
+        counts : any shape, whole numbers >= 0
+
+        Returns
+        -------
+        log_p, below : float64, the shape of `counts`
+            `log P(count | its bin)` and `P(less than count | its bin)`.
+
+        Raises
+        ------
+        ValueError
+            If the bins are not of whole numbers.
+        """
+        if self.kind not in COUNT_KINDS:
+            raise UserError(f"binning '{self.kind}' has bins of real values; a law of counts needs {', '.join(COUNT_KINDS)}")
+        counts = np.asarray(counts)
+        if self.kind != "geometric":
+            return np.zeros(counts.shape), np.zeros(counts.shape)
+        assert self.edges is not None
+        tokens = self.tokens(counts)
+        width = self.widths[tokens]
+        above = counts - np.concatenate([[0.0], self.edges])[tokens]  # the first count of the bin
+        last = tokens == self.n_bins - 1
+        log_stay = np.log1p(-1 / np.where(last, width, 2.0).clip(1 + 1e-12))  # of a geometric law with this mean
+        log_p = np.where(last, above * log_stay, 0.0) - np.log(width)
+        return log_p, np.where(last, -np.expm1(above * log_stay), above / width)
+
+    @property
+    def falloff(self) -> np.ndarray:
+        """Mass of each bin when counts fall off as 1 / (1 + count), (n_bins,) float64: where smoothing leans."""
+        if self.kind != "geometric":
+            return 1.0 / (1.0 + np.arange(self.n_bins))
+        return self.widths / (1.0 + self.values)
 
     def token_histogram(self, hist: sp.csr_array) -> sp.csr_array:
         """Turn a histogram of counts into one of tokens.
@@ -339,19 +401,44 @@ class Binning:
         return hash(json.dumps(self.to_dict()))
 
 
-def smoothed_log_shares(mass: np.ndarray, pseudocount: float = 2.0) -> np.ndarray:
+def geometric_edges(num_bins: int, top: int) -> np.ndarray:
+    """Edges of bins for the counts 0 .. top: one for each small count, then ever wider ones, a fixed share of what they hold.
+
+    Parameters
+    ----------
+    num_bins : int
+    top : int
+        The largest count; the last bin begins at or below it.
+
+    Returns
+    -------
+    edges : (num_bins - 1,) float64 whole numbers, strictly increasing from 1
+    """
+    n = num_bins - 1
+    if top <= n:
+        return np.arange(1.0, n + 1)
+    # The most single counts m for which steps of one ratio from m to top + 1 are nowhere narrower than a count.
+    for m in range(n, 0, -1):
+        ratio = ((top + 1) / m) ** (1 / (n - m + 1))
+        if m * (ratio - 1) >= 1 or m == 1:
+            edges = np.concatenate([np.arange(1, m), np.rint(m * ratio ** np.arange(n - m + 1))])
+            return np.maximum.accumulate(edges - np.arange(n)) + np.arange(n)  # rounding must not join two
+    raise AssertionError("unreachable: m is 1 at last")
+
+
+def smoothed_log_shares(mass: np.ndarray, falloff: np.ndarray, pseudocount: float = 2.0) -> np.ndarray:
     """Log of the shares of a table's rows, smoothed so that no bin is impossible.
 
     Parameters
     ----------
     mass : (n_vars, n_bins) counts
+    falloff : (n_bins,) positive, `Binning.falloff`
     pseudocount : float
-        Total mass added to each row, bin k getting its part of it in proportion to 1 / (1 + k): counts fall off about so.
+        Total mass added to each row, shared among the bins in proportion to `falloff`.
 
     Returns
     -------
     log_shares : (n_vars, n_bins) float32, each row sums to one when exponentiated
     """
-    prior = 1.0 / (1.0 + np.arange(mass.shape[1]))
-    smoothed = mass + pseudocount * prior / prior.sum()
+    smoothed = mass + pseudocount * falloff / falloff.sum()
     return np.log(smoothed / smoothed.sum(axis=1, keepdims=True)).astype(np.float32)

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sedd.kernels.discretize import Binning, bin_counts, smoothed_log_shares, token_dtype, unbin_tokens
+from sedd.kernels.discretize import (
+    Binning,
+    bin_counts,
+    geometric_edges,
+    smoothed_log_shares,
+    token_dtype,
+    unbin_tokens,
+)
 
 
 def histogram(counts: np.ndarray) -> sp.csr_array:
@@ -66,16 +73,66 @@ def test_no_token_outside_the_bins_is_decoded() -> None:
             unbin_tokens(np.array([0, bad]), values=values)
 
 
-def test_auto_keeps_small_counts_and_shares_the_last_bin_among_large_ones() -> None:
+def test_auto_keeps_counts_as_they_are_or_widens_the_bins_of_large_ones() -> None:
+    counts = np.array([[0, 1, 7], [2, 0, 12], [0, 0, 300]])
+    hist = histogram(counts)
+    assert Binning.fit("auto", 301, hist=hist).kind == "identity"
+    wide = Binning.fit("auto", 40, hist=hist)
+    assert wide.kind == "geometric"
+    assert wide.clipped(hist) == 0
+    np.testing.assert_array_equal(wide.tokens(counts)[:2], counts[:2])  # small counts are their own tokens
+    np.testing.assert_array_equal(wide.decode(wide.tokens(counts)), counts)  # each is alone in its bin here
+
+
+@settings(deadline=None, max_examples=200)
+@given(num_bins=st.integers(2, 300), top=st.integers(0, 1_000_000))
+def test_geometric_bins_are_single_counts_and_then_of_one_ratio(num_bins: int, top: int) -> None:
+    edges = geometric_edges(num_bins, top)
+    assert edges.shape == (num_bins - 1,)
+    np.testing.assert_array_equal(edges, np.rint(edges))
+    widths = np.diff(edges, prepend=0)
+    assert edges[0] == 1 and (widths >= 1).all()
+    assert edges[-1] <= max(top, num_bins - 1)
+    wide = np.flatnonzero(widths > 1)
+    if wide.size:  # from the first wide bin on a bin holds a fixed share of its counts, up to rounding
+        first = wide[0]
+        lows = np.concatenate([[0], edges])[:-1]
+        ratio = (edges[-1] / lows[first]) ** (1 / (len(edges) - first))
+        exact = lows[first] * ratio ** np.arange(1, len(edges) - first + 1)
+        assert (np.abs(edges[first:] - exact) <= np.maximum(1.5, 0.05 * exact)).all() or num_bins < 12
+
+
+def test_the_law_inside_the_bins_makes_one_of_all_counts() -> None:
+    counts = np.random.default_rng(4).negative_binomial(0.3, 0.002, size=(3000, 4))
+    binning = Binning.fit("geometric", 50, hist=histogram(counts))
+    tokens = np.full(50, 1 / 50)  # any law of tokens
+    every = np.arange(int(counts.max()) * 60)
+    log_p, below = binning.within(every)
+    p = tokens[binning.tokens(every)] * np.exp(log_p)
+    assert p.sum() == pytest.approx(1, abs=1e-9)
+    cdf_below = np.concatenate([[0], np.cumsum(tokens)])[binning.tokens(every)] + tokens[binning.tokens(every)] * below
+    np.testing.assert_allclose(cdf_below, np.concatenate([[0], np.cumsum(p)])[:-1], atol=1e-9)
+    top = binning.tokens(counts) == 49
+    assert counts[top].mean() == pytest.approx((every * p)[binning.tokens(every) == 49].sum() * 50, rel=1e-6)
+
+
+def test_bins_of_one_count_leave_nothing_open_and_real_bins_have_no_law_of_counts() -> None:
+    log_p, below = Binning("identity", 9, None, np.arange(9)).within(np.array([0, 3, 8]))
+    assert not log_p.any() and not below.any()
+    with pytest.raises(ValueError, match="bins of real values"):
+        Binning.fit("log", 9, values=np.arange(5.0)).within(np.array([1]))
+    with pytest.raises(ValueError, match="is for counts"):
+        Binning.fit("geometric", 9, values=np.arange(5.0))
+
+
+def test_bins_called_counts_share_the_last_one_among_large_counts() -> None:
     counts = np.array([[0, 1, 7], [2, 0, 12], [0, 0, 3]])
     hist = histogram(counts)
-    assert Binning.fit("auto", 13, hist=hist).kind == "identity"
-    clipped = Binning.fit("auto", 5, hist=hist)
-    assert clipped.kind == "counts"
+    clipped = Binning.fit("counts", 5, hist=hist)
     np.testing.assert_array_equal(clipped.tokens(counts), np.minimum(counts, 4))
     assert clipped.clipped(hist) == 2
     np.testing.assert_allclose(clipped.values, [0, 1, 2, 3, (7 + 12) / 2])
-    with pytest.raises(ValueError, match="--num_bins 13 or --binning counts"):
+    with pytest.raises(ValueError, match="--num_bins 13 or --binning geometric"):
         Binning.fit("identity", 12, hist=hist)
 
 
@@ -128,7 +185,7 @@ def test_a_bin_decodes_to_the_mean_count_inside_it() -> None:
 
 
 def test_a_binning_survives_json_bit_for_bit() -> None:
-    for kind in ("counts", "linear", "log"):
+    for kind in ("counts", "geometric", "linear", "log"):
         binning = Binning.fit(kind, 7, hist=histogram(np.random.default_rng(2).poisson(9, size=(50, 4))))
         again = Binning.from_dict(json.loads(json.dumps(binning.to_dict())))
         assert again == binning
@@ -141,7 +198,7 @@ def test_a_token_histogram_counts_the_tokens_and_its_shares_are_smoothed() -> No
     got = binning.token_histogram(histogram(counts)).toarray()
     want = np.stack([np.bincount(column, minlength=8) for column in binning.tokens(counts).T])
     assert np.array_equal(got, want)
-    shares = np.exp(smoothed_log_shares(want.astype(np.float64)))
+    shares = np.exp(smoothed_log_shares(want.astype(np.float64), binning.falloff))
     np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(shares, want / 4000, atol=5e-4)
     assert (shares > 0).all()
