@@ -30,10 +30,12 @@ def aligned(model: Pretrained, counts: Any, genes: np.ndarray) -> anndata.AnnDat
     return adata
 
 
-def batches(model: Pretrained, adata: anndata.AnnData, batch_size: int = 64) -> Iterator[tuple[int, int, Any, Any]]:
+def batches(
+    model: Pretrained, adata: anndata.AnnData, batch_size: int = 64, *, whole: bool = False
+) -> Iterator[tuple[int, int, Any, Any]]:
     """Tokens of successive cells in the task's gene order: (lo, hi, tokens, context)."""
     cells = tasks.open_cells(model, adata, "all", None)
-    for lo, hi, _, tokens, context in prediction.batches(model, cells, batch_size, "quality", False):
+    for lo, hi, _, tokens, context in prediction.batches(model, cells, batch_size, "quality", False, whole=whole):
         yield lo, hi, tokens, context
 
 
@@ -45,7 +47,7 @@ def gene_order(model: Pretrained, genes: np.ndarray) -> np.ndarray:
 
 def likelihood(model: Pretrained, adata: anndata.AnnData, n_masks: int, seed: int) -> np.ndarray:
     """Bound on the negative log likelihood of each cell's counts, nats."""
-    given = (CellBatch(tokens, **context) for _, _, tokens, context in batches(model, adata))
+    given = (CellBatch(tokens, **context) for _, _, tokens, context in batches(model, adata, whole=True))
     of_tokens = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
     return of_tokens + within_nats(model.binning, sparse.csr_matrix(adata.X))
 

@@ -177,7 +177,7 @@ def _likelihood(
     names = torch.from_numpy(cells.indices)
     given = (
         CellBatch(tokens, context["condition"], context["library"], names[lo:hi])
-        for lo, hi, _, tokens, context in batches(model, cells, batch_size, "likelihood", progress)
+        for lo, hi, _, tokens, context in batches(model, cells, batch_size, "likelihood", progress, whole=True)
     )
     per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
     of_counts = model.binning.kind in COUNT_KINDS

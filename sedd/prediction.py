@@ -28,9 +28,13 @@ def progress_bar(total: int, task: str, progress: bool) -> tqdm:
 
 
 def batches(
-    model: Pretrained, source: Cells, batch_size: int, task: str, progress: bool
+    model: Pretrained, source: Cells, batch_size: int, task: str, progress: bool, *, whole: bool = False
 ) -> Iterator[tuple[int, int, np.ndarray, torch.Tensor, dict[str, Any]]]:
-    """Successive cells: (lo, hi, counts, tokens, {"condition", "library"})."""
+    """Successive cells: (lo, hi, counts, tokens, {"condition", "library"}).
+
+    A model that takes totals is told them only if cells are seen `whole`: where entries are hidden, the total would give
+    their sum away.
+    """
     if batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}; expected at least 1.")
     warned = False
@@ -57,7 +61,7 @@ def batches(
             if model.model.config["condition_library"]:
                 total = np.log(np.maximum(counts.sum(1), 1)).astype(np.float32)
                 # With genes missing the total over the panel is not known.
-                total[:] = np.nan if source.missing.any() else total
+                total[:] = total if whole and not source.missing.any() else np.nan
                 context["library"] = torch.from_numpy(total).to(model.device)
             yield lo, hi, counts, tokens, context
             bar.update(hi - lo)

@@ -381,7 +381,7 @@ def embed(
     if source.missing.any():
         model.check_knows_masks("Embedding cells that lack genes of the model")
     states = []
-    for _, _, _, tokens, context in batches(model, source, batch_size, "embed", progress):
+    for _, _, _, tokens, context in batches(model, source, batch_size, "embed", progress, whole=True):
         hidden = torch.from_numpy(np.broadcast_to(source.missing, tokens.shape).copy()).to(tokens.device)
         with torch.no_grad():
             shown = tokens.masked_fill(hidden, model.binning.n_bins)

@@ -98,7 +98,7 @@ class Validator:
         masked = torch.from_numpy(exact_mask(seed, 0, batch.cell.numpy(), n_vars, count)).to(device)
         shown = hide(batch.tokens, masked, self._graph.mask_token)
         sigma = self._noise.sigma_at(masked.double().mean(1)).float()
-        given: dict[str, Any] = {"condition": batch.condition, "library": batch.library}
+        given: dict[str, Any] = {"condition": batch.condition}  # not the total: it would give away what is hidden
         with self._accelerator.autocast():
             log_prob = model(shown, sigma, targets=batch.tokens, **given)
         mean, _ = model.expectation(shown, sigma, values, **given)

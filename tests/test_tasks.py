@@ -66,6 +66,24 @@ def test_a_prediction_does_not_depend_on_what_it_predicts(model: Pretrained) -> 
     assert np.array_equal(dense(first.X)[same_total][hidden[same_total]], dense(second.X)[same_total][hidden[same_total]])
 
 
+@pytest.mark.parametrize("task", ["impute", "denoise"])
+def test_the_total_of_a_cell_does_not_give_hidden_counts_away(task: str, model: Pretrained) -> None:
+    assert model.model.config["condition_library"]
+    adata = make_counts(20, seed=5)
+    hidden = dense(impute(model, adata, hide=0.3, progress=False).layers["sedd_hidden"]).astype(bool)
+    more = adata.copy()
+    values = dense(adata.X)
+    more.X = values + 20 * hidden  # changes what is hidden, and so the totals, and nothing else
+    if task == "impute":
+        first, second = (dense(impute(model, a, hide=0.3, progress=False).X) for a in (adata, more))
+        np.testing.assert_array_equal(first[hidden], second[hidden])
+    else:  # one entry at a time: what the other genes say of it is independent of its own count
+        more = adata.copy()
+        more.X = values + 20 * (np.arange(values.shape[1]) == 7)
+        first, second = (denoise(model, a, own_counts=False, progress=False) for a in (adata, more))
+        np.testing.assert_array_equal(dense(first.X)[:, 7], dense(second.X)[:, 7])
+
+
 def test_obs_labels_and_var_survive(model: Pretrained) -> None:
     adata = make_counts()
     out = impute(model, adata, predict=["gene3"], progress=False)
