@@ -417,13 +417,11 @@ def geometric_edges(num_bins: int, top: int) -> np.ndarray:
     n = num_bins - 1
     if top <= n:
         return np.arange(1.0, n + 1)
-    # The most single counts m for which steps of one ratio from m to top + 1 are nowhere narrower than a count.
-    for m in range(n, 0, -1):
-        ratio = ((top + 1) / m) ** (1 / (n - m + 1))
-        if m * (ratio - 1) >= 1 or m == 1:
-            edges = np.concatenate([np.arange(1, m), np.rint(m * ratio ** np.arange(n - m + 1))])
-            return np.maximum.accumulate(edges - np.arange(n)) + np.arange(n)  # rounding must not join two
-    raise AssertionError("unreachable: m is 1 at last")
+    # Single counts up to the first m from which steps of one ratio to top + 1 are no narrower than a count.
+    m = next(m for m in range(1, n + 1) if m * (((top + 1) / m) ** (1 / (n - m + 1)) - 1) >= 1)
+    ratio = ((top + 1) / m) ** (1 / (n - m + 1))
+    edges = np.concatenate([np.arange(1, m), np.rint(m * ratio ** np.arange(n - m + 1))])
+    return np.maximum.accumulate(edges - np.arange(n)) + np.arange(n)  # rounding must not join two
 
 
 def smoothed_log_shares(mass: np.ndarray, falloff: np.ndarray, pseudocount: float = 2.0) -> np.ndarray:
