@@ -274,9 +274,10 @@ def sedd_records(task: Task, checkpoint: Path, protocols: Sequence[str], n_masks
             answers = quality_sedd.impute(model, test, hidden)
             yield score_imputation(task, "sedd", fraction, answers.pop("mean"), **answers)
     if "likelihood" in protocols:
-        given = "the cell's total" if model.model.config["condition_library"] else "nothing"
-        nats = quality_sedd.likelihood(model, test, n_masks, task.seed)
-        yield {**score_likelihood(task, "sedd, bound", nats, given), "masks_per_cell": n_masks}
+        for told in (False, True) if model.model.config["condition_library"] else (False,):
+            nats = quality_sedd.likelihood(model, test, n_masks, task.seed, told=told)
+            row = score_likelihood(task, "sedd, bound", nats, "the cell's total" if told else "nothing")
+            yield {**row, "masks_per_cell": n_masks}
     if "denoising" in protocols:
         kept = quality_sedd.aligned(model, task.kept[task.test_rows], task.genes)
         for method, denoised in quality_sedd.denoise(model, kept, task.seed).items():

@@ -281,7 +281,10 @@ def generate(
     )
     totals = np.full(n, np.nan if library_size is None else library_size)
     if by_library and library_size is None:
-        totals = np.random.default_rng(seed).choice(model.libraries, n)
+        # One total from each n-th of the training cells, in random order: few cells have the spread of many.
+        rng = np.random.default_rng(seed)
+        place = (rng.permutation(n) + rng.random(n)) / n
+        totals = model.libraries[(place * len(model.libraries)).astype(np.int64)]
     obs = pd.DataFrame(where, index=[f"generated_{i}" for i in range(n)])
     var = pd.DataFrame(model.state["var"], index=pd.Index(model.genes))
     with open_result(output, obs, var) as out, prediction.progress_bar(n, "generate", progress) as bar:
