@@ -1,8 +1,8 @@
 r"""Held-out likelihood of the designs of the network against the time they were trained for.
 
     python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent latent_4 nb --epochs 5
-    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent full --batch_size 16 4 --epochs 12 --seconds 300 600 900 \
-        --masks 1
+    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent full --batch_size 16 4 --seconds 120 300 600 \
+        --masks 1 --cells 128
     python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent --epochs 15 --n_bins 0
 
 Cells, genes and split are those of `benchmarks/quality.py`. The bound is the time-free one on the held-out cells, in nats per
@@ -18,6 +18,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,14 @@ def build(task: Task, n_bins: int, args: argparse.Namespace, design: str) -> SED
     )
 
 
-def run(task: Task, args: argparse.Namespace, design: str, batch_size: int) -> tuple[Record, Likelihood]:
-    """Train one design and follow its bound."""
+def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, first: Likelihood | None) -> Iterator[Record]:
+    """Train one design and follow its bound: the record so far at every look, the last one at the end.
+
+    Parameters
+    ----------
+    first
+        What the design is compared with, cell by cell on the same masks.
+    """
     n_bins = args.n_bins or int(max(task.train.max(), task.test.max())) + 1
     train, test = (torch.from_numpy(x.toarray()).clamp(max=n_bins - 1) for x in (task.train, task.test))
     model, graph = build(task, n_bins, args, design), AbsorbingGraph(n_bins)
@@ -92,13 +99,31 @@ def run(task: Task, args: argparse.Namespace, design: str, batch_size: int) -> t
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / args.warmup_steps))
     clock, curve, step, marks = Clock(), [], 0, sorted(args.seconds)
 
-    def look(last: bool) -> Likelihood:
+    def look(n_masks: int) -> Record:
         with ema.applied(model):
-            cells, masks = (test, args.masks) if last else (test[: args.look_cells], max(1, args.masks // 8))
-            found = nelbo(model, graph, NOISE, cells.split(16), n_masks=masks)
+            found = nelbo(model, graph, NOISE, test[: args.cells].split(16), n_masks=n_masks)
         curve.append({"epoch": epoch, "step": step, "cpu_seconds": round(clock.cpu, 1), "nelbo": round(found.mean, 2)})
+        if first is not None and n_masks == args.masks:
+            curve[-1]["minus_first"] = [round(x, 2) for x in found.minus(first)]
         print(design, curve[-1], flush=True)
-        return found
+        return {
+            "design": design,
+            "n_bins": n_bins,
+            "epochs": epoch,
+            "steps": step,
+            "cpu_seconds": round(clock.cpu, 1),
+            "wall_seconds": round(clock.wall, 1),
+            "nelbo": round(found.mean, 2),
+            "nelbo_ci": [round(x, 2) for x in found.interval],
+            "cells": found.per_cell.size,
+            "masks_per_cell": n_masks,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "settings": {name: getattr(args, name) for name in SETTINGS} | {"batch_size": batch_size},
+            "curve": [*curve],
+            "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
+            "versions": {name: version(name) for name in ("torch", "numpy", "scanpy")},
+            "per_cell": found,
+        }
 
     for epoch in range(1, args.epochs + 1):
         for batch in train[torch.randperm(len(train))].split(batch_size):
@@ -114,39 +139,21 @@ def run(task: Task, args: argparse.Namespace, design: str, batch_size: int) -> t
                 ema.update(model)
             step += 1
             if marks and clock.cpu >= marks[0]:
-                if len(marks) == 1:
-                    break
+                yield look(args.masks)
                 marks.pop(0)
-                look(last=False)
-        if epoch == args.epochs or (marks and clock.cpu >= marks[0]):
-            break
-        if epoch % args.every == 0:
-            look(last=False)
-    found = look(last=True)
-    record = {
-        "design": design,
-        "n_bins": n_bins,
-        "epochs": epoch,
-        "steps": step,
-        "cpu_seconds": round(clock.cpu, 1),
-        "wall_seconds": round(clock.wall, 1),
-        "nelbo": round(found.mean, 2),
-        "nelbo_ci": [round(x, 2) for x in found.interval],
-        "masks_per_cell": args.masks,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "settings": {name: getattr(args, name) for name in SETTINGS} | {"batch_size": batch_size},
-        "curve": curve,
-        "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "numpy", "scanpy")},
-    }
-    return record, found
+                if not marks:
+                    return
+        if epoch == args.epochs:
+            yield look(args.masks)
+        elif epoch % args.every == 0:
+            look(max(1, args.masks // 8))
 
 
-def save(path: Path, record: Record) -> None:
-    """Put a record into the file in place of the one it repeats."""
+def save(path: Path, record: Record, before: Record | None) -> None:
+    """Put a record into the file in place of the one it repeats, and of the one made at the look before."""
     records = json.loads(path.read_text()) if path.exists() else []
     key = ("design", "n_bins", "epochs", "settings", "machine")
-    records = [r for r in records if any(r[k] != record[k] for k in key)] + [record]
+    records = [r for r in records if r != before and any(r[k] != record[k] for k in key)] + [record]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records, indent=1) + "\n")
 
@@ -159,7 +166,7 @@ def main() -> None:
     parser.add_argument("--n_genes", type=int, default=2000)
     parser.add_argument("--n_bins", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--seconds", type=float, nargs="*", default=[], help="of processor time to look after; the last stops")
+    parser.add_argument("--seconds", type=float, nargs="*", default=[], help="processor time of looks; the last one ends it")
     parser.add_argument("--hidden_dim", type=int, default=128)
     parser.add_argument("--num_layers", type=int, default=3)
     parser.add_argument("--num_heads", type=int, default=4)
@@ -170,7 +177,7 @@ def main() -> None:
     parser.add_argument("--ema_decay", type=float, default=0.995)
     parser.add_argument("--every", type=int, default=1, help="epochs between looks at the held-out cells")
     parser.add_argument("--masks", type=int, default=16, help="per held-out cell at the end; an eighth of it in between")
-    parser.add_argument("--look_cells", type=int, default=540, help="held-out cells to look at in between")
+    parser.add_argument("--cells", type=int, default=540, help="held-out cells to look at")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "backbones.json")
@@ -178,19 +185,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     task = prepare(args.data, args.n_genes, None, args.seed)
     sizes = args.batch_size * len(args.designs) if len(args.batch_size) == 1 else args.batch_size
-    first = None
+    first: Likelihood | None = None
     for design, batch_size in zip(args.designs, sizes, strict=True):
-        record, found = run(task, args, design, batch_size)
-        if first is None:
-            first = found
-        else:
-            difference, low, high = found.minus(first)
-            record["minus_first"] = {
-                "first": args.designs[0],
-                "nats": round(difference, 2),
-                "ci": [round(low, 2), round(high, 2)],
-            }
-        save(args.output, record)
+        before = None
+        for record in run(task, args, design, batch_size, first):
+            found = record.pop("per_cell")
+            save(args.output, record, before)
+            before = record
+        first = first or found
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ def test_what_there_is_not_is_one_line_of_status_2(
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert says in error[0]
+    assert "---" not in error[0]
     assert not list(tmp_path.iterdir())
 
 
