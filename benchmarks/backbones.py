@@ -1,11 +1,13 @@
-"""Held-out likelihood of the designs of the network against the time they were trained for.
+r"""Held-out likelihood of the designs of the network against the time they were trained for.
 
     python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent latent_4 nb --epochs 5
-    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent full --seconds 120
+    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent full --batch_size 16 4 --seconds 120 300 600 \
+        --masks 1 --cells 128
     python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent --epochs 15 --n_bins 0
 
 Cells, genes and split are those of `benchmarks/quality.py`. The bound is the time-free one on the held-out cells, in nats per
-cell and conditioned on nothing, with the averaged weights. Counts of `--n_bins - 1` and more share the last bin; with 0 every
+cell and conditioned on nothing, with the averaged weights; the first design of a call is what the others are compared
+with, cell by cell on the same masks. Counts of `--n_bins - 1` and more share the last bin; with 0 every
 count has its own, and the bound is one on the raw counts. Time is processor time of training, one thread by default, so
 that it can be compared on a machine that others use as well. Adds to `benchmarks/results/backbones.json`.
 """
@@ -16,6 +18,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,8 +82,14 @@ def build(task: Task, n_bins: int, args: argparse.Namespace, design: str) -> SED
     )
 
 
-def run(task: Task, args: argparse.Namespace, design: str) -> Record:
-    """Train one design and follow its bound."""
+def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, first: Likelihood | None) -> Iterator[Record]:
+    """Train one design and follow its bound: the record so far at every look, the last one at the end.
+
+    Parameters
+    ----------
+    first
+        What the design is compared with, cell by cell on the same masks.
+    """
     n_bins = args.n_bins or int(max(task.train.max(), task.test.max())) + 1
     train, test = (torch.from_numpy(x.toarray()).clamp(max=n_bins - 1) for x in (task.train, task.test))
     model, graph = build(task, n_bins, args, design), AbsorbingGraph(n_bins)
@@ -89,17 +98,36 @@ def run(task: Task, args: argparse.Namespace, design: str) -> Record:
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
     )
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / args.warmup_steps))
-    clock, curve, step = Clock(), [], 0
+    clock, curve, step, marks = Clock(), [], 0, sorted(args.seconds)
 
-    def bound(n_masks: int) -> Likelihood:
+    def look(n_masks: int) -> Record:
         with ema.applied(model):
-            return nelbo(model, graph, NOISE, test.split(64), n_masks=n_masks)
-
-    def out_of_time() -> bool:
-        return bool(args.seconds) and clock.cpu >= args.seconds
+            found = nelbo(model, graph, NOISE, test[: args.cells].split(16), n_masks=n_masks)
+        curve.append({"epoch": epoch, "step": step, "cpu_seconds": round(clock.cpu, 1), "nelbo": round(found.mean, 2)})
+        if first is not None and n_masks == args.masks:
+            curve[-1]["minus_first"] = [round(x, 2) for x in found.minus(first)]
+        print(design, curve[-1], flush=True)
+        return {
+            "design": design,
+            "n_bins": n_bins,
+            "epochs": epoch,
+            "steps": step,
+            "cpu_seconds": round(clock.cpu, 1),
+            "wall_seconds": round(clock.wall, 1),
+            "nelbo": round(found.mean, 2),
+            "nelbo_ci": [round(x, 2) for x in found.interval],
+            "cells": found.per_cell.size,
+            "masks_per_cell": n_masks,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "settings": {name: getattr(args, name) for name in SETTINGS} | {"batch_size": batch_size},
+            "curve": [*curve],
+            "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
+            "versions": {name: version(name) for name in ("torch", "numpy", "scanpy")},
+            "per_cell": found,
+        }
 
     for epoch in range(1, args.epochs + 1):
-        for batch in train[torch.randperm(len(train))].split(args.batch_size):
+        for batch in train[torch.randperm(len(train))].split(batch_size):
             with clock:
                 t = stratified_times(len(batch), 1 - float(torch.rand(())))
                 masked = torch.rand(batch.shape, dtype=torch.float64) < NOISE.mask_probability(t)[:, None]
@@ -111,38 +139,22 @@ def run(task: Task, args: argparse.Namespace, design: str) -> Record:
                 warm_up.step()
                 ema.update(model)
             step += 1
-            if out_of_time():
-                break
-        if epoch % args.every == 0 or epoch == args.epochs or out_of_time():
-            last = epoch == args.epochs or out_of_time()
-            found = bound(args.masks if last else max(1, args.masks // 8))
-            curve.append({"epoch": epoch, "step": step, "cpu_seconds": round(clock.cpu, 1), "nelbo": round(found.mean, 2)})
-            print(design, curve[-1], flush=True)
-        if out_of_time():
-            break
-    return {
-        "design": design,
-        "n_bins": n_bins,
-        "epochs": epoch,
-        "steps": step,
-        "cpu_seconds": round(clock.cpu, 1),
-        "wall_seconds": round(clock.wall, 1),
-        "nelbo": round(found.mean, 2),
-        "nelbo_ci": [round(x, 2) for x in found.interval],
-        "masks_per_cell": args.masks,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "settings": {name: getattr(args, name) for name in SETTINGS},
-        "curve": curve,
-        "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "numpy", "scanpy")},
-    }
+            if marks and clock.cpu >= marks[0]:
+                yield look(args.masks)
+                marks.pop(0)
+                if not marks:
+                    return
+        if epoch == args.epochs:
+            yield look(args.masks)
+        elif epoch % args.every == 0:
+            look(max(1, args.masks // 8))
 
 
-def save(path: Path, record: Record) -> None:
-    """Put a record into the file in place of the one it repeats."""
+def save(path: Path, record: Record, before: Record | None) -> None:
+    """Put a record into the file in place of the one it repeats, and of the one made at the look before."""
     records = json.loads(path.read_text()) if path.exists() else []
     key = ("design", "n_bins", "epochs", "settings", "machine")
-    records = [r for r in records if any(r[k] != record[k] for k in key)] + [record]
+    records = [r for r in records if r != before and any(r[k] != record[k] for k in key)] + [record]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records, indent=1) + "\n")
 
@@ -155,25 +167,33 @@ def main() -> None:
     parser.add_argument("--n_genes", type=int, default=2000)
     parser.add_argument("--n_bins", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.0, help="of processor time to stop after; 0 for no limit")
+    parser.add_argument("--seconds", type=float, nargs="*", default=[], help="processor time of looks; the last one ends it")
     parser.add_argument("--hidden_dim", type=int, default=128)
     parser.add_argument("--num_layers", type=int, default=3)
     parser.add_argument("--num_heads", type=int, default=4)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[16], help="one, or one for each design")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--warmup_steps", type=int, default=50)
     parser.add_argument("--ema_decay", type=float, default=0.995)
     parser.add_argument("--every", type=int, default=1, help="epochs between looks at the held-out cells")
     parser.add_argument("--masks", type=int, default=16, help="per held-out cell at the end; an eighth of it in between")
+    parser.add_argument("--cells", type=int, default=540, help="held-out cells to look at")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "backbones.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     task = prepare(args.data, args.n_genes, None, args.seed)
-    for design in args.designs:
-        save(args.output, run(task, args, design))
+    sizes = args.batch_size * len(args.designs) if len(args.batch_size) == 1 else args.batch_size
+    first: Likelihood | None = None
+    for design, batch_size in zip(args.designs, sizes, strict=True):
+        before = None
+        for record in run(task, args, design, batch_size, first):
+            found = record.pop("per_cell")
+            save(args.output, record, before)
+            before = record
+        first = first or found
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
         _require(0 <= self.condition_dropout < 1, "condition_dropout", self.condition_dropout, "a probability below 1")
         _require(self.num_latents >= 1, "num_latents", self.num_latents, "at least 1")
+        _require(len(set(self.condition)) == len(self.condition), "condition", self.condition, "each column once")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from sedd.prediction import batches
 from sedd.pretrained import Pretrained
 from sedd.report import ReportData, write_report
 from sedd.run_directory import write_json
+from sedd.sampling import make_sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +100,23 @@ def evaluate(
     held_out = tasks.open_cells(model, adata, part, layer, name)
     train = _training_cells(model, adata if own else None, name)
     counts, train_counts = _matrix(held_out), _matrix(train)
+    hidden = None
+    if model.knows_masks:
+        hide = hide if hide is not None else model.config.model.mask_ratio
+        hidden = _hidden_entries(model, held_out, imputed, hide, seed)
+    if generated is None:  # what cannot be drawn with is said before hours of measuring
+        make_sampler("analytic", model.model, model.graph, model.noise, num_steps=num_steps, batch_size=batch_size)
 
     likelihood, nats = _likelihood(model, held_out, counts, train_counts, n_masks, batch_size, seed, progress)
     metrics: dict[str, Any] = {"likelihood": likelihood}
     arrays: dict[str, Any] = {"nats": nats}
     notes = []
-    if model.knows_masks:
-        hide = hide if hide is not None else model.config.model.mask_ratio
-        hidden = _hidden_entries(model, held_out, imputed, hide, seed)
+    if model.categories:
+        told = ", ".join(model.categories)
+        notes.append(f"The NELBO and the imputation are given each cell's {told}; the baselines are told nothing of it.")
+    if model.model.config["condition_library"]:
+        notes.append("Imputation is given each cell's total, hidden genes included; the baselines have that of visible genes.")
+    if hidden is not None:
         metrics["imputation"], found = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
         arrays.update(found)
     else:

@@ -44,10 +44,18 @@ def draw(log_p: Tensor, u: Tensor) -> Tensor:
     Returns
     -------
     drawn : (N,) int64; never a value of probability 0
+
+    Raises
+    ------
+    UserError
+        If a probability is not a number.
     """
     log_p = log_p.double()
     cumulative = (log_p - log_p.amax(-1, keepdim=True)).exp_().cumsum(-1)
-    point = u * cumulative[..., -1]
+    total = cumulative[..., -1]
+    if not bool(torch.isfinite(total).all()):
+        raise UserError("a probability of the model is not a number: its training has diverged. Use an earlier checkpoint.")
+    point = u * total
     return torch.searchsorted(cumulative, point if log_p.ndim == 1 else point[:, None], right=True).view(-1)
 
 
@@ -213,13 +221,13 @@ class Sampler(ABC):
             n_now = masked.sum(1) - left_after[k]
             rows = (n_now > 0).nonzero().squeeze(1)
             if len(rows):
-                where = masked[rows]
-                confidence = torch.full(where.shape, -torch.inf, dtype=torch.float64, device=tokens.device)
-                for part, at in self._pieces(where):
-                    log_mu = self._log_mu(tokens[rows[part]], at, [_take(x, rows[part]) for x in given])
-                    confidence[part] = confidence[part].masked_scatter(at, log_mu.amax(-1).double())
-                rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
-                self._unmask(tokens, rows, rank < n_now[rows, None], u[rows], given)
+                for part, at in self._pieces(masked[rows]):
+                    here = rows[part]
+                    log_mu = self._log_mu(tokens[here], at, [_take(x, here) for x in given])
+                    confidence = torch.full(at.shape, -torch.inf, dtype=log_mu.dtype, device=tokens.device)
+                    rank = confidence.masked_scatter(at, log_mu.amax(-1)).argsort(dim=1, descending=True, stable=True).argsort(1)
+                    surest = rank < n_now[here, None]
+                    tokens[here] = tokens[here].masked_scatter(surest, draw(log_mu[surest[at]], u[here][surest]))
             report(k + 1, self.num_steps)
 
     def _unmask(self, tokens: Tensor, rows: Tensor, where: Tensor, u: Tensor, given: list[Tensor | None]) -> None:

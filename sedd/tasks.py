@@ -259,6 +259,8 @@ def generate(
     by_library = model.model.config["condition_library"]
     if library_size is not None and not by_library:
         raise UserError("--library_size needs a model trained with --condition_library_size; this one was not.")
+    if library_size is not None and not 0 < library_size < float("inf"):
+        raise UserError(f"--library_size is {library_size:g}; expected a total count above 0, such as 2000.")
     if guidance != 1 and not where and not by_library:
         raise UserError(
             f"--guidance is {guidance} and there is nothing to be guided by; give --where COLUMN=LABEL or leave it at 1."

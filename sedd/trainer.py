@@ -212,6 +212,10 @@ class SEDDTrainer:
             self.ema.load_state_dict({**state["ema"], "average": average})
         self._optimizer.load_state_dict(divide_optimizer_state(state["optimizer"], self._optimizer))
         self._scheduler.load_state_dict(state["scheduler"])
+        # The rate is that of the settings: who continues a run that diverged lowers it.
+        self._scheduler.base_lrs = [self.config.optim.learning_rate] * len(self._scheduler.base_lrs)
+        for group, factor in zip(self._optimizer.param_groups, self._scheduler.lr_lambdas, strict=True):
+            group["lr"] = self.config.optim.learning_rate * factor(self._scheduler.last_epoch)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
@@ -267,13 +271,8 @@ class SEDDTrainer:
                 loss, per_cell = self._loss(batch)
                 accelerator.backward(loss * (len(batch.cell) / n_cells))
             total += per_cell.sum()
-        mean = float(total) / n_cells
-        if not math.isfinite(mean):
-            cells = [int(c) for c in group[0].cell[:4]]
-            raise FloatingPointError(
-                f"the loss is {mean} at step {self.step} of epoch {self.epoch + 1} (cells {cells} ...); nothing was saved "
-                "since the last checkpoint, which is whole. Continue with --resume auto and a lower --learning_rate."
-            )
+        mean, cells = float(total) / n_cells, [int(c) for c in group[0].cell[:4]]
+        self._check_finite(mean, f"loss is {mean} at step {self.step} of epoch {self.epoch + 1} (cells {cells} ...)")
         if self.config.optim.grad_clip:
             accelerator.clip_grad_norm_(self._module.parameters(), self.config.optim.grad_clip)
         self._optimizer.step()
@@ -283,6 +282,13 @@ class SEDDTrainer:
             self.ema.update(self.model)
         self.step += 1
         return mean, n_cells
+
+    def _check_finite(self, value: float, found: str) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {found}; nothing was saved since the last checkpoint, which is whole. Continue with --resume auto and "
+                "a lower --learning_rate."
+            )
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         config, device = self.config.model, self.accelerator.device
@@ -313,6 +319,8 @@ class SEDDTrainer:
             self._interrupt()
         sums = self._summed_over_ranks()
         validation = self._validator.summary(found, self._cpu_group)
+        nats = validation["val_nelbo"]  # the weights after an epoch's last step were in no loss yet
+        self._check_finite(nats, f"bound on the validation cells is {nats} after epoch {self.epoch + 1} (step {self.step})")
         self.epoch += 1
         entry: dict[str, Any] = {
             "epoch": self.epoch,

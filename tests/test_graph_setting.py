@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import scipy.sparse as sp
 import torch
 from conftest import TINY_FLAGS
 from scipy.stats import chisquare
-from toy import Joint
+from toy import ExactNetwork, Joint
 
 from sedd import checkpoint
 from sedd.cli import main
@@ -126,6 +127,32 @@ def test_geometric_noise_trains_with_the_absorbing_graph_and_draws(joint_h5ad: P
         assert chisquare(found, given.numpy() * where_.sum()).pvalue > 1e-6
 
 
+def test_what_exact_conditionals_impute_is_the_enumerated_posterior(joint_h5ad: Path, tmp_path: Path) -> None:
+    flags = ["--num_bins", "4", "--limit_cells", "40", "--num_epochs", "1"]
+    where = ["--data_path", str(joint_h5ad), "--checkpoint_dir", str(tmp_path / "run")]
+    assert main(["train", *where, *TINY_FLAGS, *flags]) == 0
+    model = replace(Pretrained.load(tmp_path / "run"), model=ExactNetwork(JOINT).eval())
+    adata = cells_of(JOINT, 8000, seed=5)
+    settings = {"num_samples": 1, "num_steps": 1000, "batch_size": 2000, "progress": False}
+    out = impute(model, adata, predict=["gene0", "gene2"], **settings)
+    found, std, drawn = dense(out.X), dense(out.layers["sedd_std"]), dense(out.layers["sedd_sample_0"])
+    assert np.array_equal(found[:, 1], adata.X[:, 1])
+    assert np.array_equal(drawn[:, 1], adata.X[:, 1])
+    bins = np.arange(4)
+    for seen in bins:
+        rows = adata.X[:, 1] == seen
+        given = Joint(JOINT.p[:, seen])
+        for gene, p in ((0, given.p.sum(1).numpy()), (2, given.p.sum(0).numpy())):
+            np.testing.assert_allclose(found[rows, gene], p @ bins, atol=1e-5)
+        # The spread that is reported is that of the draws; with one draw there is none.
+        assert (std[rows] == 0).all()
+        pairs = torch.from_numpy(drawn[rows][:, [0, 2]]).long()
+        counts, expected = given.histogram(pairs).numpy(), given.p.flatten().numpy() * rows.sum()
+        assert chisquare(counts, expected).pvalue > 1e-4
+        if rows.sum() > 1500:  # and not of the product of the two posteriors
+            assert chisquare(counts, given.independent().flatten().numpy() * rows.sum()).pvalue < 1e-12
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -142,6 +169,7 @@ def test_what_there_is_not_is_one_line_of_status_2(
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert says in error[0]
+    assert "---" not in error[0]
     assert not list(tmp_path.iterdir())
 
 

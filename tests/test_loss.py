@@ -9,7 +9,7 @@ from torch import Tensor
 from toy import ExactModel, FreeModel, Joint
 
 from sedd.errors import UserError
-from sedd.graph import AbsorbingGraph, Graph, UniformGraph, make_graph
+from sedd.graph import AbsorbingGraph, Graph, UniformGraph, _exp_minus_line, make_graph
 from sedd.likelihood import nelbo
 from sedd.loss import diffusion_loss, hide, score_entropy
 from sedd.model import SEDDTransformer
@@ -107,6 +107,13 @@ def test_small_noise_in_float32_is_finite_and_that_of_float64(name: str) -> None
     (low, low_gradient), (high, high_gradient) = values
     torch.testing.assert_close(low, high, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(low_gradient, high_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_terms_of_the_uniform_graph_do_not_cancel_where_scores_are_nearly_right() -> None:
+    d = torch.tensor([1e-6, 1e-4, 1e-3, 0.0299, 0.0301, 1.0, 9.0])
+    d = torch.cat([d, -d])
+    want = torch.expm1(d.double()) - d.double()
+    torch.testing.assert_close(_exp_minus_line(d).double(), want, rtol=1e-5, atol=0)
 
 
 def integrated(joint: Joint, graph: Graph, noise: Noise, n_nodes: int = 40) -> float:

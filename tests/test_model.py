@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedd.errors import UserError
+from sedd.graph import AbsorbingGraph
+from sedd.loss import diffusion_loss
 from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
-from sedd.nn.heads import NegativeBinomialHead, SoftmaxHead
+from sedd.nn.heads import CHUNK_CPU, NegativeBinomialHead, SoftmaxHead
+from sedd.noise import LogLinearNoise
 
 N_VARS, N_BINS, CELLS = 23, 7, 5
 DESIGNS = pytest.mark.parametrize(
@@ -132,6 +136,40 @@ def test_gradient_of_the_chosen_log_probabilities_is_that_of_the_whole_table(mon
     wanted = torch.autograd.grad((table * weight).sum(), learned)
     for got, want in zip(torch.autograd.grad((chosen * weight).sum(), learned), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that a float tensor had while it was active, and every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.operations = 0, set[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations.add(func.name())
+        for value in torch.utils._pytree.tree_leaves(out):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                self.elements = max(self.elements, value.numel())
+        return out
+
+
+@DESIGNS
+def test_no_step_makes_a_distribution_for_every_gene_at_once(attention, head, num_latents):
+    batch, n_vars, n_bins = 8, 300, 300
+    settings = {"hidden_dim": 8, "num_layers": 1, "num_heads": 2, "log_marginals": marginals(n_vars, n_bins)}
+    model = SEDDTransformer(n_vars, n_bins, attention=attention, head=head, num_latents=num_latents, **settings)
+    graph, noise, t = AbsorbingGraph(n_bins), LogLinearNoise(), torch.ones(batch)
+    clean = torch.randint(n_bins, (batch, n_vars), generator=torch.Generator().manual_seed(7))
+    with Largest() as seen:
+        loss, _ = diffusion_loss(model, graph, noise, clean, torch.ones_like(clean, dtype=torch.bool), t)
+        loss.backward()
+    # A chunk of 2^17, or the genes' own table of biases, which is there in any case.
+    assert seen.elements <= max(CHUNK_CPU, n_vars * n_bins)
+    assert seen.elements < batch * n_vars * n_bins / 5
+    if attention == "full":  # without a mask and with heads it takes, or the square of the genes would be made
+        assert "aten::_scaled_dot_product_flash_attention_for_cpu" in seen.operations
+        assert not any("softmax" in name for name in seen.operations - {"aten::_log_softmax"})
 
 
 @DESIGNS

@@ -35,6 +35,8 @@ def test_rate_of_unmasking_is_that_of_masking_times_the_odds_of_being_visible(no
     t = T.clone().requires_grad_()
     (growth,) = torch.autograd.grad(noise.mask_probability(t).sum(), t)
     torch.testing.assert_close(noise.unmask_rate(T), growth / p, rtol=1e-6, atol=1e-12)
+    # As the formulas have it, where the odds are not a difference of numbers near 1.
+    torch.testing.assert_close(noise.unmask_rate(T), noise.dsigma(T) / torch.expm1(noise.sigma(T)), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("noise", SCHEDULES)

@@ -449,6 +449,10 @@ def test_evaluation_writes_its_page_and_beats_the_product_of_marginals(
     assert told_the_total < rows["nats_per_cell"]["baselines"]["gene marginals"]
     assert told_the_total < rows["nats_per_cell"]["sedd"]  # the total costs something
     assert {"likelihood", "imputation", "generation"} <= set(found.metrics)
+    # A bound that is given something is not to be read as one that is given nothing.
+    assert any("NELBO and the imputation are given each cell's cell_type" in note for note in found.notes)
+    assert any("given each cell's total" in note for note in found.notes)
+    assert "given each cell&#x27;s total" in page
 
 
 def test_the_commands_make_the_files_and_refuse_to_replace_them(
@@ -487,6 +491,11 @@ def test_the_commands_make_the_files_and_refuse_to_replace_them(
         (["impute", "RUN", "nowhere.h5ad", "-o", "o.h5ad"], "nowhere.h5ad: no such file"),
         (["impute", "RUN", "DATA", "-o", "o.h5ad", "--predict", "XYZ"], "does not know"),
         (["impute", "RUN", "DATA", "-o", "o.h5ad", "--hide", "1.5"], "--hide is 1.5"),
+        (["generate", "RUN", "-o", "o.h5ad", "--library_size", "nan"], "--library_size is nan; expected a total count"),
+        (["generate", "RUN", "-o", "o.h5ad", "--library_size", "-5"], "--library_size is -5; expected a total count"),
+        (["evaluate", "RUN", "DATA", "-o", "d", "--num_steps", "0"], "num_steps is 0; expected at least 1"),
+        (["evaluate", "RUN", "DATA", "-o", "d", "--n_masks", "0"], "n_masks is 0; expected at least 1"),
+        (["evaluate", "RUN", "DATA", "-o", "d", "--hide", "2"], "--hide is 2.0; expected a share"),
         (["evaluate", "RUN", "DATA", "-o", "d", "--imputed", "DATA"], "sedd impute --hide"),
         (["info", "nowhere"], "no such file or directory"),
         (["runs", "nowhere"], "no such directory"),

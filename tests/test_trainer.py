@@ -316,27 +316,6 @@ def test_auto_resume_passes_over_a_damaged_checkpoint(tiny_h5ad: Path, tmp_path:
     assert checkpoint.load(run / "final.pt")["epoch"] == 3
 
 
-def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(
-    tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from sedd import trainer
-
-    run = tmp_path / "run"
-    assert train(tiny_h5ad, run, "--num_epochs", "1") == 0
-    before = (run / "final.pt").read_bytes()
-    real, calls = trainer.diffusion_loss, []
-
-    def poisoned(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, per_cell = real(*args, **kwargs)  # type: ignore[arg-type]
-        calls.append(1)
-        return (loss, per_cell * float("nan")) if len(calls) == 3 else (loss, per_cell)
-
-    monkeypatch.setattr(trainer, "diffusion_loss", poisoned)
-    assert train(tiny_h5ad, run, "--num_epochs", "2", "--resume", "auto") == 1
-    assert "the loss is nan at step" in capsys.readouterr().err
-    assert (run / "final.pt").read_bytes() == before
-
-
 def test_out_of_memory_says_which_settings_make_the_same_steps(
     tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -448,28 +427,6 @@ def test_a_store_is_made_once_and_made_again_when_the_file_changes(tmp_path: Pat
     make_counts(seed=9).write_h5ad(data)
     assert train(data, tmp_path / "run", *flags) == 0
     assert (store / "zarr.json").stat().st_mtime_ns != first
-
-
-def test_validation_values_do_not_reach_bins_genes_or_marginals(tmp_path: Path) -> None:
-    adata = make_counts()
-    adata.write_h5ad(tmp_path / "a.h5ad")
-    assert train(tmp_path / "a.h5ad", tmp_path / "a", "--genes", "30", "--num_epochs", "1") == 0
-    state = checkpoint.load(tmp_path / "a" / "final.pt")
-    from sedd.io.plan import Split
-
-    val = Split(adata.n_obs, 0.1, 0, "val").cells()
-    rng = np.random.default_rng(0)
-    dense = adata.X.toarray()
-    dense[val] = rng.permutation(dense[val].ravel()).reshape(dense[val].shape)
-    assert (dense != adata.X.toarray()).any()
-    adata.X = dense
-    adata.write_h5ad(tmp_path / "b.h5ad")
-    assert train(tmp_path / "b.h5ad", tmp_path / "b", "--genes", "30", "--num_epochs", "1") == 0
-    other = checkpoint.load(tmp_path / "b" / "final.pt")
-    assert other["genes"] == state["genes"]
-    assert other["binning"] == state["binning"]
-    for name in ("indptr", "indices", "data"):
-        assert torch.equal(other["histogram"][name], state["histogram"][name])
 
 
 def test_train_py_the_script_and_the_command_are_one_function() -> None:

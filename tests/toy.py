@@ -1,7 +1,7 @@
 """A joint distribution small enough to enumerate, and the network that knows it exactly.
 
 `Joint` holds p(x) of a few genes with a few bins. `ExactModel` answers as `SEDDTransformer` does (`forward`, `readout`,
-`log_mu`, `expectation`), from the table; what it says at a visible gene is p(clean | the other genes' noisy values).
+`log_mu`), from the table; what it says at a visible gene is p(clean | the other genes' noisy values).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import itertools
 
 import torch
 from torch import Tensor, nn
+
+from sedd.model import SEDDTransformer
 
 
 class Joint:
@@ -138,16 +140,23 @@ class ExactModel(nn.Module):
         settled = torch.full_like(score, -torch.inf).scatter_(-1, tokens.long()[..., None], 0.0)
         return torch.where((tokens == self.n_bins)[..., None], score, settled)
 
-    def expectation(
-        self, tokens: Tensor, sigma: Tensor, values: Tensor, **given: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return posterior mean and variance at masked genes; a visible gene's own value and 0."""
-        p = self.readout(tokens, sigma, **given)
-        mean = p @ values.double()
-        var = p @ values.double().square() - mean.square()
-        masked = tokens == self.n_bins
-        own = values.double()[tokens.masked_fill(masked, 0)]
-        return torch.where(masked, mean, own), torch.where(masked, var, 0.0)
+
+class ExactNetwork(SEDDTransformer):
+    """A `SEDDTransformer` whose distributions come from the table of a joint; all that is built on them is the real thing."""
+
+    def __init__(self, joint: Joint) -> None:
+        super().__init__(joint.n_vars, joint.n_bins, hidden_dim=4, num_layers=1, num_heads=1)
+        self.exact = ExactModel(joint)
+
+    def readout(
+        self, tokens: Tensor, sigma: Tensor, *, condition: Tensor | None = None, library: Tensor | None = None
+    ) -> Tensor:
+        """Return p(x_i | other genes' tokens) for every gene."""
+        return self.exact.readout(tokens, sigma)
+
+    def log_mu(self, readout: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
+        """Return log-probabilities at the positions asked for, in the network's precision."""
+        return self.exact.log_mu(readout, cells, genes).float()
 
 
 class FreeModel(nn.Module):
