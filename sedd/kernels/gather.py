@@ -8,27 +8,25 @@ import numba
 import numpy as np
 
 from ..errors import UserError
+from .rows import choose, fetch, inside
 
 
 @numba.njit(cache=True, nogil=True)
 def _count(indices: Any, starts: Any, stops: Any, n_store: Any, columns: Any, indptr: Any) -> bool:
-    """Write the row pointers; return whether all indices are inside the store.
-
-    Rows are cut out first here and below: a subscript that may be negative keeps a loop from being vectorised.
-    """
+    """Write the row pointers; return whether all indices are inside the store."""
     fine = True
     indptr[0] = 0
     for row in range(starts.shape[0]):
+        if row + 1 < starts.shape[0]:
+            fetch(indices, starts[row + 1], stops[row + 1])
         genes = indices[starts[row] : stops[row]]
         kept = genes.shape[0]
-        bad = 0
-        for gene in genes:
-            bad += (np.int64(gene) >= n_store) | (np.int64(gene) < 0)
-        fine &= bad == 0
-        if columns.shape[0] > 0 and bad == 0:
+        if not inside(genes, n_store):
+            fine = False
+        elif columns.shape[0] > 0:
             kept = 0
-            for gene in genes:
-                kept += columns[np.uint64(gene)] >= 0
+            for i in range(genes.shape[0]):
+                kept += columns[np.uint64(genes[i])] >= 0
         indptr[row + 1] = indptr[row] + kept
     return fine
 
@@ -38,6 +36,10 @@ def _gather(
     indices: Any, data: Any, starts: Any, stops: Any, columns: Any, indptr: Any, out_indices: Any, out_data: Any
 ) -> None:
     for row in range(starts.shape[0]):
+        if row + 1 < starts.shape[0]:
+            fetch(indices, starts[row + 1], stops[row + 1])
+            fetch(data, starts[row + 1], stops[row + 1])
+        # Rows are cut out first: a subscript that may be negative keeps a loop from being vectorised.
         genes, values = indices[starts[row] : stops[row]], data[starts[row] : stops[row]]
         own_indices, own_data = out_indices[indptr[row] : indptr[row + 1]], out_data[indptr[row] : indptr[row + 1]]
         if columns.shape[0] == 0:
@@ -46,13 +48,11 @@ def _gather(
             for i in range(genes.shape[0]):
                 own_data[i] = values[i]
         else:
-            at = 0
-            for i in range(genes.shape[0]):
-                gene = columns[np.uint64(genes[i])]
-                if gene >= 0:
-                    own_indices[at] = gene
-                    own_data[at] = values[i]
-                    at += 1
+            chosen = np.empty(genes.shape[0], np.uint32)
+            for k in range(choose(genes, columns, chosen)):
+                i = np.uint64(chosen[k])
+                own_indices[k] = columns[np.uint64(genes[i])]
+                own_data[k] = values[i]
 
 
 @numba.njit(cache=True, nogil=True)

@@ -11,96 +11,80 @@ import numpy as np
 from ..errors import UserError
 from .discretize import MAX_TABLE, Binning, digit, quantile_edges
 from .mask import BUCKETS, exact_row, mask_row, mask_stream, thresholds
+from .rows import BAD_INDEX, check_row, choose, fetch
 
 _EDGES, _QUANTILE, _VALUE = 0, 1, 2
 _NO_MASK, _RANDOM, _EXACT = 0, 1, 2
-_BAD_INDEX, _BAD_VALUE = -1.0, -2.0
 
 
 @numba.njit(cache=True, nogil=True)
-def _check_row(indices: Any, data: Any, start: Any, stop: Any, n_store: Any) -> float:
-    """Return 0, or a negative code: an index out of range would write over memory that is not the row's."""
-    bad_index, bad_value = False, False
-    for i in range(start, stop):  # no early exit, so that the loop is vectorised
-        bad_index |= (np.int64(indices[i]) >= n_store) | (np.int64(indices[i]) < 0)
-        bad_value |= not data[i] >= 0
-    if bad_index:
-        return _BAD_INDEX
-    return _BAD_VALUE if bad_value else 0.0
-
-
-@numba.njit(cache=True, nogil=True)
-def _table_row(indices: Any, data: Any, start: Any, stop: Any, columns: Any, table: Any, out: Any) -> float:
+def _table_row(genes: Any, counts: Any, columns: Any, table: Any, chosen: Any, out: Any) -> float:
     """Scatter `table[count]`; return the sum of the counts inside the panel."""
     out[:] = table[0]
     last = np.uint64(table.shape[0] - 1)
-    genes, counts = indices[start:stop], data[start:stop]
     total = np.int64(0)
-    # Unsigned subscripts, which `_check_row` has seen to be in range: for signed ones Numba adds a test for counting from the end.
+    # Unsigned subscripts, which `check_row` has seen to be in range: for signed ones Numba adds a test for counting from the end.
     if columns.shape[0] == 0:
-        for count in counts:
-            total += np.int64(count)
+        for i in range(counts.shape[0]):
+            total += np.int64(counts[i])
         for i in range(genes.shape[0]):
             out[np.uint64(genes[i])] = table[min(np.uint64(counts[i]), last)]
     else:
-        for i in range(genes.shape[0]):
-            gene = columns[np.uint64(genes[i])]
-            if gene >= 0:
-                total += np.int64(counts[i])
-                out[np.uint64(gene)] = table[min(np.uint64(counts[i]), last)]
+        for k in range(choose(genes, columns, chosen)):
+            i = np.uint64(chosen[k])
+            total += np.int64(counts[i])
+            out[np.uint64(columns[np.uint64(genes[i])])] = table[min(np.uint64(counts[i]), last)]
     return np.float64(total)
 
 
 @numba.njit(cache=True, nogil=True)
-def _value_row(indices: Any, data: Any, start: Any, stop: Any, columns: Any, zero: Any, out: Any) -> float:
+def _value_row(genes: Any, values: Any, columns: Any, zero: Any, chosen: Any, out: Any) -> float:
     """Scatter the values themselves; return their sum inside the panel, added up in the type of `zero`."""
     out[:] = 0
-    genes, values = indices[start:stop], data[start:stop]
     total = zero
     if columns.shape[0] == 0:
         for i in range(genes.shape[0]):
             total += values[i]
             out[np.uint64(genes[i])] = values[i]
     else:
-        for i in range(genes.shape[0]):
-            gene = columns[np.uint64(genes[i])]
-            if gene >= 0:
-                total += values[i]
-                out[np.uint64(gene)] = values[i]
+        for k in range(choose(genes, columns, chosen)):
+            i = np.uint64(chosen[k])
+            total += values[i]
+            out[np.uint64(columns[np.uint64(genes[i])])] = values[i]
     return np.float64(total)
 
 
 @numba.njit(cache=True, nogil=True)
 def _real_row(
-    indices: Any, data: Any, start: Any, stop: Any, columns: Any, mode: Any, zero: Any, edges: Any, scratch: Any, out: Any
+    genes: Any, values: Any, columns: Any, mode: Any, zero: Any, edges: Any, scratch: Any, chosen: Any, out: Any
 ) -> float:
     """Scatter the bins of real values, or (`_VALUE`) the values themselves; return their sum inside the panel."""
     if mode == _VALUE:
-        return _value_row(indices, data, start, stop, columns, zero, out)
+        return _value_row(genes, values, columns, zero, chosen, out)
     own_edges = edges
     if mode == _QUANTILE:
-        present = np.empty(stop - start, np.float64)
+        present = np.empty(genes.shape[0], np.float64)
         count = 0
-        for i in range(start, stop):
-            gene = np.int64(indices[i])
+        for i in range(genes.shape[0]):
+            gene = np.int64(genes[i])
             if columns.shape[0] > 0:
                 gene = np.int64(columns[gene])
-            if gene >= 0 and data[i] > 0:
-                present[count] = data[i]
+            if gene >= 0 and values[i] > 0:
+                present[count] = values[i]
                 count += 1
         if count > 0:
             quantile_edges(np.sort(present[:count]), scratch)
         own_edges = scratch
     out[:] = digit(0.0, edges) if mode == _EDGES else 0
     total = 0.0
-    for i in range(start, stop):
-        gene = np.int64(indices[i])
+    for i in range(genes.shape[0]):
+        gene = np.int64(genes[i])
         if columns.shape[0] > 0:
             gene = np.int64(columns[gene])
         if gene >= 0:
-            total += data[i]
-            if data[i] > 0:
-                out[gene] = digit(np.float64(data[i]), own_edges)
+            total += values[i]
+            if values[i] > 0:
+                out[gene] = digit(np.float64(values[i]), own_edges)
     return total
 
 
@@ -138,9 +122,14 @@ def _table_rows(
     mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
 ) -> None:  # fmt: skip
     for row in numba.prange(starts.shape[0]):
-        library[row] = _check_row(indices, data, starts[row], stops[row], n_store)
+        if row + 1 < starts.shape[0]:
+            fetch(indices, starts[row + 1], stops[row + 1])
+            fetch(data, starts[row + 1], stops[row + 1])
+        genes, counts = indices[starts[row] : stops[row]], data[starts[row] : stops[row]]
+        library[row] = check_row(genes, counts, n_store)
         if library[row] == 0:
-            library[row] = _table_row(indices, data, starts[row], stops[row], columns, table, out[row])
+            chosen = np.empty(genes.shape[0] if columns.shape[0] > 0 else 0, np.uint32)
+            library[row] = _table_row(genes, counts, columns, table, chosen, out[row])
             if mask_mode != _NO_MASK:
                 _mask(mask_mode, stream, cells[row], limits[row], masked[row])
 
@@ -150,10 +139,15 @@ def _real_rows(
     library: Any, mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
 ) -> None:  # fmt: skip
     for row in numba.prange(starts.shape[0]):
-        library[row] = _check_row(indices, data, starts[row], stops[row], n_store)
+        if row + 1 < starts.shape[0]:
+            fetch(indices, starts[row + 1], stops[row + 1])
+            fetch(data, starts[row + 1], stops[row + 1])
+        genes, values = indices[starts[row] : stops[row]], data[starts[row] : stops[row]]
+        library[row] = check_row(genes, values, n_store)
         if library[row] == 0:
+            chosen = np.empty(genes.shape[0] if columns.shape[0] > 0 else 0, np.uint32)
             scratch = np.empty(edges.shape[0], np.float64)
-            library[row] = _real_row(indices, data, starts[row], stops[row], columns, mode, zero, edges, scratch, out[row])
+            library[row] = _real_row(genes, values, columns, mode, zero, edges, scratch, chosen, out[row])
             if mask_mode != _NO_MASK:
                 _mask(mask_mode, stream, cells[row], limits[row], masked[row])
 
@@ -341,7 +335,7 @@ class RowFiller:
         if n_rows and float(library.min()) < 0:
             row = int(np.argmin(library))
             at = f"row {row}" if cells is None else f"cell {cells[row]}"
-            if library[row] == _BAD_INDEX:
+            if library[row] == BAD_INDEX:
                 raise UserError(f"{at}: a gene index is outside the store's {self.n_store} genes; the store is damaged")
             raise UserError(f"{at}: a value is negative or NaN; expected counts >= 0")
         if self.target_sum > 0 or self.log1p:
