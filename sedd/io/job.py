@@ -28,6 +28,9 @@ DEFAULT_CODEC = "lz4"
 LARGEST_BLOCK = 1 << 23
 """Stored values that a task reads at once at most; more does not make it more efficient."""
 
+SAMPLES = 8
+"""Places looked at to guess the type of the counts; shards made too narrow are encoded again."""
+
 PARTS = 16
 """Parts of the spill in a shard, or more: those at its two ends are read again for its neighbours."""
 
@@ -312,17 +315,22 @@ class Job:
         return plan
 
     def sample(self, file: H5ad, matrix: Matrix) -> np.dtype[Any]:
-        """Look at the first values: refuse what is no count, guess the type that holds them."""
+        """Look at some values: refuse what is no count, guess the type that holds them."""
         if matrix.layout == "dense":
             indptr, indices, raw = pack.dense_rows(matrix.read_dense(0, min(max(1, SAMPLE // matrix.shape[1]), matrix.shape[0])))
         else:
             indptr, indices, raw = matrix.read_major(*matrix.spans(SAMPLE)[0])
+        narrow = np.dtype(np.uint8)
         if self.settings["values"] == "real":
-            return np.dtype(np.uint8)
-        counts = pack.to_counts(raw, np.dtype(np.uint8))
+            return narrow
+        counts = pack.to_counts(raw, narrow)
         if counts.bad >= 0:
             raise NotCountsError(explain(file, matrix, raw, counts.bad, lambda k: _place(matrix, indptr, indices, k)))
-        return counts.values.dtype
+        kinds = [counts.values.dtype]
+        for at in range(0, matrix.nnz or 0, max(SAMPLE, (matrix.nnz or 0) // SAMPLES)):
+            counts = pack.to_counts(matrix.data.read(at, min(at + SAMPLE, matrix.nnz or 0)), narrow)
+            kinds += [counts.values.dtype] * (counts.bad < 0)  # what is no count is named when its turn comes
+        return max(kinds, key=lambda dtype: dtype.itemsize)
 
     def block(self, matrices: list[Matrix], n_vars: int) -> int:
         """Stored values that one task may hold: half the budget, by what an entry takes from file to shard."""

@@ -66,6 +66,8 @@ class Tallier:
         """
         if not values.size:
             return True
+        if at < bounds[0] or at + values.size > bounds[-1] or int(indices.max()) >= self.n_vars:
+            raise ValueError("entries of cells or genes that are not there")
         rows = slice(first, first + bounds.size - 1)
         per_row = (self._nnz[rows], self._total[rows], self._largest[rows], self._hashes[rows])
         if self.real:
@@ -115,11 +117,11 @@ def tally(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_vars: i
     Parameters
     ----------
     indptr : (n_rows + 1,) int64, from 0
-    indices : (nnz,)
+    indices : (nnz,), or more, which are not looked at
     values : (nnz,) unsigned counts, or float32 real values
     """
     counter = Tallier(indptr.size - 1, n_vars, real=values.dtype.kind == "f")
-    counter.add(indptr, 0, indices, values)
+    counter.add(indptr, 0, indices[: indptr[-1]], values[: indptr[-1]])
     return counter.result()
 
 
