@@ -1,22 +1,25 @@
-"""`.h5ad` files to a store, as a Dask graph in bounded memory, never half-written.
+"""`.h5ad` files to a store, on threads or a Dask cluster, in bounded memory, never half-written.
 
-    inputs --direct_part-----------------------> parts --build_shard--> shards --rename--> OUTPUT.zarr
-       \\--scatter_window--> spill --gather_part--/
+    inputs ----------------------------> make_shard --> shards --check, rename--> OUTPUT.zarr
+       \\--scatter_window--> spill --/
 
-Here are the functions to call. The steps are in `job.py`, the tasks in `parts.py`, `spill.py` and `finish.py`. Everything unfinished is
-in `OUTPUT.zarr.partial`, which `resume` goes on from.
+Here are the functions to call. The steps are in `job.py`, the tasks in `write.py` and `spill.py`. Everything unfinished is
+in `OUTPUT.zarr.partial`, which `resume` goes on from. What is slow to import, for tables and metadata, is imported while the tasks run.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sedd.errors import UserError
 from sedd.io import remote
 from sedd.io.files import parse_bytes
 from sedd.io.job import DEFAULT_CODEC, Job
-from sedd.io.store import CellStore
+
+if TYPE_CHECKING:
+    from sedd.io.store import CellStore
 
 
 def convert(
@@ -104,6 +107,8 @@ def convert(
     remote.check_free(target, overwrite)
     job.run(resume=resume, overwrite=True)
     remote.upload(job.output, target)
+    from sedd.io.store import CellStore
+
     return CellStore(target)
 
 
@@ -126,6 +131,8 @@ def ensure_store(
     layer, values : as in `convert`
     progress : show a bar while converting
     """
+    from sedd.io.store import CellStore
+
     path = str(path).rstrip("/")
     if path.endswith(".zarr") or os.path.isdir(path):
         return CellStore(path)

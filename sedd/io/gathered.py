@@ -1,4 +1,4 @@
-"""Statistics of all parts of a conversion, put together."""
+"""What was counted in all shards of a conversion, put together."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import hashlib
 import numpy as np
 from scipy import sparse
 
-from sedd.io.parts import load_plan, part_path
+from sedd.io.shards import n_shards
+from sedd.io.sources import load_plan
 from sedd.io.stats import KeyCounter, with_zeros
+from sedd.io.write import n_entries, result_path
 
 
 class Gathered:
-    """What the parts in `folder` say of the whole.
+    """What the shards in `folder` say of the whole.
 
     Attributes
     ----------
     n, n_obs : entries and cells
-    first : (n_parts + 1,) int64, place of each part's first entry
     dtype : the narrowest type that holds all values
-    dtypes : of the values of each part as they are now
+    dtypes : of the values of each shard as they are now
     row_nnz, total, largest, hashes : of each cell
     genes : `sum`, `sum_sq`, `nnz`, `max` of each gene
     histogram : (n_vars, max + 1) of counts, None for real values
@@ -28,29 +29,32 @@ class Gathered:
     def __init__(self, folder: str) -> None:
         plan = load_plan(folder)
         real_values = plan.settings["values"] == "real"
-        columns: dict[str, list[np.ndarray]] = {"row_nnz": [], "total": [], "largest": [], "hashes": []}
+        self.n, self.n_obs = n_entries(folder), plan.n_obs
+        self.row_nnz, self.hashes = np.zeros(self.n_obs, np.int32), np.zeros(self.n_obs, np.uint64)
+        self.total = np.zeros(self.n_obs, np.float64 if real_values else np.int64)
+        self.largest = np.full(self.n_obs, -np.inf, np.float32) if real_values else np.zeros(self.n_obs, np.uint32)
         counter = KeyCounter(plan.n_vars)
         real = np.concatenate([np.zeros((3, plan.n_vars)), np.full((1, plan.n_vars), -np.inf)])
         self.dtypes: list[np.dtype] = []
         self.rounded = 0
-        first = []
-        for part in range(plan.n_parts):
-            with np.load(f"{part_path(folder, part)}.npz") as meta:
-                for key, column in columns.items():
-                    column.append(meta[key])
-                first.append(int(meta["first"]))
-                self.n = first[-1] + int(meta["n"])
-                self.rounded += int(meta["rounded"])
-                self.dtypes.append(meta["data_edges"].dtype)
+        for number in range(n_shards(self.n)):
+            with np.load(result_path(folder, number)) as result:
+                first = int(result["row"])
+                rows = slice(first, first + result["row_nnz"].size)
+                self.row_nnz[rows] += result["row_nnz"].astype(np.int32)  # a cell may be in two shards
+                self.total[rows] += result["total"]
+                self.hashes[rows] += result["hashes"]
+                np.maximum(self.largest[rows], result["largest"], out=self.largest[rows])
+                self.rounded += int(result["rounded"])
+                self.dtypes.append(np.dtype(str(result["dtype"])))
                 if real_values:
-                    real[:3] += meta["gene_real"][:3]
-                    np.maximum(real[3], meta["gene_real"][3], out=real[3])
+                    real[:3] += result["gene_real"][:3]
+                    np.maximum(real[3], result["gene_real"][3], out=real[3])
                 else:
-                    counter.add(meta["keys"], meta["numbers"])
-        self.first = np.array([*first, self.n])
-        self.row_nnz, self.total, self.largest, self.hashes = (np.concatenate(column) for column in columns.values())
-        self.n_obs = self.row_nnz.size
-        self.dtype = max(self.dtypes, key=lambda dtype: dtype.itemsize)
+                    counter.add(result["keys"], result["numbers"])
+        empty = np.dtype(np.float32) if real_values else np.dtype(plan.narrow)
+        self.dtype = max(self.dtypes, key=lambda dtype: dtype.itemsize, default=empty)
+        self.largest[self.row_nnz == 0] = 0
         self.max = self.largest.max().item()
         self.histogram: sparse.csr_array | None = None
         if real_values:

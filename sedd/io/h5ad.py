@@ -11,17 +11,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anndata as ad
 import h5py
-import hdf5plugin  # noqa: F401  (registers the HDF5 filters that people's files use)
 import numpy as np
-import pandas as pd
 
 from sedd.errors import UserError
 from sedd.io import hdf5
 from sedd.io.remote import filesystem
+
+if TYPE_CHECKING:
+    import pandas as pd  # which is imported where tables are read: the matrix can be converted meanwhile
 
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 """What h5py raises when the file is damaged."""
@@ -128,11 +128,21 @@ class Matrix:
             data = self.data.read(start, stop)
         return self.indptr[lo : hi + 1] - start, indices, data
 
-    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    def pieces(self, name: str, start: int, stop: int, at_most: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Entries `start:stop` of `indices` or `data` piece by piece, as `(place after start, values)`."""
         reader = self.indices if name == "indices" else self.data
         with reading(self.path, f"{self.name}/{name} [{start}:{stop}]"):
-            yield from reader.pieces(start, stop)
+            yield from reader.pieces(start, stop, at_most or stop - start)
+
+    def entries(self, start: int, stop: int, at_most: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Entries `start:stop` piece by piece, as `(place, indices, data)`; hardly more than `at_most` in memory."""
+        both = [self.pieces(name, start, stop, at_most) for name in ("indices", "data")]
+        indices = data = np.empty(0)
+        while start < stop:
+            indices, data = (own if own.size else next(more)[1] for own, more in zip((indices, data), both, strict=True))
+            n = min(indices.size, data.size)  # chunks of the two may differ
+            yield start, indices[:n], data[:n]
+            start, indices, data = start + n, indices[n:], data[n:]
 
     def read_dense(self, lo: int, hi: int) -> np.ndarray:
         """Rows `lo:hi` of a dense matrix."""
@@ -288,8 +298,7 @@ class H5ad:
             node = self.h5[name]
             if isinstance(node, h5py.Dataset):
                 return int(node.shape[0])
-            index = node.attrs.get("_index", "_index")
-            return int(node[index.decode() if isinstance(index, bytes) else index].shape[0])
+            return int(node[_text(node.attrs.get("_index", "_index"))].shape[0])
 
     def _width(self, name: str) -> int:
         """Rows that a table which is not there would have, from the shape of its matrix."""
@@ -304,8 +313,7 @@ class H5ad:
             if isinstance(node, h5py.Dataset):
                 value = node[row][0]
             else:
-                index = node.attrs.get("_index", "_index")
-                value = node[index.decode() if isinstance(index, bytes) else index][row]
+                value = node[_text(node.attrs.get("_index", "_index"))][row]
             return repr(value.decode() if isinstance(value, bytes) else str(value))
         except HDF5_ERRORS:  # the message matters more than the name in it
             return "?"
@@ -313,6 +321,24 @@ class H5ad:
     def gene_name(self, matrix: Matrix, column: int) -> str:
         """Name of a column of one of the matrices, for messages."""
         return self.name(self._var_name(matrix.name.startswith("raw")), column)
+
+    @property
+    def obs_names(self) -> list[str]:
+        """Names of the cells."""
+        return self._names("obs")
+
+    def var_names(self, raw: bool = False) -> list[str]:
+        """Names of the genes; they may repeat."""
+        return self._names(self._var_name(raw))
+
+    def _names(self, table: str) -> list[str]:
+        with reading(self.path, table):
+            node = self.h5.get(table)
+            if isinstance(node, h5py.Group):
+                index = node.get(_text(node.attrs.get("_index", "_index")))
+                if isinstance(index, h5py.Dataset) and h5py.check_string_dtype(index.dtype):
+                    return [str(name) for name in index.asstr()[:]]
+            return [str(name) for name in self._frame(table).index]
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
         """The cells' table, or only some `columns` of it."""
@@ -329,6 +355,8 @@ class H5ad:
         return self._frame(self._var_name(raw))
 
     def _frame(self, name: str) -> pd.DataFrame:
+        import pandas as pd
+
         with reading(self.path, name):
             if name not in self.h5:
                 return pd.DataFrame(index=np.arange(self._length(name)).astype(str))
@@ -355,6 +383,8 @@ class H5ad:
 
 def _read_quietly(node: Any) -> Any:
     """An element of any age; that it is old is no news to the user."""
+    import anndata as ad
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -365,6 +395,10 @@ def _read_quietly(node: Any) -> Any:
             raise ValueError(str(error)) from error
 
 
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
 def _decoded(value: Any) -> Any:
     """Byte strings of old files as text."""
     return value.astype(str) if isinstance(value, np.ndarray) and value.dtype.kind == "S" else value
@@ -372,6 +406,8 @@ def _decoded(value: Any) -> Any:
 
 def _compound_frame(node: h5py.Dataset, uns: Any) -> pd.DataFrame:
     """A table of anndata 0.6: a compound dataset, with the categories of column `c` in `uns["c_categories"]`."""
+    import pandas as pd
+
     rows = node[:]
     names = list(rows.dtype.names)
     columns: dict[str, Any] = {}

@@ -31,6 +31,7 @@ class Reader:
     """
 
     def __init__(self, dataset: h5py.Dataset, fd: int | None) -> None:
+        _know_filters(dataset)
         self.dataset = dataset
         self.shape: tuple[int, ...] = dataset.shape
         self.dtype: np.dtype[Any] = dataset.dtype.newbyteorder("=")
@@ -89,14 +90,15 @@ class Reader:
             out[first - lo : last - lo] = chunk[first - start : last - start]
         return out
 
-    def pieces(self, lo: int, hi: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Read `lo:hi` of a vector piece by piece, no chunk of the file twice: `(place after lo, values)`."""
-        step = PIECE
-        if self._fd is None:
-            step = max(1, hi - lo)  # each call of the library, or of a network, costs much more than its bytes
-        elif self._offset is None:
-            step = -(-PIECE // self.dataset.chunks[0]) * self.dataset.chunks[0]
-        for start in range(lo // step * step if self._fd is not None else lo, hi, step):
+    def pieces(self, lo: int, hi: int, at_most: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Read `lo:hi` of a vector piece by piece, no chunk of the file twice: `(place after lo, values)`.
+
+        `at_most` values are read at once where each call of the library, or of a network, costs much more than its bytes.
+        """
+        step = PIECE if self._fd is not None else max(PIECE, at_most)
+        if self.dataset.chunks:
+            step = -(-step // self.dataset.chunks[0]) * self.dataset.chunks[0]
+        for start in range(lo // step * step, hi, step):
             first = max(lo, start)
             yield first - lo, self.read(first, min(hi, start + step))
 
@@ -114,6 +116,13 @@ class Reader:
         if raw.size != n_bytes:
             raise OSError(f"chunk {number} of {self.dataset.name} holds {raw.size} bytes, expected {n_bytes}")
         return raw
+
+
+def _know_filters(dataset: h5py.Dataset) -> None:
+    """Register the filters that people's files use, if this dataset has one that the library itself does not know."""
+    plist = dataset.id.get_create_plist()
+    if not all(h5py.h5z.filter_avail(plist.get_filter(i)[0]) for i in range(plist.get_nfilters())):
+        import hdf5plugin  # noqa: F401  (slow to import)
 
 
 def _zlib(raw: np.ndarray, n_bytes: int) -> np.ndarray:

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 
 from sedd.errors import NotCountsError, UserError, warn_user
-from sedd.io import finish, pack, parts, spill, tables
-from sedd.io.files import fingerprint, only_writer
-from sedd.io.gathered import Gathered
+from sedd.io import pack, sources, spill, write
+from sedd.io.files import fingerprint, only_writer, sync_tree
 from sedd.io.genes import match_genes, read_gene_list, unique_names
 from sedd.io.h5ad import H5ad, Matrix
-from sedd.io.parts import Plan, UntidyError
 from sedd.io.run import TaskRunner
-from sedd.io.shards import check_codec
-from sedd.io.store import CellStore
+from sedd.io.shards import check_codec, n_shards, shard_length
+from sedd.io.sources import Plan
 from sedd.io.values import SAMPLE, explain
+
+if TYPE_CHECKING:
+    from sedd.io.store import CellStore  # what needs zarr, anndata or pandas is imported while the tasks run
 
 DEFAULT_CODEC = "lz4"
 
 LARGEST_BLOCK = 1 << 23
-"""Stored values in one task at most; more does not make a task more efficient."""
+"""Stored values that a task reads at once at most; more does not make it more efficient."""
+
+SAMPLES = 8
+"""Places looked at to guess the type of the counts; shards made too narrow are encoded again."""
+
+PARTS = 16
+"""Parts of the spill in a shard, or more: those at its two ends are read again for its neighbours."""
 
 
 class StoppedError(UserError):
@@ -139,7 +145,7 @@ class Job:
             except OSError as error:
                 raise self._stopped(error) from error
             finally:
-                parts.forget()
+                sources.forget()
                 spill.forget()
                 self.runner.close()
 
@@ -151,6 +157,8 @@ class Job:
         )
 
     def _finished(self) -> CellStore | None:
+        from sedd.io.store import CellStore
+
         try:
             store = CellStore(self.output)
         except UserError:
@@ -168,12 +176,12 @@ class Job:
 
     def _earlier_plan(self, resume: bool, overwrite: bool) -> Plan | None:
         """The plan of an unfinished conversion that we can go on with."""
-        parts.forget()
+        sources.forget()
         spill.forget()
         if not os.path.exists(f"{self.folder}/plan.json"):
             self._clear()
             return None
-        plan = parts.load_plan(self.folder)
+        plan = sources.load_plan(self.folder)
         if resume:
             same_input = list(plan.fingerprints) == self.fingerprints
             if same_input and plan.settings == self.settings:
@@ -185,7 +193,7 @@ class Job:
             raise UserError(
                 f"{self.folder}: holds an unfinished conversion. Pass --resume to go on with it or --overwrite to start again."
             )
-        parts.forget()
+        sources.forget()
         self._clear()
         return None
 
@@ -193,13 +201,20 @@ class Job:
         if plan is None:
             plan = self._plan(direct_allowed=True)
         try:
-            group, gathered = self._gather(plan)
-        except UntidyError:
+            notes = self._make_shards(plan)
+        except write.UntidyError:
             warn_user(f"{self.paths[0]}: has stored zeros, or unsorted or repeated indices: dropped, sorted and summed.")
-            parts.forget()
             self._clear()
             plan = self._plan(direct_allowed=False)
-            group, gathered = self._gather(plan)
+            notes = self._make_shards(plan)
+        from sedd.io import finish, tables
+        from sedd.io.gathered import Gathered
+
+        if notes["summed"]:
+            warn_user(f"{self.paths[0]}: {notes['summed']} entries repeat a cell and gene; they were summed.")
+        gathered = Gathered(self.folder)
+        gathered.rounded += notes["rounded"]
+        group = finish.open_begun(self.folder)
         finish.build(group, self.folder, self.runner, gathered)
         self._keep_layers()
         tables.write_added(group, plan, gathered, self.records())
@@ -207,11 +222,12 @@ class Job:
         for path, known in zip(self.paths, self.fingerprints, strict=True):
             if fingerprint(path) != known:
                 raise UserError(f"{path}: changed while it was converted. Convert it again.")
+        sync_tree(f"{self.folder}/store")
         if os.path.exists(self.output):
             os.rename(self.output, f"{self.folder}/replaced")
         os.rename(f"{self.folder}/store", self.output)
         self._clear()
-        store = CellStore(self.output)
+        store = finish.CellStore(self.output)
         finish.report(store, self.paths[0] if len(self.paths) == 1 else self.output)
         return store
 
@@ -251,24 +267,26 @@ class Job:
         with ExitStack() as stack:
             opened = self.open_inputs(stack)
             matrices = [matrix for _, matrix in opened]
-            names = [unique_names(file.path, file.var(self.settings["raw"]).index) for file, _ in opened]
+            names = [unique_names(file.path, file.var_names(self.settings["raw"])) for file, _ in opened]
             genes, maps = match_genes(self.paths, names, self.settings["join"], self.settings["genes"])
             narrow = max((self.sample(*both) for both in opened), key=lambda dtype: dtype.itemsize)
             offsets = np.concatenate([[0], np.cumsum([matrix.shape[0] for matrix in matrices])])
             n_obs = min(int(offsets[-1]), self.settings["limit_cells"] or int(offsets[-1]))
             tidy = all(matrix.layout == "csr" for matrix in matrices) and all(new is None for new in maps)
             direct = direct_allowed and tidy and not self.settings["shuffle"]
-            n_values = self.block(matrices, len(genes))
+            block = self.block(matrices, len(genes))
             spans = [
                 (number, lo, min(hi, n_obs - int(offsets[number])) if matrix.layout != "csc" else hi)
                 for number, matrix in enumerate(matrices)
-                for lo, hi in matrix.spans(n_values)
-                if matrix.layout == "csc" or offsets[number] + lo < n_obs
+                for lo, hi in matrix.spans(block)
+                if not direct and (matrix.layout == "csc" or offsets[number] + lo < n_obs)
             ]
             expected = sum(matrix.nnz if matrix.nnz is not None else matrix.shape[0] * matrix.shape[1] for matrix in matrices)
-            step = max(1, int(int(offsets[-1]) * n_values / max(1, expected)))
-            entries = np.concatenate([[0], np.cumsum([matrix.nnz or 0 for matrix in matrices])])
-        for folder in ("parts", "spill"):
+            part = min(block, shard_length(expected) // PARTS)
+            step = max(1, int(int(offsets[-1]) * part / max(1, expected)))
+            taken = [int(matrix.indptr[int(np.clip(n_obs - offset, 0, matrix.shape[0]))])
+                     for matrix, offset in zip(matrices, offsets, strict=False)] if direct else []  # fmt: skip
+        for folder in ("shards", "spill"):
             os.makedirs(f"{self.folder}/{folder}", exist_ok=True)
         for number, new in enumerate(maps):
             if new is not None:
@@ -283,84 +301,71 @@ class Job:
             sources=tuple((path, self.settings["layer"], self.settings["raw"]) for path in self.paths),
             fingerprints=tuple(self.fingerprints),
             settings=self.settings,
+            n_obs=n_obs,
             n_vars=len(genes),
             direct=direct,
             narrow=narrow.name,
+            block=block,
             spans=tuple(spans),
-            edges=(0, *(int(offsets[s]) + hi for s, _, hi in spans)) if direct else (*range(0, n_obs, step), n_obs),
-            step=0 if direct else step,
+            step=step,
             offsets=tuple(int(n) for n in offsets),
-            entries=tuple(int(n) for n in entries),
+            entries=tuple(int(n) for n in np.concatenate([[0], np.cumsum(taken, dtype=np.int64)])),
         )
         plan.save(self.folder)
         return plan
 
     def sample(self, file: H5ad, matrix: Matrix) -> np.dtype[Any]:
-        """Look at the first values: refuse what is no count, guess the type that holds them."""
+        """Look at some values: refuse what is no count, guess the type that holds them."""
         if matrix.layout == "dense":
             indptr, indices, raw = pack.dense_rows(matrix.read_dense(0, min(max(1, SAMPLE // matrix.shape[1]), matrix.shape[0])))
         else:
             indptr, indices, raw = matrix.read_major(*matrix.spans(SAMPLE)[0])
+        narrow = np.dtype(np.uint8)
         if self.settings["values"] == "real":
-            return np.dtype(np.uint8)
-        counts = pack.to_counts(raw, np.dtype(np.uint8))
+            return narrow
+        counts = pack.to_counts(raw, narrow)
         if counts.bad >= 0:
             raise NotCountsError(explain(file, matrix, raw, counts.bad, lambda k: _place(matrix, indptr, indices, k)))
-        return counts.values.dtype
+        kinds = [counts.values.dtype]
+        for at in range(0, matrix.nnz or 0, max(SAMPLE, (matrix.nnz or 0) // SAMPLES)):
+            counts = pack.to_counts(matrix.data.read(at, min(at + SAMPLE, matrix.nnz or 0)), narrow)
+            kinds += [counts.values.dtype] * (counts.bad < 0)  # what is no count is named when its turn comes
+        return max(kinds, key=lambda dtype: dtype.itemsize)
 
     def block(self, matrices: list[Matrix], n_vars: int) -> int:
         """Stored values that one task may hold: half the budget, by what an entry takes from file to shard."""
         stored = max(m.dtype.itemsize + (m.indices.dtype.itemsize if m.layout != "dense" else 8) for m in matrices)
         return int(min(LARGEST_BLOCK, self.budget / 2 / self.runner.workers / (stored + 4 * (pack.index_dtype(n_vars).itemsize + 4))))
 
-    def _gather(self, plan: Plan) -> tuple[zarr.Group, Gathered]:
-        """Make all parts, join those that allow it, and write the tables.
-
-        Not the tables meanwhile: anndata silences warnings while it works, which in a thread would silence ours.
-        """
-        group = finish.begin(self.folder)
-        notes = self._make_parts(plan)
-        tables.write(group, self.folder, plan)
-        if notes["summed"]:
-            warn_user(f"{self.paths[0]}: {notes['summed']} entries repeat a cell and gene; they were summed.")
-        gathered = Gathered(self.folder)
-        gathered.rounded += notes["rounded"]
-        return group, gathered
-
-    def _make_parts(self, plan: Plan) -> dict[str, int]:
-        """Run the tasks that are not done; how many values were "rounded" and entries "summed" on the way to the spill."""
-        todo = [k for k in range(plan.n_parts) if not os.path.exists(f"{parts.part_path(self.folder, k)}.npz")]
-        cells = np.diff(plan.edges)
-        sizes = [int(cells[k]) for k in todo]
-        if plan.direct:
-            first = parts.first_entries(self.folder)
-            tasks: list[tuple[Any, ...]] = [(self.folder, k) for k in todo]
-            self._run_parts(parts.direct_part, tasks, todo, first, sizes, "convert")
-            return {"rounded": 0, "summed": 0}
-        left = [k for k in range(len(plan.spans)) if not os.path.exists(f"{spill.window_path(self.folder, k)}.npz")]
-        share = sum(int(n) for n in cells) / len(plan.spans)
-        self.runner.run(spill.scatter_window, [(self.folder, k) for k in left], [share] * len(left), title="read")
-        first, notes = spill.index_windows(self.folder)
-        tasks = [(self.folder, k, int(first[k]), notes["largest"]) for k in todo]
-        self._run_parts(spill.gather_part, tasks, todo, first, sizes, "gather")
+    def _make_shards(self, plan: Plan) -> dict[str, int]:
+        """Run the tasks that are not done, and write the tables meanwhile; values "rounded" and entries "summed" by the spill."""
+        notes = {"rounded": 0, "summed": 0}
+        write_tables = self._write_tables
+        if not plan.direct:
+            todo = [k for k in range(len(plan.spans)) if not os.path.exists(f"{spill.window_path(self.folder, k)}.npz")]
+            tasks = [(self.folder, k) for k in todo]
+            sizes = [plan.n_obs / len(plan.spans)] * len(todo)
+            self.runner.run(spill.scatter_window, tasks, sizes, title="read", meanwhile=write_tables)
+            notes = spill.index_windows(self.folder)
+            write_tables = None
+        number = n_shards(write.n_entries(self.folder))
+        todo = [k for k in range(number) if not os.path.exists(write.result_path(self.folder, k))]
+        sizes = [plan.n_obs / number] * len(todo)
+        self.runner.run(write.make_shard, [(self.folder, k) for k in todo], sizes, title="convert", meanwhile=write_tables)
         return notes
 
-    def _run_parts(
-        self, task: Callable[..., None], tasks: list[tuple[Any, ...]], todo: list[int], first: np.ndarray, sizes: list[int], title: str
-    ) -> None:
-        """Make the parts `todo`, and join shards as soon as all parts of one are there."""
-        place = {part: k for k, part in enumerate(todo)}
-        sequels = [
-            join._replace(after=[place[part] for part in join.after if part in place])
-            for join in finish.joins(self.folder, first)
-        ]
-        self.runner.run(task, tasks, sizes, title=title, sequels=sequels)
+    def _write_tables(self) -> None:
+        from sedd.io import finish, tables
+
+        tables.write(finish.begin(self.folder), self.folder, sources.load_plan(self.folder))
 
     def forecast(self) -> str:
         """What the conversion would do, as text: sizes, types, bytes and a time measured on a sample."""
+        from sedd.io import finish
+
         with ExitStack() as stack:
             opened = self.open_inputs(stack)
-            names = [unique_names(file.path, file.var(self.settings["raw"]).index) for file, _ in opened]
+            names = [unique_names(file.path, file.var_names(self.settings["raw"])) for file, _ in opened]
             genes, _ = match_genes(self.paths, names, self.settings["join"], self.settings["genes"])
             lines = [
                 f"{file.path}: {m.name} is {m.layout} {m.dtype}, {m.shape[0]:,} cells x {m.shape[1]:,} genes"
@@ -394,7 +399,7 @@ def check_replaceable(path: str) -> None:
 
 
 def _place(matrix: Matrix, indptr: np.ndarray, indices: np.ndarray, k: int) -> tuple[int, int]:
-    major, minor = parts.row_of(indptr, k), int(indices[k])
+    major, minor = sources.row_of(indptr, k), int(indices[k])
     return (minor, major) if matrix.layout == "csc" else (major, minor)
 
 

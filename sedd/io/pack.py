@@ -1,4 +1,4 @@
-"""Kernels of the conversion: narrow, check, count and place the entries of CSR blocks.
+"""Kernels of the conversion: narrow, check and place the entries of CSR blocks.
 
 Each public function checks and allocates, and calls one nogil Numba kernel.
 """
@@ -12,10 +12,6 @@ from numba import njit
 
 TOLERANCE = 1e-6
 """How far from an integer a value may be and still be taken for a count."""
-
-SMALL = 64
-"""Counts below this are tallied in a dense table, the few above as a list."""
-
 
 def index_dtype(n_vars: int) -> np.dtype:
     """Narrowest type for gene indices that AnnData and scipy take: uint16, or int32 for more than 65,536 genes."""
@@ -129,139 +125,6 @@ def _first_disorder(indptr, indices):  # type: ignore[no-untyped-def]
         if falls:
             return row
     return -1
-
-
-class Tally(NamedTuple):
-    """Statistics of a block of cells, gathered in one pass over its entries.
-
-    `keys`, `numbers` are the histogram: `keys = gene << 32 | count`, each once, `numbers` how many entries have it.
-    For real values they are empty and `gene_real` holds sum, sum of squares, non-zeros and maximum of each gene.
-    """
-
-    total: np.ndarray
-    largest: np.ndarray
-    hashes: np.ndarray
-    keys: np.ndarray
-    numbers: np.ndarray
-    gene_real: np.ndarray
-
-
-def tally(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_vars: int) -> Tally:
-    """Count a CSR block: per cell the total, the largest value and a hash of its entries; per gene the histogram.
-
-    Parameters
-    ----------
-    indptr : (n_rows + 1,) int64, from 0
-    indices : (nnz,)
-    values : (nnz,) unsigned counts, or float32 real values
-    """
-    n_rows = indptr.size - 1
-    hashes, keys = np.zeros(n_rows, np.uint64), _gene_keys(n_vars)
-    if values.dtype.kind == "f":
-        total, largest = np.zeros(n_rows, np.float64), np.zeros(n_rows, np.float32)
-        gene_real = np.zeros((4, n_vars))
-        gene_real[3] = -np.inf
-        _tally_real(indptr, indices, values, values.view(np.uint32), keys, total, largest, hashes, gene_real)
-        none = np.empty(0, np.int64)
-        return Tally(total, largest, hashes, none, none, gene_real)
-    total, largest = np.zeros(n_rows, np.int64), np.zeros(n_rows, np.uint32)
-    table = np.zeros((SMALL, n_vars), np.uint32)  # by count first: most are 1 or 2, and those rows stay in the cache
-    rare = np.empty(max(1024, values.size // 32), np.int64)
-    while (n_rare := int(_tally(indptr, indices, values, keys, total, largest, hashes, table, rare))) > rare.size:
-        rare = np.empty(n_rare, np.int64)
-        table[:] = 0
-    held = np.flatnonzero(table)
-    genes, counts = held % n_vars, held // n_vars
-    rare_keys, rare_numbers = np.unique(rare[:n_rare], return_counts=True)
-    held_keys = np.concatenate([genes << 32 | counts, rare_keys])
-    numbers = np.concatenate([table.reshape(-1)[held].astype(np.int64), rare_numbers])
-    return Tally(total, largest, hashes, held_keys, numbers, np.empty((4, 0)))
-
-
-def _gene_keys(n: int) -> np.ndarray:
-    """A random odd 64-bit number for each of at least `n` genes (splitmix64): the weights of the cells' hashes."""
-    global _KEYS
-    keys = _KEYS
-    if keys.size < n:
-        with np.errstate(over="ignore"):
-            h = (np.arange(1, 2 * n + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            keys = _KEYS = (h ^ (h >> np.uint64(31))) | np.uint64(1)
-    return keys
-
-
-_KEYS = np.empty(0, np.uint64)
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _hash_row(keys, genes, bits):  # type: ignore[no-untyped-def]
-    """Sum of key times value modulo 2**64: odd keys make every change of a single value or gene change it."""
-    total = np.uint64(0)
-    for k in range(genes.size):
-        total += keys[np.uint32(genes[k])] * np.uint64(bits[k])
-    return total
-
-
-@njit(cache=True, nogil=True)
-def _tally(indptr, indices, values, keys, total, largest, hashes, table, rare):  # type: ignore[no-untyped-def]
-    n_rare = 0
-    small = np.uint32(table.shape[0])
-    for row in range(indptr.size - 1):
-        genes = indices[indptr[row] : indptr[row + 1]]
-        counts = values[indptr[row] : indptr[row + 1]]
-        row_total = np.int64(0)
-        row_max = values.dtype.type(0)
-        for value in counts:
-            row_total += np.int64(value)
-            row_max = max(row_max, value)
-        total[row] = row_total
-        largest[row] = row_max
-        hashes[row] = _hash_row(keys, genes, counts)
-        for k in range(genes.size):
-            value = np.uint32(counts[k])
-            if value < small:
-                table[value, np.uint32(genes[k])] += np.uint32(1)
-            else:
-                if n_rare < rare.size:
-                    rare[n_rare] = np.int64(genes[k]) << 32 | np.int64(value)
-                n_rare += 1
-    return n_rare
-
-
-@njit(cache=True, nogil=True)
-def _tally_real(indptr, indices, values, bits, keys, total, largest, hashes, gene_real):  # type: ignore[no-untyped-def]
-    for row in range(indptr.size - 1):
-        row_total = 0.0
-        for k in range(indptr[row], indptr[row + 1]):
-            gene = np.int64(indices[k])
-            x = np.float64(values[k])
-            row_total += x
-            if k == indptr[row] or values[k] > largest[row]:
-                largest[row] = values[k]
-            gene_real[0, gene] += x
-            gene_real[1, gene] += x * x
-            gene_real[2, gene] += 1
-            gene_real[3, gene] = max(gene_real[3, gene], x)
-        total[row] = row_total
-        hashes[row] = _hash_row(keys, indices[indptr[row] : indptr[row + 1]], bits[indptr[row] : indptr[row + 1]])
-
-
-def cell_hashes(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Hash of the entries of each row, independent of their order; what `tally` returns as `hashes`.
-
-    Entries of a row that are hashed in several calls add up to the hash of the row.
-    """
-    hashes = np.zeros(indptr.size - 1, np.uint64)
-    bits = values.astype(np.float32, copy=False).view(np.uint32) if values.dtype.kind == "f" else values
-    _hash_rows(indptr, indices, bits, _gene_keys(int(indices.max(initial=0)) + 1), hashes)
-    return hashes
-
-
-@njit(cache=True, nogil=True)
-def _hash_rows(indptr, indices, bits, keys, hashes):  # type: ignore[no-untyped-def]
-    for row in range(indptr.size - 1):
-        hashes[row] = _hash_row(keys, indices[indptr[row] : indptr[row + 1]], bits[indptr[row] : indptr[row + 1]])
 
 
 def dense_rows(block: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,26 +1,37 @@
-"""Run the tasks of a conversion on Dask: on threads here, or on a cluster."""
+"""Run the tasks of a conversion: on threads here, or on a Dask cluster."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import dask
-import dask.threaded
-from dask.callbacks import Callback
-from tqdm import tqdm
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 from sedd.errors import UserError
 
+SWITCH = 2e-4
+"""Seconds that a thread of Python may keep the others waiting while tasks run; they need the interpreter often and for little."""
 
-class Sequel(NamedTuple):
-    """A task that runs as soon as some of the others are done: `task(*arguments)` after those numbered `after`."""
 
-    task: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    after: Sequence[int]
+class StoppedError(Exception):
+    """The run that a task belongs to is over."""
+
+
+_HERE = threading.local()
+
+
+def check_stopped() -> None:
+    """End this task if nobody waits for it any more; to be called now and then."""
+    stop = getattr(_HERE, "stop", None)
+    if stop is not None and stop.is_set():
+        raise StoppedError
+
+
+def _enter(stop: threading.Event) -> None:
+    _HERE.stop = stop
 
 
 class TaskRunner:
@@ -43,50 +54,80 @@ class TaskRunner:
 
     def run(
         self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], *, title: str,
-        sequels: Sequence[Sequel] = (),
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[Any]:  # fmt: skip
-        """`[task(*args) for args in arguments]`; `sequels` follow some of them, without results.
+        """`[task(*args) for args in arguments]`; the first of them that fails, fails the run.
 
         Parameters
         ----------
         sizes : cells that each task moves the bar on by
         title : of the bar
+        meanwhile : called in this thread while the tasks run
         """
-        if not arguments and not sequels:
-            return []
-        with tqdm(
-            total=round(sum(sizes)), desc=title, unit=" cells", unit_scale=True, disable=not self.progress, leave=False
-        ) as bar:
+        with self._bar(sum(sizes), title) as move:
             run = self._on_cluster if self._client else self._on_threads
-            return run(task, arguments, sizes, sequels, bar)[: len(arguments)]
+            return run(task, arguments, sizes, move, meanwhile or _nothing)
+
+    @contextmanager
+    def _bar(self, total: float, title: str) -> Iterator[Callable[[float], None]]:
+        if not self.progress or not total:
+            yield lambda _: None
+            return
+        from tqdm import tqdm
+
+        lock = threading.Lock()
+        with tqdm(total=round(total), desc=title, unit=" cells", unit_scale=True, leave=False) as bar:
+
+            def move(size: float) -> None:
+                with lock:
+                    bar.update(size)
+
+            yield move
 
     def _on_threads(
-        self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], sequels: Sequence[Sequel], bar: Any
-    ) -> list[Any]:
-        names = [f"{task.__name__}-{k}" for k in range(len(arguments))]
-        steps = dict(zip(names, sizes, strict=True))
-        delayed = dask.delayed(task, pure=False)
-        tasks = [delayed(*args, dask_key_name=name) for name, args in zip(names, arguments, strict=True)]
-        late = dask.delayed(_after, pure=False)
-        tasks += [late(s.task, s.arguments, [tasks[k] for k in s.after]) for s in sequels]
-        with Callback(posttask=lambda key, *_: bar.update(steps.get(key, 0))):
-            # "threads" in place of the function would have dask import distributed, to look for a cluster.
-            return list(dask.compute(*tasks, scheduler=dask.threaded.get, num_workers=self.workers, optimize_graph=False))
+        self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], move: Callable[[float], None],
+        meanwhile: Callable[[], None],
+    ) -> list[Any]:  # fmt: skip
+        stop = threading.Event()
+        futures: list[Future[Any]] = []
+
+        def done(future: Future[Any], size: float) -> None:
+            if future.cancelled() or future.exception() is None:
+                move(size)
+                return
+            for other in futures:  # those that have begun go on: an earlier one may be the first that fails
+                other.cancel()
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH)
+        try:
+            with ThreadPoolExecutor(self.workers, initializer=_enter, initargs=(stop,)) as pool:
+                try:
+                    for args, size in zip(arguments, sizes, strict=True):
+                        futures.append(pool.submit(task, *args))
+                        futures[-1].add_done_callback(lambda future, size=size: done(future, size))  # type: ignore[misc]
+                    meanwhile()
+                    return [future.result() for future in futures]
+                except BaseException:
+                    stop.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        finally:
+            sys.setswitchinterval(interval)
 
     def _on_cluster(
-        self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], sequels: Sequence[Sequel], bar: Any
-    ) -> list[Any]:
+        self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], move: Callable[[float], None],
+        meanwhile: Callable[[], None],
+    ) -> list[Any]:  # fmt: skip
         from distributed import KilledWorker, as_completed
 
         futures = [self._client.submit(task, *args, pure=False) for args in arguments]
         steps = dict(zip(futures, sizes, strict=True))
-        futures += [
-            self._client.submit(_after, s.task, s.arguments, [futures[k] for k in s.after], pure=False) for s in sequels
-        ]
         try:
+            meanwhile()
             for future in as_completed(futures):
                 future.result()
-                bar.update(steps.get(future, 0))
+                move(steps[future])
             return [future.result() for future in futures]
         except KilledWorker as error:
             raise OSError(f"Dask workers died again and again on the same task: {error}") from error
@@ -100,8 +141,8 @@ class TaskRunner:
             self._client = None
 
 
-def _after(task: Callable[..., Any], arguments: tuple[Any, ...], _: list[Any]) -> Any:
-    return task(*arguments)
+def _nothing() -> None:
+    pass
 
 
 def _client(scheduler: str | None) -> Any:

@@ -7,26 +7,28 @@ compressed and followed by its crc32c; a shard file holds up to `SHARD // CHUNK`
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
 import numcodecs
 import numpy as np
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from sedd.errors import UserError
 from sedd.io import native
-from sedd.io.files import new_file
+
+if TYPE_CHECKING:
+    import zarr
 
 CHUNK = 1 << 14
 """Entries in an inner chunk: a random block of 64 cells needs five or six, and wastes at most two."""
 
 SHARD = 1 << 26
-"""Entries in a shard: a million cells of 1,400 genes make 21 shards an array."""
+"""Entries in a shard at most: a million cells of 1,400 genes make 21 shards an array."""
+
+LEAST_SHARD, SHARDS = 1 << 22, 16
+"""An array of fewer entries gets smaller shards, more than half of `SHARDS` of them, so that all workers have one to make."""
 
 CODECS: dict[str, tuple[str, int, dict[str, str]] | None] = {
     "lz4": ("lz4", 5, {"data": "bitshuffle", "indices": "shuffle", "indptr": "shuffle"}),
@@ -99,8 +101,26 @@ class Encoder:
         return np.frombuffer(plain, self.dtype)
 
 
+    def decode_all(self, encoded: bytes, sizes: np.ndarray) -> np.ndarray:
+        """The values of encoded chunks that lie one after the other."""
+        ends = np.cumsum(sizes)
+        if self._blosc is None or not native.available():
+            return np.concatenate([self.decode(encoded[end - size : end]) for end, size in zip(ends, sizes, strict=True)])
+        n_bytes = CHUNK * self.dtype.itemsize
+        out = np.empty(sizes.size * n_bytes, np.uint8)
+        bad, _ = native.decode_chunks(
+            np.frombuffer(encoded, np.uint8), ends - sizes, sizes, codec=native.BLOSC, checked=True, out=out,
+            targets=np.arange(sizes.size) * n_bytes, size=n_bytes,
+        )  # fmt: skip
+        if bad >= 0:
+            raise ValueError("a checksum is wrong")
+        return out.view(self.dtype)
+
+
 def create_vector(group: zarr.Group, name: str, n: int, dtype: np.dtype[Any], codec: str) -> zarr.Array:
-    """Write the metadata of a sharded vector of `n` entries; its shards are put beside it by `write_shard`."""
+    """Write the metadata of a sharded vector of `n` entries; its shards are put beside it."""
+    from zarr.codecs import BloscCodec, Crc32cCodec  # importing zarr takes longer than converting 10,000 cells
+
     setting = CODECS[check_codec(codec)]
     dtype = np.dtype(dtype)
     blosc = [BloscCodec(typesize=dtype.itemsize, cname=setting[0], clevel=setting[1], shuffle=setting[2][name])] if setting else []
@@ -116,32 +136,70 @@ def create_vector(group: zarr.Group, name: str, n: int, dtype: np.dtype[Any], co
 
 
 def shard_length(n: int) -> int:
-    """Entries a shard of an array of `n` entries is declared to hold: `SHARD`, or fewer when one shard holds all."""
-    return min(SHARD, max(1, -(-n // CHUNK)) * CHUNK)
+    """Entries a shard of an array of `n` entries is declared to hold."""
+    length = LEAST_SHARD
+    while length < SHARD and length * SHARDS < n:
+        length *= 2
+    return min(length, max(1, -(-n // CHUNK)) * CHUNK)
 
 
 def n_shards(n: int) -> int:
     """Number of shard files of an array of `n` entries."""
-    return -(-n // SHARD)
+    return -(-n // shard_length(n))
 
 
-def write_shard(path: str, runs: Iterable[tuple[bytes, np.ndarray]], slots: int) -> None:
-    """Write one shard file, whole or not at all, and wait until it is on the disk.
+class Pen:
+    """Writes one shard file from values that come in portions of any size.
 
     Parameters
     ----------
-    path : of the shard, `X/data/c/0`
-    runs : encoded inner chunks in order: the bytes of some, and the size of each
+    file : to write
+    encoder : of the array
     slots : inner chunks the shard has room for, `shard_length(n) // CHUNK`
     """
-    sizes = np.zeros(0, np.uint64)
-    with new_file(path) as out:
-        for encoded, lengths in runs:
-            out.write(encoded)
-            sizes = np.concatenate([sizes, lengths.astype(np.uint64)])
-        index = np.full((slots, 2), _ABSENT, np.uint64)
+
+    def __init__(self, file: BinaryIO, encoder: Encoder, slots: int) -> None:
+        self.file, self._encoder, self._slots = file, encoder, slots
+        self._begun = np.empty(0, encoder.dtype)
+        self._sizes = [np.empty(0, np.int64)]
+
+    def write(self, values: np.ndarray) -> None:
+        """Append values; whole chunks are encoded now."""
+        if self._begun.size:
+            missing = CHUNK - self._begun.size
+            self._begun, values = np.concatenate([self._begun, values[:missing]]), values[missing:]
+            if self._begun.size < CHUNK:
+                return
+            self._encode(self._begun)
+        whole = values.size // CHUNK * CHUNK
+        self._encode(values[:whole])
+        self._begun = values[whole:].copy()
+
+    def _encode(self, values: np.ndarray) -> None:
+        encoded, sizes = self._encoder.encode_all(values)
+        self.file.write(encoded)
+        self._sizes.append(sizes)
+
+    def finish(self) -> None:
+        """Write the last chunk and the index of the chunks."""
+        if self._begun.size:
+            chunk = self._encoder.encode(self._begun)
+            self.file.write(chunk)
+            self._sizes.append(np.array([len(chunk)]))
+        sizes = np.concatenate(self._sizes).astype(np.uint64)
+        index = np.full((self._slots, 2), _ABSENT, np.uint64)
         index[: sizes.size] = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1)
         tail = index.astype("<u8").tobytes()
-        out.write(tail + struct.pack("<I", google_crc32c.value(tail)))
-        out.flush()
-        os.fsync(out.fileno())
+        self.file.write(tail + struct.pack("<I", google_crc32c.value(tail)))
+        self.file.flush()
+
+
+def read_shard(path: str, encoder: Encoder, slots: int, n: int, chunks: int = 64) -> Iterator[np.ndarray]:
+    """The first `n` values of a shard file that a `Pen` wrote, some chunks at a time."""
+    with open(path, "rb") as file:
+        file.seek(-(slots * 16 + 4), 2)
+        sizes = np.frombuffer(file.read(slots * 16), "<u8").reshape(-1, 2)[: -(-n // CHUNK), 1].astype(np.int64)
+        file.seek(0)
+        for first in range(0, sizes.size, chunks):
+            own = sizes[first : first + chunks]
+            yield encoder.decode_all(file.read(int(own.sum())), own)[: n - first * CHUNK]

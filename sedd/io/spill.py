@@ -1,18 +1,20 @@
 """Deal entries of the input out to the parts of the store, through files of bounded size.
 
-Cells that are shuffled, genes that are matched, and input that is dense, CSC or untidy take this road: `scatter_window` reads
-one stretch of input and writes its entries sorted by part (the *spill*); `gather_part` reads what all windows hold for one part.
+Cells that are shuffled, genes that are matched, and input that is dense, CSC or untidy take this road. A *part* is a run of
+consecutive cells of the store. `scatter_window` reads one stretch of input and writes its entries sorted by part (the *spill*);
+`gather_part` reads what all windows hold for one part.
 """
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 
 import numpy as np
 
 from sedd.io import pack
 from sedd.io.files import new_file, save_arrays
-from sedd.io.parts import Plan, check_indices, load_plan, open_source, read_rows, row_of, take_values, write_part
+from sedd.io.sources import Plan, check_indices, load_plan, open_source, read_rows, row_of, take_values
 
 ALIGN = 8
 """Every array of a piece begins at a multiple of this many bytes."""
@@ -86,46 +88,60 @@ def _scatter_columns(plan: Plan, folder: str, source: int, lo: int, hi: int):  #
     return local, np.empty(0, np.uint32), indices, values, cuts, cuts, {"rounded": rounded, "summed": summed}
 
 
-def index_windows(folder: str) -> tuple[np.ndarray, dict[str, int]]:
-    """Collect the tables of all windows, once all are written, into one file that tasks map.
+def index_windows(folder: str) -> dict[str, int]:
+    """Collect the tables of all windows, once all are written, into files that tasks map.
 
     Returns
     -------
-    first : (n_parts + 1,) int64, place of each part's first entry in the store
-    notes : "largest" count, how many values were "rounded", and entries "summed"
+    notes : how many values were "rounded", and entries "summed"
     """
     plan = load_plan(folder)
     cuts = np.zeros((len(plan.spans), plan.n_parts + 1, 2), np.int64)
-    kinds = np.zeros(len(plan.spans), np.dtype([("dtype", "U4"), ("runs", np.bool_)]))
-    notes = {"largest": 0, "rounded": 0, "summed": 0}
+    kinds = np.zeros(len(plan.spans), np.dtype([("dtype", "U4"), ("runs", np.bool_), ("largest", np.int64)]))
+    notes = {"rounded": 0, "summed": 0}
     for window in range(len(plan.spans)):
         with np.load(f"{window_path(folder, window)}.npz") as meta:
             cuts[window, :, 0], cuts[window, :, 1] = meta["row_cuts"], meta["entry_cuts"]
-            kinds[window] = str(meta["dtype"]), bool(meta["runs"])
+            kinds[window] = str(meta["dtype"]), bool(meta["runs"]), int(meta["largest"]) if "largest" in meta else 0
             notes["rounded"] += int(meta["rounded"])
             notes["summed"] += int(meta["summed"])
-            notes["largest"] = max(notes["largest"], int(meta["largest"]) if "largest" in meta else 0)
-    with new_file(f"{folder}/spill/cuts.npy") as file:
-        np.save(file, cuts)
-    with new_file(f"{folder}/spill/kinds.npy") as file:
-        np.save(file, kinds)
     entries = np.diff(cuts[:, :, 1], axis=1).sum(axis=0)
-    return np.concatenate([[0], np.cumsum(entries)]), notes
+    for name, table in (("cuts", cuts), ("kinds", kinds), ("first", np.concatenate([[0], np.cumsum(entries)]))):
+        with new_file(f"{folder}/spill/{name}.npy") as file:
+            np.save(file, table)
+    return notes
+
+
+def _tables(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    stat = os.stat(f"{folder}/spill/first.npy")
+    return _load_tables(f"{folder}/spill", (stat.st_mtime_ns, stat.st_ino))
 
 
 @lru_cache(maxsize=2)
-def _tables(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    return np.load(f"{folder}/spill/cuts.npy", mmap_mode="r"), np.load(f"{folder}/spill/kinds.npy")
+def _load_tables(folder: str, _: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.load(f"{folder}/cuts.npy", mmap_mode="r"), np.load(f"{folder}/kinds.npy"), np.load(f"{folder}/first.npy")
+
+
+def first_entries(folder: str) -> np.ndarray:
+    """(n_parts + 1,) int64, place in the store of each part's first entry."""
+    return _tables(folder)[2]
+
+
+def value_dtype(folder: str) -> np.dtype:
+    """The narrowest type that holds all values of the spill."""
+    if load_plan(folder).settings["values"] == "real":
+        return np.dtype(np.float32)
+    return pack.count_dtype(int(_tables(folder)[1]["largest"].max()))
 
 
 def forget() -> None:
     """Drop what `read_piece` holds."""
-    _tables.cache_clear()
+    _load_tables.cache_clear()
 
 
 def read_piece(folder: str, window: int, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What `window` holds for `part`: local rows, lengths of their runs (empty: one entry each), indices, values."""
-    cuts, kinds = _tables(folder)
+    cuts, kinds, _ = _tables(folder)
     table = np.asarray(cuts[window, : part + 2])
     n_rows, n_entries = np.diff(table, axis=0).T
     index = pack.index_dtype(load_plan(folder).n_vars)
@@ -144,16 +160,15 @@ def read_piece(folder: str, window: int, part: int) -> tuple[np.ndarray, np.ndar
     return rows, lengths, indices, values
 
 
-def gather_part(folder: str, number: int, first: int, largest: int) -> None:
-    """Put part `number` together from what the windows hold for it; `first` is the place of its first entry."""
+def gather_part(folder: str, number: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Put part `number` together from what the windows hold for it: tidy CSR, `indptr` from 0, values as `dtype`."""
     plan = load_plan(folder)
-    n_rows = plan.edges[number + 1] - plan.edges[number]
+    n_rows = min(plan.step, plan.n_obs - number * plan.step)
     pieces = [read_piece(folder, window, number) for window in range(len(plan.spans))]
     counts = np.zeros(n_rows, np.int64)
     for rows, lengths, _, _ in pieces:
         counts += np.bincount(rows, lengths if lengths.size else None, n_rows).astype(np.int64)
     indptr = np.concatenate([[0], np.cumsum(counts)])
-    dtype = np.dtype(np.float32) if plan.settings["values"] == "real" else pack.count_dtype(largest)
     indices, values = np.empty(indptr[-1], pack.index_dtype(plan.n_vars)), np.empty(indptr[-1], dtype)
     cursor = indptr[:-1].copy()
     for rows, lengths, own_indices, own_values in pieces:
@@ -162,4 +177,4 @@ def gather_part(folder: str, number: int, first: int, largest: int) -> None:
     if pack.first_disorder(indptr, indices) >= 0:  # columns whose genes changed order
         indptr, indices, wide, _ = pack.clean_rows(indptr, indices, values, plan.n_vars, None)
         values = wide.astype(dtype)
-    write_part(folder, number, first, indptr, indices, values)
+    return indptr, indices, values

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from sedd.errors import UserError
 from sedd.io import pack
+from sedd.io.tally import SMALL, tally
 
 if TYPE_CHECKING:
     from sedd.io.store import CellStore
@@ -55,22 +56,22 @@ def with_zeros(nonzero: sparse.csr_array, n_cells: int) -> sparse.csr_array:
 
 
 class KeyCounter:
-    """Adds up histograms given as the keys and numbers of `pack.tally`.
+    """Adds up histograms given as the keys and numbers of a `Tally`.
 
     The many small counts are added in a dense table, the few large ones kept as a list and merged now and then.
     """
 
     def __init__(self, n_vars: int) -> None:
         self.n_vars = n_vars
-        self._table = np.zeros(n_vars * pack.SMALL, np.int64)
+        self._table = np.zeros(n_vars * SMALL, np.int64)
         self._rare: list[tuple[np.ndarray, np.ndarray]] = []
         self._n_rare = 0
 
     def add(self, keys: np.ndarray, numbers: np.ndarray) -> None:
         """Add one histogram, whose keys are all different."""
         count = keys & 0xFFFFFFFF
-        small = count < pack.SMALL
-        self._table[(keys[small] >> 32) * pack.SMALL + count[small]] += numbers[small]
+        small = count < SMALL
+        self._table[(keys[small] >> 32) * SMALL + count[small]] += numbers[small]
         self._rare.append((keys[~small], numbers[~small]))
         self._n_rare += self._rare[-1][0].size
         if self._n_rare > 1 << 22:
@@ -85,7 +86,7 @@ class KeyCounter:
     def histogram(self, largest: int) -> sparse.csr_array:
         """Histogram of non-zeros `(n_vars, largest)`; column `v - 1` is count `v`."""
         place = np.flatnonzero(self._table)
-        genes, counts = place // pack.SMALL, place % pack.SMALL
+        genes, counts = place // SMALL, place % SMALL
         rare = np.concatenate([keys for keys, _ in self._rare]) if self._rare else np.empty(0, np.int64)
         numbers = [self._table[place], *(numbers for _, numbers in self._rare)]
         rows, columns = np.concatenate([genes, rare >> 32]), np.concatenate([counts, rare & 0xFFFFFFFF]) - 1
@@ -104,7 +105,7 @@ def _tally_cells(store: CellStore, chosen: np.ndarray, progress: bool) -> sparse
         lo, hi, wanted = lo + int(wanted[0]), lo + int(wanted[-1]) + 1, wanted - wanted[0]
         indptr, indices, values = store.read_rows(lo, hi)
         lengths, (indices, values) = pack.gather_rows(indptr, wanted, indices, values)
-        block = pack.tally(np.concatenate([[0], np.cumsum(lengths)]), indices, values, store.n_vars)
+        block = tally(np.concatenate([[0], np.cumsum(lengths)]), indices, values, store.n_vars)
         counter.add(block.keys, block.numbers)
     return counter.histogram(int(store.max_value))
 

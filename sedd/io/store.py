@@ -18,9 +18,9 @@ import zarr
 from scipy import sparse
 
 from sedd.errors import UserError
-from sedd.io import pack
 from sedd.io.fastread import ChunkReader
 from sedd.io.remote import file_sizes
+from sedd.io.tally import cell_hashes
 
 FORMAT = 1
 """Version of what is under `uns["sedd"]`."""
@@ -217,7 +217,7 @@ def forget() -> None:
 def span_hashes(path: str, lo: int, hi: int) -> np.ndarray:
     """Hashes of cells `lo:hi` of the store at `path`, from what is on the disk; a Dask task."""
     changed = 0 if "://" in path else os.stat(f"{path}/zarr.json").st_mtime_ns
-    return pack.cell_hashes(*_opened(path, changed).read_rows(lo, hi))
+    return cell_hashes(*_opened(path, changed).read_rows(lo, hi))
 
 
 def _open_group(path: str) -> zarr.Group:

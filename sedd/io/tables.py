@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from contextlib import ExitStack
 from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import zarr
 
 import sedd
-from sedd.io import genes
+from sedd.errors import warn_user
 from sedd.io.gathered import Gathered
+from sedd.io.genes import match_genes, unique_names
 from sedd.io.h5ad import H5ad
-from sedd.io.parts import Plan
+from sedd.io.sources import Plan
 from sedd.io.store import FORMAT
 
 ROWS = 1 << 20
@@ -25,7 +28,7 @@ ROWS = 1 << 20
 
 def write(group: zarr.Group, folder: str, plan: Plan) -> None:
     """Write what the inputs of `plan` have beside X into `group`."""
-    settings, n_obs = plan.settings, plan.edges[-1]
+    settings, n_obs = plan.settings, plan.n_obs
     paths = [path for path, _, _ in plan.sources]
     with ExitStack() as stack:
         files = [stack.enter_context(H5ad(path)) for path in paths]
@@ -33,12 +36,12 @@ def write(group: zarr.Group, folder: str, plan: Plan) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said when the plan was made
             for file, frame in zip(files, frames, strict=True):
-                frame.index = genes.unique_names(file.path, frame.index)
-            index, _ = genes.match_genes(paths, [f.index for f in frames], settings["join"], settings["genes"])
-        var = genes.join_var(frames, index)
+                frame.index = pd.Index(unique_names(file.path, frame.index.tolist()), name=frame.index.name)
+            genes, _ = match_genes(paths, [f.index.tolist() for f in frames], settings["join"], settings["genes"])
+        var = join_var(frames, pd.Index(genes, name=frames[0].index.name))
         obs, obsm = [file.obs(settings["obs"]) for file in files], [file.mapping("obsm") for file in files]
         uns = files[0].mapping("uns") if len(files) == 1 else {}
-    cells = genes.join_obs(obs, obsm, paths)
+    cells = join_obs(obs, obsm, paths)
     if settings["shuffle"]:
         places = np.load(f"{folder}/places.npy")
         order = np.argsort(places, kind="stable")[places.size - n_obs :]
@@ -103,3 +106,46 @@ def _few_chunks(func: Any, group: Any, key: str, element: Any, dataset_kwargs: A
     if iospec.encoding_type in ("array", "string-array") and len(shape) and 0 not in shape:
         dataset_kwargs = {**dataset_kwargs, "chunks": (min(ROWS, shape[0]), *shape[1:])}
     func(group, key, element, dataset_kwargs=dataset_kwargs)
+
+
+def join_var(frames: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame:
+    """The genes' table of the result: each gene's row from the first input that has it."""
+    joined = frames[0].reindex(genes) if len(frames) == 1 or genes.isin(frames[0].index).all() else None
+    if joined is None:
+        joined = frames[0]
+        for frame in frames[1:]:
+            joined = pd.concat([joined, frame[~frame.index.isin(joined.index)]])
+        joined = joined.reindex(genes)
+    return joined
+
+
+def join_obs(frames: list[pd.DataFrame], obsm: list[dict[str, Any]], sources: list[str]) -> ad.AnnData:
+    """Tables and embeddings of the cells of all inputs one after the other, without X."""
+    parts = []
+    for frame, arrays in zip(frames, obsm, strict=True):
+        frame = frame.copy()
+        if not frame.index.is_unique and len(frames) == 1:
+            repeated = frame.index[frame.index.duplicated()]
+            warn_user(f"{sources[0]}: {len(repeated)} cell names repeat (first: {repeated[0]!r}); kept as they are.")
+        parts.append((frame, arrays))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if len(parts) == 1:
+            return ad.AnnData(obs=parts[0][0], obsm=_usable(*parts[0]))
+        shared = set.intersection(*(set(arrays) for _, arrays in parts))
+        widths = {key: {np.shape(arrays[key])[1:] for _, arrays in parts} for key in shared}
+        keys = sorted(key for key in shared if len(widths[key]) == 1)
+        cells = [
+            ad.AnnData(obs=frame.assign(source=pd.Categorical([os.path.basename(path)] * len(frame))),
+                       obsm=_usable(frame, {key: arrays[key] for key in keys}))
+            for (frame, arrays), path in zip(parts, sources, strict=True)
+        ]  # fmt: skip
+        joined = ad.concat(cells, join="outer")
+        if not joined.obs_names.is_unique:
+            joined.obs_names_make_unique()
+        return joined
+
+
+def _usable(frame: pd.DataFrame, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Embeddings that have a row for each cell."""
+    return {key: array for key, array in arrays.items() if np.ndim(array) >= 1 and np.shape(array)[0] == len(frame)}

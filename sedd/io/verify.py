@@ -17,6 +17,7 @@ from sedd.io.genes import match_genes, unique_names
 from sedd.io.h5ad import H5ad, Matrix
 from sedd.io.run import TaskRunner
 from sedd.io.store import CellStore, forget, span_hashes
+from sedd.io.tally import cell_hashes
 
 BLOCK = 1 << 22
 """Entries compared at once."""
@@ -107,9 +108,9 @@ def _compare(store: CellStore, inputs: list[str], hashes: np.ndarray, runner: Ta
         warnings.simplefilter("ignore")  # about gene names: said at the conversion
         files = [stack.enter_context(H5ad(name)) for name in inputs]
         matrices = [file.matrix(settings["layer"], settings["raw"]) for file in files]
-        names = [unique_names(file.path, file.var(settings["raw"]).index) for file in files]
+        names = [unique_names(file.path, file.var_names(settings["raw"])) for file in files]
         genes, maps = match_genes(inputs, names, settings["join"], settings["genes"])
-        if not np.array_equal(genes.to_numpy(str), store.var_names):
+        if genes != store.var_names.tolist():
             raise UserError(f"{store.path}: has other genes than {inputs[0]}.")
         n_cells = [matrix.shape[0] for matrix in matrices]
         cells = np.arange(store.n_obs)
@@ -122,7 +123,7 @@ def _compare(store: CellStore, inputs: list[str], hashes: np.ndarray, runner: Ta
         wrong = np.flatnonzero(hashes != expected)
         if wrong.size:
             raise UserError(_difference(store, int(wrong[0]), int(cells[wrong[0]]), matrices, maps))
-        obs_names = np.concatenate([file.obs().index.to_numpy(str) for file in files])[cells]
+        obs_names = np.concatenate([np.array(file.obs_names, str) for file in files])[cells]
         if len(inputs) == 1 and not np.array_equal(obs_names, store.obs.index.to_numpy(str)):
             raise UserError(f"{store.path}: has other cell names than {inputs[0]}.")
 
@@ -142,7 +143,7 @@ def _input_hashes(matrix: Matrix, genes: np.ndarray | None, store: CellStore, ru
             indptr, indices, raw = matrix.read_rows(lo, hi)
         values = raw.astype(np.float32) if not store.is_counts else np.rint(raw.astype(np.float64)).astype(np.uint32)
         indptr, indices, values, _ = pack.clean_rows(indptr, indices, values, store.n_vars, genes)
-        return pack.cell_hashes(indptr, indices, values)
+        return cell_hashes(indptr, indices, values)
 
     spans = matrix.spans(BLOCK)
     if matrix.layout != "csc":

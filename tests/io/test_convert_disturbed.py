@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from sedd.errors import UserError
-from sedd.io import parts, spill
+from sedd.io import finish, shards, spill
+from sedd.io import write as making
 from sedd.io.convert import convert, ensure_store
 from sedd.io.store import CellStore
 from sedd.io.verify import verify
@@ -103,12 +104,20 @@ def check_kills(processes: Any, source: str, tmp_path: Path, n: int) -> None:
         assert hits > 0
 
 
+def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert in many small shards and blocks."""
+    for module in (shards, finish, making):
+        monkeypatch.setattr(module, "CHUNK", 256)
+    monkeypatch.setattr(shards, "LEAST_SHARD", 512)
+    monkeypatch.setattr("sedd.io.job.LARGEST_BLOCK", 500)
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_resume_reads_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: bool) -> None:
-    monkeypatch.setattr("sedd.io.job.LARGEST_BLOCK", 500)
+    in_small_pieces(monkeypatch)
     source = write(tmp_path / "a.h5ad", counts(200, 60))
-    name = "scatter_window" if shuffle else "direct_part"
-    module = spill if shuffle else parts
+    name = "scatter_window" if shuffle else "make_shard"
+    module = spill if shuffle else making
     real = getattr(module, name)
     seen: list[int] = []
 
@@ -149,21 +158,21 @@ def test_an_unfinished_conversion_is_not_resumed_with_other_settings_or_input(
     write(tmp_path / "a.h5ad", counts(seed=2))
     with pytest.raises(UserError, match=r"input changed.*--overwrite"):
         convert(source, output, resume=True, progress=False)
-    assert Path(f"{output}.partial/parts").exists()
+    assert Path(f"{output}.partial/shards").exists()
     convert(source, output, overwrite=True, progress=False)
     verify(output, against=source)
 
 
 def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "a.h5ad", counts())
-    real = parts.direct_part
+    real = making.make_shard
 
     def task(folder: str, number: int) -> None:
         real(folder, number)
         os.utime(source, ns=(1, 1))
 
-    task.__name__ = "direct_part"
-    monkeypatch.setattr(parts, "direct_part", task)
+    task.__name__ = "make_shard"
+    monkeypatch.setattr(making, "make_shard", task)
     with pytest.raises(UserError, match="changed while it was converted"):
         convert(source, tmp_path / "a.zarr", progress=False)
     assert [item.name for item in tmp_path.iterdir()] == ["a.h5ad"]
@@ -261,7 +270,7 @@ def test_a_file_size_limit_met_by_a_layer_keeps_what_is_done(tmp_path: Path) -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert not (tmp_path / "a.zarr").exists()
-    assert list((tmp_path / "a.zarr.partial" / "parts").glob("*.npz"))
+    assert list((tmp_path / "a.zarr.partial" / "shards").glob("*.npz"))
     store = convert(source, tmp_path / "a.zarr", keep_layers=["large"], resume=True, progress=False)
     assert (ad.read_zarr(store.path).layers["large"] != ad.read_h5ad(source).layers["large"]).nnz == 0
     verify(store.path, against=source)
@@ -285,7 +294,7 @@ def test_an_existing_output_is_kept_unless_it_may_be_replaced(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_worker_of_a_cluster_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setattr("sedd.io.job.LARGEST_BLOCK", 500)
+    in_small_pieces(monkeypatch)
     source = write(tmp_path / "a.h5ad", counts(300, 60))
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from sedd.io import pack
 from sedd.io.shards import CHUNK, CODECS, Encoder
+from sedd.io.tally import cell_hashes, tally
 from tests.io.h5ads import counts
 
 NARROW = [np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32)]
@@ -56,7 +57,7 @@ def test_the_largest_float32_count(value: float, bad: int) -> None:
 def test_a_tally_counts_what_numpy_counts() -> None:
     matrix = counts(50, 30, largest=200, seed=3)
     values = matrix.data.astype(np.uint16)
-    got = pack.tally(matrix.indptr.astype(np.int64), matrix.indices.astype(np.uint16), values, 30)
+    got = tally(matrix.indptr.astype(np.int64), matrix.indices.astype(np.uint16), values, 30)
     dense = matrix.toarray().astype(np.int64)
     np.testing.assert_array_equal(got.total, dense.sum(axis=1))
     np.testing.assert_array_equal(got.largest, dense.max(axis=1))
@@ -65,15 +66,15 @@ def test_a_tally_counts_what_numpy_counts() -> None:
     order = np.argsort(got.keys)
     np.testing.assert_array_equal(got.keys[order], keys)
     np.testing.assert_array_equal(got.numbers[order], numbers)
-    np.testing.assert_array_equal(got.hashes, pack.cell_hashes(matrix.indptr, matrix.indices, values))
+    np.testing.assert_array_equal(got.hashes, cell_hashes(matrix.indptr, matrix.indices, values))
 
 
 def test_a_hash_changes_with_every_value_and_every_gene_and_not_with_their_order() -> None:
     genes, values = np.array([2, 5, 9], np.uint16), np.array([1, 7, 255], np.uint8)
     indptr = np.array([0, 3])
-    own = pack.cell_hashes(indptr, genes, values)[0]
-    assert own == pack.cell_hashes(indptr, genes[::-1].copy(), values[::-1].copy())[0]
-    split = pack.cell_hashes(np.array([0, 1, 3]), genes, values)
+    own = cell_hashes(indptr, genes, values)[0]
+    assert own == cell_hashes(indptr, genes[::-1].copy(), values[::-1].copy())[0]
+    split = cell_hashes(np.array([0, 1, 3]), genes, values)
     assert own == split.sum(dtype=np.uint64)
     others = {own}
     for place in range(3):
@@ -81,7 +82,7 @@ def test_a_hash_changes_with_every_value_and_every_gene_and_not_with_their_order
             changed, moved = values.copy(), genes.copy()
             changed[place] ^= np.uint8(1 << bit)
             moved[place] ^= np.uint16(1 << bit)
-            others |= {pack.cell_hashes(indptr, genes, changed)[0], pack.cell_hashes(indptr, moved, values)[0]}
+            others |= {cell_hashes(indptr, genes, changed)[0], cell_hashes(indptr, moved, values)[0]}
     assert len(others) == 1 + 2 * 3 * 8
 
 
