@@ -183,7 +183,8 @@ class RunConfig:
     early_stopping: int = 0
     """Stop after this many epochs without a better validation loss; 0 never stops early."""
     log_with: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
-    """Where the curves go besides history.json; auto: tensorboard if it is installed."""
+    """Where the curves go besides history.json; auto: tensorboard if it is installed. wandb writes files for `wandb sync`,
+    unless WANDB_MODE=online."""
     dry_run: bool = False
     """Say parameters, memory, steps and time, and train nothing."""
 

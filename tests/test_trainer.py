@@ -377,12 +377,6 @@ def test_every_way_to_train_trains_and_generates(tiny_h5ad: Path, tmp_path: Path
     assert np.isfinite(clean.X).all() if isinstance(clean.X, np.ndarray) else np.isfinite(clean.X.data).all()
 
 
-def test_early_stopping_stops(tiny_h5ad: Path, tmp_path: Path) -> None:
-    flags = ["--num_epochs", "30", "--early_stopping", "1", "--learning_rate", "0.3"]
-    assert train(tiny_h5ad, tmp_path / "run", *flags) == 0
-    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) < 30
-
-
 def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
     tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
