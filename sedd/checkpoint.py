@@ -118,8 +118,12 @@ def find(path: str | Path) -> Path:
 
 def numbered_checkpoints(directory: str | Path, kind: str | None = None) -> list[Path]:
     """`epoch_N.pt` and `step_N.pt` files (or one `kind` of them), oldest first."""
-    found = [p for p in Path(directory).glob("*.pt") if (m := _NUMBERED.match(p.name)) and kind in (None, m[1])]
-    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name))
+    found = []
+    for path in Path(directory).glob("*.pt"):
+        if (m := _NUMBERED.match(path.name)) and kind in (None, m[1]):
+            with contextlib.suppress(FileNotFoundError):  # a run that is at work has just deleted it
+                found.append((path.stat().st_mtime_ns, path.name, path))
+    return [path for _, _, path in sorted(found)]
 
 
 def find_newest(directory: str | Path) -> Path | None:

@@ -22,6 +22,12 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
     "medium": {"hidden_dim": 256, "num_layers": 6, "num_heads": 8},
     "large": {"hidden_dim": 512, "num_layers": 12, "num_heads": 16},
 }
+TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
+    "small": {"batch_size": 32, "learning_rate": 1e-4},
+    "medium": {"batch_size": 32, "learning_rate": 5e-4},
+    "large": {"batch_size": 64, "learning_rate": 2e-4},
+}
+"""What each size trains with for a hundred epochs without trouble: docs/tuning.md has the curves."""
 
 
 def _require(ok: bool, flag: str, value: object, expected: str) -> None:
@@ -67,7 +73,7 @@ class ModelConfig:
     """The network and the diffusion it is trained for."""
 
     model: Literal["small", "medium", "large"] = "small"
-    """Preset of width, depth and heads: small 128/4/4, medium 256/6/8, large 512/12/16."""
+    """Preset of width, depth and heads: small 128/4/4, medium 256/6/8, large 512/12/16; and of batch size and learning rate."""
     hidden_dim: int | None = None
     """Width of the network; from --model if not given (small: 128)."""
     num_layers: int | None = None
@@ -127,10 +133,11 @@ class OptimConfig:
 
     num_epochs: int = 100
     """Passes over the training cells."""
-    batch_size: int = 32
-    """Cells per step and process."""
-    learning_rate: float = 1e-4
-    """Learning rate of AdamW after the warm-up; constant from there, so a run can be continued at any length."""
+    batch_size: int | None = None
+    """Cells per step and process; from --model if not given (small and medium: 32, large: 64)."""
+    learning_rate: float | None = None
+    """Learning rate of AdamW after the warm-up; constant from there, so a run can be continued at any length. From
+    --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4)."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.01
@@ -148,10 +155,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "gradient_accumulation_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
         for name in ("warmup_steps", "weight_decay", "grad_clip"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        _require(self.learning_rate is None or self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a decay between 0 and 1, such as 0.999")
 
 
@@ -176,7 +184,8 @@ class RunConfig:
     early_stopping: int = 0
     """Stop after this many epochs without a better validation loss; 0 never stops early."""
     log_with: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
-    """Where the curves go besides history.json; auto: tensorboard if it is installed."""
+    """Where the curves go besides history.json; auto: tensorboard if it is installed. wandb writes files for `wandb sync`,
+    unless WANDB_MODE=online."""
     dry_run: bool = False
     """Say parameters, memory, steps and time, and train nothing."""
 
@@ -209,6 +218,23 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        defaults = TRAINING_DEFAULTS[self.model.model]
+        missing = {name: value for name, value in defaults.items() if getattr(self.optim, name) is None}
+        object.__setattr__(self, "optim", dataclasses.replace(self.optim, **missing))
+
+    @property
+    def batch_size(self) -> int:
+        """Cells per step and process."""
+        assert self.optim.batch_size is not None
+        return self.optim.batch_size
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate after the warm-up."""
+        assert self.optim.learning_rate is not None
+        return self.optim.learning_rate
 
     def to_flat(self) -> dict[str, Any]:
         """All settings as one dictionary of flag name to plain value, as in args.json."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -19,7 +20,9 @@ _PEER_LOST = ("closed by peer", "reset by peer", "broken pipe", "gloo/transport"
 
 
 @contextlib.contextmanager
-def explained(config: TrainConfig, step: Callable[[], int]) -> Iterator[None]:
+def explained(
+    config: TrainConfig, step: Callable[[], int], largest_batch: Callable[[], int | None]
+) -> Iterator[None]:
     """Context that turns failures of the machine into errors which say what to do.
 
     Parameters
@@ -28,6 +31,8 @@ def explained(config: TrainConfig, step: Callable[[], int]) -> Iterator[None]:
         Of the run.
     step
         Asked for the step at which it happened.
+    largest_batch
+        Asked, when memory ran out and what the step held of it is free again, for the batch size that fits; None: none.
 
     Raises
     ------
@@ -42,7 +47,8 @@ def explained(config: TrainConfig, step: Callable[[], int]) -> Iterator[None]:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise MemoryError(_memory_advice(config, step())) from error
+            _let_go(error)
+            raise MemoryError(_memory_advice(config, step(), largest_batch())) from None
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             full = OSError(_disk_advice(config, error))
             full.errno = error.errno
@@ -66,13 +72,26 @@ def _is_lost_peer(error: BaseException) -> bool:
     return lost and dist.is_initialized()
 
 
-def _memory_advice(config: TrainConfig, step: int) -> str:
-    optim = config.optim
-    smaller = max(1, optim.batch_size // 2)
-    steps = optim.gradient_accumulation_steps * optim.batch_size // smaller
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of a failed step hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _memory_advice(config: TrainConfig, step: int, fits: int | None) -> str:
+    happened = f"out of memory at step {step} with --batch_size {config.batch_size}. {_left(config)}"
+    if fits is None:
+        return (
+            f"{happened} Not even fewer cells a step fit: use --mixed_precision bf16, fewer --genes or --num_bins, a smaller "
+            "--model, or divide the weights among GPUs (configs/accelerate/fsdp.yaml)."
+        )
+    steps = config.optim.gradient_accumulation_steps * (config.batch_size // fits)
     return (
-        f"out of memory at step {step} with --batch_size {optim.batch_size}; the last checkpoint is whole. Continue "
-        f"with --resume auto --batch_size {smaller} --gradient_accumulation_steps {steps}, which makes the same steps."
+        f"{happened} Continue with --resume auto --batch_size {fits} --gradient_accumulation_steps {steps}: that fits, and "
+        "makes the same steps."
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,7 +41,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self._at_once = False
         self._before: dict[int, Any] = {}
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Context in which a signal raises `TrainingInterrupted`, as there is nothing to save yet."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -55,7 +67,12 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_number = number
+        self.signal_number = number  # kept, in case the exception is lost in a finaliser: then the first step stops
+        if self._at_once:
+            self._at_once = False
+            raise TrainingInterrupted(
+                f"stopped by signal {number} before the first step; what was converted so far is kept. Start it again.", number
+            )
 
 
 def report_status(status: int) -> None:

@@ -25,7 +25,7 @@ class Tracker:
     ----------
     accelerator, config, directory
         Of the run. `config.run.log_with` chooses TensorBoard (files under `checkpoint_dir/logs`), Weights & Biases
-        (set WANDB_MODE=offline where there is no network) or neither.
+        (files under `checkpoint_dir/wandb`, sent by `wandb sync`, or at once with WANDB_MODE=online) or neither.
 
     Raises
     ------
@@ -51,7 +51,11 @@ class Tracker:
             import wandb
 
             os.environ.setdefault("WANDB_SILENT", "true")
-            self._backend = wandb.init(project="sedd", dir=str(directory.path), config=settings)
+            # Unless asked for, nothing leaves the machine, and a node without a network does not wait for one.
+            mode = os.environ.get("WANDB_MODE", "offline")
+            self._backend = wandb.init(
+                project="sedd", name=directory.path.name, dir=str(directory.path), config=settings, mode=mode
+            )
 
     def __enter__(self) -> Tracker:
         return self

@@ -37,6 +37,7 @@ from sedd.run_directory import RunDirectory
 from sedd.sharding import divide_like, divide_optimizer_state, whole
 from sedd.signals import StopRequest, TrainingInterrupted
 from sedd.tracking import Tracker, resolve_logger
+from sedd.trial import describe, largest_batch
 from sedd.validation import Validator
 
 _TIMES = ("seconds", "wait")  # of the sums over an epoch
@@ -65,6 +66,7 @@ class SEDDTrainer:
         self.step = 0  # optimizer steps done
         self.best_loss = math.inf
         self._sums = {"loss": 0.0, "cells": 0.0, "seconds": 0.0, "wait": 0.0}  # of the epoch under way
+        self._batch: Batch | None = None  # the last one that was trained on
 
     # -- from settings to a run that can start ---------------------------------------------------------------------
 
@@ -94,15 +96,16 @@ class SEDDTrainer:
         self.accelerator = make_accelerator(self.config.optim.mixed_precision)
         with contextlib.ExitStack() as stack:
             self._stop = stack.enter_context(StopRequest())
-            panel = self._prepare(resumed)
+            with self._stop.at_once():
+                panel = self._prepare(resumed)
             stack.callback(panel.store.close)
+            stack.enter_context(explained(self.config, lambda: self.step, self._largest_batch))
             self._build(panel, resumed)
             stack.callback(self._loader.close)
             stack.callback(self._validator.close)
             if run.dry_run:
-                self._describe(panel)
+                self.accelerator.print(describe(self.config, panel, self.model, self._loader, self._optimizer_step))
                 return self.history
-            stack.enter_context(explained(self.config, lambda: self.step))
             if self.accelerator.is_main_process:
                 self.directory.create(self.config.to_flat(), fresh=resumed is None)
                 self.directory.rewind_metrics(self.step)
@@ -172,7 +175,7 @@ class SEDDTrainer:
             self.model.load_state_dict(resumed["model"])
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.optim.weight_decay),
-            lr=config.optim.learning_rate,
+            lr=config.learning_rate,
             betas=(0.9, 0.99),
             fused=accelerator.device.type == "cuda",
         )
@@ -191,7 +194,7 @@ class SEDDTrainer:
         config, panel = self.config, self._panel
         return CellLoader(
             panel.store,
-            batch_size=config.optim.batch_size,
+            batch_size=config.batch_size,
             split=panel.train_cells,
             genes=panel.genes,
             binning=panel.binning,
@@ -260,7 +263,7 @@ class SEDDTrainer:
 
     def _optimizer_step(self, group: list[Batch]) -> tuple[float, int]:
         """One step on the batches of `group`: the mean loss in nats per cell and the number of cells."""
-        accelerator = self.accelerator
+        accelerator, self._batch = self.accelerator, group[0]
         n_cells = sum(len(batch.cell) for batch in group)
         total = torch.zeros((), device=accelerator.device)
         # One generator state per (seed, step, rank): a resumed run draws what an undisturbed one would have drawn.
@@ -268,13 +271,16 @@ class SEDDTrainer:
         for i, batch in enumerate(group):
             last = i == len(group) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
-                loss, per_cell = self._loss(batch)
+                loss, per_cell = self._loss(batch, self._module)
                 accelerator.backward(loss * (len(batch.cell) / n_cells))
             total += per_cell.sum()
-        mean, cells = float(total) / n_cells, [int(c) for c in group[0].cell[:4]]
-        self._check_finite(mean, f"loss is {mean} at step {self.step} of epoch {self.epoch + 1} (cells {cells} ...)")
-        if self.config.optim.grad_clip:
-            accelerator.clip_grad_norm_(self._module.parameters(), self.config.optim.grad_clip)
+        # Without clipping only the norm is of interest: infinity leaves the gradients as they are.
+        norm = whole(accelerator.clip_grad_norm_(self._module.parameters(), self.config.optim.grad_clip or math.inf))
+        total, norm = torch.stack([total, norm.to(total)]).tolist()  # together: a step waits for a GPU once
+        mean, place = total / n_cells, f"at step {self.step} of epoch {self.epoch + 1} (cells {group[0].cell[:4].tolist()} ...)"
+        self._check_finite(mean, f"loss is {mean} {place}")
+        if accelerator.scaler is None:  # steps in fp16 whose gradients overflow are left out by the scaler
+            self._check_finite(norm, f"gradient's norm is {norm} {place}")
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -290,7 +296,19 @@ class SEDDTrainer:
                 "a lower --learning_rate."
             )
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _largest_batch(self) -> int | None:
+        """How many cells a step has room for, tried on this process alone; half of them where weights are divided."""
+        if self._batch is None:  # while the model was built
+            return None
+        if self.accelerator.is_fsdp2:
+            return self.config.batch_size // 2 or None
+        self._optimizer.zero_grad(set_to_none=True)
+        moments = () if self._optimizer.state else [torch.empty_like(p) for p in self.model.parameters() for _ in range(2)]
+        found = largest_batch(self._batch, lambda batch: self._loss(batch, self.model)[0].backward())
+        del moments  # the first step makes them after its gradients
+        return found
+
+    def _loss(self, batch: Batch, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         config, device = self.config.model, self.accelerator.device
         condition, library = self._panel.conditions(batch, config, device)
         if config.condition_dropout and (condition is not None or library is not None):
@@ -299,7 +317,7 @@ class SEDDTrainer:
             library = None if library is None else library.masked_fill(hidden, math.nan)
         with self.accelerator.autocast():  # which accelerate leaves to its own casts where weights are divided
             return diffusion_loss(
-                self._module,
+                module,
                 self.graph,
                 self.noise,
                 batch.tokens.to(device, non_blocking=True),
@@ -442,6 +460,7 @@ class SEDDTrainer:
         path = self.directory.path / f"step_{self.step}.pt"
         others: list[Path] = []
         if self.accelerator.is_main_process:
+            self._writer.wait()  # which may still write one and delete another
             others = [p for p in checkpoint.numbered_checkpoints(path.parent, "step") if p != path]
         keep = self.config.run.keep_checkpoints - 1
         self._save([path], self._summed_over_ranks(), drop=others[: max(0, len(others) - keep)])
@@ -466,26 +485,6 @@ class SEDDTrainer:
         raise TrainingInterrupted(
             f"stopped by signal {self._stop.signal_number} at step {self.step}; saved {path}. Continue with --resume auto.",
             self._stop.signal_number,
-        )
-
-    def _describe(self, panel: Panel) -> None:
-        """What `--dry_run` prints."""
-        n_parameters = sum(p.numel() for p in self.model.parameters())
-        steps = math.ceil(len(self._loader) / self.config.optim.gradient_accumulation_steps)
-        began = time.monotonic()
-        group = list(islice(iter(self._loader), self.config.optim.gradient_accumulation_steps))
-        for _ in range(2):  # the first also compiles
-            began = time.monotonic()
-            self._optimizer_step(group)
-        seconds = time.monotonic() - began
-        state_bytes = 4 * n_parameters * (5 if self.ema is not None else 4)
-        epochs = self.config.optim.num_epochs
-        self.accelerator.print(
-            f"cells {panel.train_cells.n_cells} to train, {panel.val_cells.n_cells} to validate; genes {len(panel.genes)}; "
-            f"bins {panel.binning.n_bins} ({panel.binning.kind})\n"
-            f"parameters {n_parameters:,}; weights, gradients and optimizer {state_bytes / 2**20:.0f} MiB\n"
-            f"steps {steps} an epoch, {steps * epochs} in all; {seconds:.3f} s a step, "
-            f"about {steps * epochs * seconds / 60:.1f} minutes"
         )
 
 

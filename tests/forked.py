@@ -3,7 +3,8 @@
     python tests/forked.py PLAN.json
 
 PLAN.json is a list of runs: `argv` of `sedd`, `processes`, and `kill`, which is null or [step, seconds, ranks]: so long after
-that step, wherever it then is, each of these ranks dies. For each run a line of JSON is printed: the exit status of each rank
+that step, wherever it then is, each of these ranks dies. With `record`, a folder, RANK.jsonl there gets the cells, the mean loss
+and the number of cells of every step. For each run a line of JSON is printed: the exit status of each rank
 (-9 for a killed one) and the seconds that passed from the first death to the last end.
 """
 
@@ -30,10 +31,25 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def record(path: Path) -> None:
+    real = trainer.SEDDTrainer._optimizer_step
+
+    def recorded(self: Any, group: Any) -> Any:
+        loss, n_cells = real(self, group)
+        cells = [int(cell) for batch in group for cell in batch.cell]
+        with open(path, "a") as file:
+            file.write(json.dumps({"step": self.step, "cells": cells, "loss": loss, "n": n_cells}) + "\n")
+        return loss, n_cells
+
+    trainer.SEDDTrainer._optimizer_step = recorded  # type: ignore[method-assign]
+
+
 def child(run: dict[str, Any], rank: int, port: int) -> None:
     if run["processes"] > 1:
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run["processes"], "LOCAL_WORLD_SIZE": run["processes"]}
         os.environ.update({k: str(v) for k, v in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if run.get("record"):
+        record(Path(run["record"]) / f"{rank}.jsonl")
     if run["kill"] is not None and rank in run["kill"][2]:
         step, seconds, _ = run["kill"]
         real, armed = trainer.SEDDTrainer._optimizer_step, []

@@ -126,6 +126,22 @@ def test_auto_finds_the_most_advanced_whole_checkpoint(tmp_path: Path) -> None:
         assert checkpoint.find_newest(tmp_path) == tmp_path / "step_40.pt"
 
 
+def test_a_checkpoint_that_goes_while_they_are_listed_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / f"step_{step}.pt", state(step))
+    real = Path.stat
+
+    def gone(self: Path, **kwargs: bool) -> os.stat_result:
+        if self.name == "step_2.pt":
+            self.unlink(missing_ok=True)
+        return real(self, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    assert [p.name for p in checkpoint.numbered_checkpoints(tmp_path)] == ["step_1.pt", "step_3.pt"]
+
+
 def test_a_snapshot_shares_no_memory() -> None:
     tensor = torch.ones(3)
     copy = checkpoint.snapshot({"a": [tensor, 1], "b": (tensor,)})

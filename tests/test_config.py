@@ -9,6 +9,7 @@ import pytest
 
 from sedd.config import (
     SECTIONS,
+    TRAINING_DEFAULTS,
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -47,6 +48,12 @@ def test_a_preset_sets_what_is_not_given(size: str, shape: tuple[int, int, int])
     config = ModelConfig(model=size)  # type: ignore[arg-type]
     assert (config.hidden_dim, config.num_layers, config.num_heads) == shape
     assert ModelConfig(model=size, num_layers=2).num_layers == 2  # type: ignore[arg-type]
+    data = DataConfig(data_path="x.h5ad")
+    trained = TrainConfig(data=data, model=config)
+    assert {name: trained.to_flat()[name] for name in ("batch_size", "learning_rate")} == TRAINING_DEFAULTS[size]
+    assert TrainConfig.from_flat(trained.to_flat()) == trained
+    chosen = TrainConfig(data=data, model=config, optim=OptimConfig(batch_size=7))
+    assert (chosen.batch_size, chosen.learning_rate) == (7, TRAINING_DEFAULTS[size]["learning_rate"])
 
 
 @pytest.mark.parametrize(

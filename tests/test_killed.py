@@ -64,6 +64,53 @@ def test_killed_at_20_random_steps_a_run_ends_with_the_weights_of_an_undisturbed
         assert "Traceback" not in said
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", [(1, 2), (2, 1), (1, 3)])
+def test_on_another_number_of_processes_a_run_goes_on_with_the_same_global_batches_and_losses(
+    processes: tuple[int, int], tiny_h5ad: Path, tmp_path: Path
+) -> None:
+    """Without dropout, whose draws belong to a process; the global batch is 48 cells."""
+    first, then = processes
+    flags = [*TINY_FLAGS, "--dropout", "0", "--num_epochs", "4", "--checkpoint_every", "7"]
+
+    def run(directory: str, n: int, *more: str, kill: list[Any] | None = None) -> dict[str, Any]:
+        folder = tmp_path / f"{directory}-{n}"
+        folder.mkdir()
+        argv = ["train", "--data_path", str(tiny_h5ad), "--checkpoint_dir", str(tmp_path / directory), *flags]
+        size = ["--batch_size", str(48 // n)]
+        return {"argv": [*argv, *size, *more], "processes": n, "kill": kill, "record": str(folder)}
+
+    plan = [run("whole", first), run("moved", first, kill=[9, 0.0, list(range(first))]), run("moved", then, "--resume", "auto")]
+    results, said = execute(plan, tmp_path)
+    assert results[0]["statuses"] == [0] * first and results[2]["statuses"] == [0] * then, said[-3000:]
+    whole, moved = (global_steps(tmp_path / name) for name in (f"whole-{first}", f"moved-{then}"))
+    assert min(moved) == 8  # in the second of four epochs of five steps
+    assert max(moved) == max(whole) == 20
+    for step, (cells, loss) in moved.items():
+        assert cells == whole[step][0]
+        assert loss == pytest.approx(whole[step][1], rel=1e-4)
+    mine, theirs = (checkpoint.load(tmp_path / name / "final.pt")["history"] for name in ("moved", "whole"))
+    for one, other in zip(mine, theirs, strict=True):
+        for name in ("train_loss", "val_nelbo"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+
+
+def global_steps(folder: Path) -> dict[int, tuple[list[int], float]]:
+    """By step the cells of all processes, sorted, and the mean loss over them."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            found.setdefault(json.loads(line)["step"], []).append(json.loads(line))
+    return {
+        step: (
+            sorted(cell for one in parts for cell in one["cells"]),
+            sum(one["loss"] * one["n"] for one in parts) / sum(one["n"] for one in parts),
+        )
+        for step, parts in found.items()
+    }
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB, where tests may mount one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +129,21 @@ def test_two_processes_share_the_batches(one_process: Path, two_processes: Path)
 def test_each_configuration_starts_here(config: str, tiny_h5ad: Path, tmp_path: Path) -> None:
     launched(config, 2, tiny_h5ad, tmp_path / "run", "--num_epochs", "1")
     assert (tmp_path / "run" / "final.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_launchers_as_on_two_machines_train_together(tiny_h5ad: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = launch_words("multi_node.yaml", 2, tiny_h5ad, tmp_path / "run", "--num_epochs", "2")
+    at = words.index("train.py")
+    meeting = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    first, second = ([*words[:at], *meeting, "--machine_rank", rank, *words[at:]] for rank in "01")
+    with started(first) as one, started(second) as other:
+        assert (one.wait(), other.wait()) == (0, 0)
+    assert checkpoint.load(tmp_path / "run" / "final.pt")["step"] == 14  # 216 cells, 32 a step
 
 
 @pytest.mark.slow

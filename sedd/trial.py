@@ -1,0 +1,88 @@
+"""Steps for a trial: what a run would cost, and how many cells a step has room for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import time
+from collections.abc import Callable
+from itertools import islice
+
+import torch
+
+from sedd.config import TrainConfig
+from sedd.failures import is_out_of_memory
+from sedd.io.loader import Batch, CellLoader
+from sedd.model import SEDDTransformer
+from sedd.panel import Panel
+
+
+def describe(
+    config: TrainConfig,
+    panel: Panel,
+    model: SEDDTransformer,
+    loader: CellLoader,
+    step: Callable[[list[Batch]], object],
+) -> str:
+    """What `--dry_run` prints: sizes, steps, and the time and memory of a step, which is taken to measure them.
+
+    Parameters
+    ----------
+    config, panel, model, loader
+        Of the run.
+    step
+        Trains on the batches of one step.
+    """
+    accumulation, epochs = config.optim.gradient_accumulation_steps, config.optim.num_epochs
+    n_parameters = sum(p.numel() for p in model.parameters())
+    steps = math.ceil(len(loader) / accumulation)
+    group = list(islice(iter(loader), accumulation))
+    seconds = 0.0
+    for _ in range(2):  # the first also compiles
+        began = time.monotonic()
+        step(group)
+        seconds = time.monotonic() - began
+    copies = 5 if config.optim.ema_decay else 4  # weights, their average, gradients, two moments
+    return (
+        f"cells {panel.train_cells.n_cells} to train, {panel.val_cells.n_cells} to validate; genes {len(panel.genes)}; "
+        f"bins {panel.binning.n_bins} ({panel.binning.kind})\n"
+        f"parameters {n_parameters:,}; weights, gradients and optimizer {4 * n_parameters * copies / 2**20:.0f} MiB; "
+        f"{_peak_memory()} with batches of {config.batch_size}\n"
+        f"steps {steps} an epoch, {steps * epochs} in all; {seconds:.3f} s a step, "
+        f"about {steps * epochs * seconds / 60:.1f} minutes"
+    )
+
+
+def _peak_memory() -> str:
+    if torch.cuda.is_available():
+        return f"the GPU's memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+    return f"the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+
+
+def largest_batch(batch: Batch, trial: Callable[[Batch], None]) -> int | None:
+    """The most cells of `batch` that fit and divide it, so that whole numbers of them make up the same step; None: not one.
+
+    Parameters
+    ----------
+    batch
+        One that does not fit.
+    trial
+        Does with a batch what a step needs memory for.
+    """
+    for size in (n for n in range(len(batch) // 2, 0, -1) if len(batch) % n == 0):
+        try:
+            trial(head(batch, size))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return size
+    return None
+
+
+def head(batch: Batch, n: int) -> Batch:
+    """The first cells of a batch."""
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    cut = {name: value[:n] for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(batch, **cut, labels={name: codes[:n] for name, codes in batch.labels.items()})
