@@ -341,6 +341,10 @@ class Evaluate:
     """Masks per cell of the likelihood bound."""
     num_steps: int = 128
     """Steps of the sampler."""
+    steps: tuple[int, ...] = (1, 4, 16)
+    """Fewer steps to try, for the curve of quality against steps; --steps without a number draws none."""
+    umap: bool = True
+    """Draw a UMAP as well, where umap-learn is installed; it takes ten seconds or more."""
     batch_size: int = 64
     """Cells at a time."""
     seed: int = 0
@@ -354,11 +358,25 @@ class Evaluate:
         for name in ("metrics.json", "report.html"):
             check_output(str(directory / name), self.overwrite)
         from sedd.evaluation import evaluate
-        from sedd.metrics import metrics_table
+        from sedd.metrics import metrics_table, steps_table
 
-        names = ("cells", "layer", "imputed", "generated", "hide", "n_masks", "num_steps", "batch_size", "seed")
+        names = (
+            "cells",
+            "layer",
+            "imputed",
+            "generated",
+            "hide",
+            "n_masks",
+            "num_steps",
+            "steps",
+            "umap",
+            "batch_size",
+            "seed",
+        )
         found = evaluate(self.checkpoint, self.data, output=directory, **_given(self, *names))
         print(metrics_table(found.metrics))
+        if found.steps:
+            print(f"\n{steps_table(found.steps)}")
         low, high = found.metrics["likelihood"]["nats_per_cell"]["ci"]
         for note in found.notes:
             print(f"\n{note}")

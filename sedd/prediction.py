@@ -16,7 +16,7 @@ from sedd.errors import UserError, warn_user
 from sedd.kernels.mask import exact_mask
 from sedd.pieces import Pieces, check_batch_size
 from sedd.pretrained import Pretrained
-from sedd.processes import is_main
+from sedd.processes import is_main, launched
 from sedd.sampling import AnalyticSampler, EulerSampler
 
 _AT_A_TIME = 1 << 15  # entries whose distributions exist at a time
@@ -39,6 +39,7 @@ def spans_of_batches(
     quiet = 0.5 if sys.stderr.isatty() else 20.0
     total = done + sum(hi - lo for lo, hi in spans)
     shown = progress and is_main()
+    task += f", the share of one of {launched()} processes" if launched() > 1 else ""
     with tqdm(
         total=total, initial=done, desc=task, unit="cell", disable=not shown, mininterval=quiet, dynamic_ncols=True
     ) as bar:

@@ -27,7 +27,7 @@ class Processes:
     @classmethod
     def here(cls) -> Processes:
         """Join the other processes of the launcher, if there are any."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if launched() == 1:
             return cls()
         import torch
         from accelerate import PartialState
@@ -44,6 +44,11 @@ class Processes:
     def share(self, n: int) -> range:
         """Which of n things are this one's: successive ones, so that each process reads its own part of a file."""
         return range(n * self.index // self.count, n * (self.index + 1) // self.count)
+
+
+def launched() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
