@@ -126,7 +126,7 @@ def _attach_to_copy(data: Path, output: Path, obsm: dict[str, np.ndarray], uns: 
         shutil.copytree(data, part, dirs_exist_ok=True)
     else:
         shutil.copyfile(data, part)
-    root: Any = zarr.open_group(part, mode="r+") if data.is_dir() else h5py.File(part, "r+")
+    root: Any = zarr.open_group(part, mode="r+", use_consolidated=False) if data.is_dir() else h5py.File(part, "r+")
     with contextlib.closing(root.store if data.is_dir() else root), _written_plainly():
         for group, elements in (("obsm", obsm), ("uns", uns)):
             if group not in root:
@@ -145,7 +145,10 @@ def _attach_to_copy(data: Path, output: Path, obsm: dict[str, np.ndarray], uns: 
 @contextlib.contextmanager
 def _written_plainly() -> Iterator[None]:
     """Whatever pandas makes of strings, in the format that every anndata reads, without what it says of coming versions."""
-    with ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True), warnings.catch_warnings():
+    with (
+        ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True, zarr_write_format=3),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,12 @@ from sedd.tasks import denoise, embed, generate, impute
 @pytest.fixture(scope="module")
 def model(tiny_run: Path) -> Pretrained:
     return Pretrained.load(tiny_run)
+
+
+def write(adata: ad.AnnData, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of anndata, about the version of the format
+        adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
 
 
 def same(first: Path, second: Path) -> None:
@@ -58,7 +66,7 @@ def test_what_was_interrupted_goes_on_to_the_result_of_an_undisturbed_run(
     data, whole, stopped = (tmp_path / f"{name}{suffix}" for name in ("data", "whole", "stopped"))
     adata = make_counts(90)
     adata.obsm["X_pca"] = np.random.default_rng(0).normal(size=(90, 3))
-    adata.write_zarr(data) if suffix == ".zarr" else adata.write_h5ad(data)
+    write(adata, data)
     settings: dict[str, Any] = {"batch_size": 8, "progress": False}
     TASKS[task](model, data, output=whole, **settings)
     save, saved = pieces.save_arrays, []
@@ -100,7 +108,7 @@ def test_embedding_keeps_all_that_the_file_holds_without_reading_it(
     adata.uns["mine"] = {"kept": 1}
     for suffix in (".h5ad", ".zarr"):
         path = tmp_path / f"in{suffix}"
-        adata.write_zarr(path) if suffix == ".zarr" else adata.write_h5ad(path)
+        write(adata, path)
     for suffix in (".h5ad", ".zarr"):
         for data_suffix in (".h5ad", ".zarr"):
             output = tmp_path / f"out{suffix}"
@@ -176,7 +184,7 @@ def test_processes_share_whole_batches_and_each_cell_is_made_once(n_obs: int, co
         one._processes = Processes(index, count)
         spans += [one._all[i] for i in one._processes.share(len(one._all))]
     assert spans[0][0] == 0 and spans[-1][1] == n_obs
-    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     assert all(lo % 64 == 0 and (hi - lo) * 2000 <= 1 << 22 for lo, hi in spans)
 
 
