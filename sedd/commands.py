@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from sedd.errors import UserError
+from sedd.processes import is_main
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -147,15 +147,29 @@ class Impute:
     """Cells at a time."""
     seed: int = 0
     """Seed of the hidden genes and the samples."""
+    resume: bool = False
+    """Go on with an output that this command began and did not finish."""
     overwrite: bool = False
     """Replace an existing output."""
 
     def run(self) -> int:
         """Impute and write."""
-        check_output(self.output, self.overwrite)
+        check_output(self.output, self.overwrite, self.resume)
         from sedd.tasks import impute
 
-        names = ("predict", "hide", "cells", "layer", "num_samples", "num_steps", "sampler", "batch_size", "seed", "output")
+        names = (
+            "predict",
+            "hide",
+            "cells",
+            "layer",
+            "num_samples",
+            "num_steps",
+            "sampler",
+            "batch_size",
+            "seed",
+            "output",
+            "resume",
+        )
         _say_written(impute(_with_new_genes(self), self.data, **_given(self, *names)), self.output)
         return 0
 
@@ -196,16 +210,18 @@ class Denoise:
     """Cells at a time."""
     seed: int = 0
     """Seed of the partitions."""
+    resume: bool = False
+    """Go on with an output that this command began and did not finish."""
     overwrite: bool = False
     """Replace an existing output."""
 
     def run(self) -> int:
         """Denoise and write."""
-        check_output(self.output, self.overwrite)
+        check_output(self.output, self.overwrite, self.resume)
         from sedd.tasks import denoise
 
         names = ("cells", "layer", "rounds", "folds", "own_counts", "log1p", "num_samples", "num_steps", "sampler")
-        settings = _given(self, *names, "batch_size", "seed", "output")
+        settings = _given(self, *names, "batch_size", "seed", "output", "resume")
         _say_written(denoise(_with_new_genes(self), self.data, **settings), self.output)
         return 0
 
@@ -238,12 +254,14 @@ class Generate:
     """Cells at a time."""
     seed: int = 0
     """Seed of the draws."""
+    resume: bool = False
+    """Go on with an output that this command began and did not finish."""
     overwrite: bool = False
     """Replace an existing output."""
 
     def run(self) -> int:
         """Generate and write."""
-        check_output(self.output, self.overwrite)
+        check_output(self.output, self.overwrite, self.resume)
         where = {}
         for text in self.where:
             column, separator, label = text.partition("=")
@@ -252,7 +270,18 @@ class Generate:
             where[column] = label
         from sedd.tasks import generate
 
-        names = ("library_size", "guidance", "num_steps", "sampler", "temperature", "order", "batch_size", "seed", "output")
+        names = (
+            "library_size",
+            "guidance",
+            "num_steps",
+            "sampler",
+            "temperature",
+            "order",
+            "batch_size",
+            "seed",
+            "output",
+            "resume",
+        )
         _say_written(generate(self.checkpoint, self.n, where=where, **_given(self, *names)), self.output)
         return 0
 
@@ -266,22 +295,25 @@ class Embed:
     data: Positional[str]
     """An .h5ad or a .zarr store of counts."""
     output: Output
-    """The .h5ad to write."""
+    """The .h5ad or .zarr to write."""
     cells: Literal["all", "train", "val"] = "all"
     """Which cells, for the data that the model was trained on."""
     layer: str | None = None
     """Take counts from this layer instead of X."""
     batch_size: int = 64
     """Cells at a time."""
+    resume: bool = False
+    """Go on with an output that this command began and did not finish."""
     overwrite: bool = False
     """Replace an existing output."""
 
     def run(self) -> int:
         """Embed and write."""
-        check_output(self.output, self.overwrite)
+        check_output(self.output, self.overwrite, self.resume)
         from sedd.tasks import embed
 
-        write_h5ad(embed(self.checkpoint, self.data, **_given(self, "cells", "layer", "batch_size")), self.output)
+        names = ("cells", "layer", "batch_size", "output", "resume")
+        _say_written(embed(self.checkpoint, self.data, **_given(self, *names)), self.output)
         return 0
 
 
@@ -309,6 +341,10 @@ class Evaluate:
     """Masks per cell of the likelihood bound."""
     num_steps: int = 128
     """Steps of the sampler."""
+    steps: tuple[int, ...] = (1, 4, 16)
+    """Fewer steps to try, for the curve of quality against steps; --steps without a number draws none."""
+    umap: bool = True
+    """Draw a UMAP as well, where umap-learn is installed; it takes ten seconds or more."""
     batch_size: int = 64
     """Cells at a time."""
     seed: int = 0
@@ -322,15 +358,31 @@ class Evaluate:
         for name in ("metrics.json", "report.html"):
             check_output(str(directory / name), self.overwrite)
         from sedd.evaluation import evaluate
-        from sedd.metrics import metrics_table
+        from sedd.metrics import metrics_table, steps_table
 
-        names = ("cells", "layer", "imputed", "generated", "hide", "n_masks", "num_steps", "batch_size", "seed")
+        names = (
+            "cells",
+            "layer",
+            "imputed",
+            "generated",
+            "hide",
+            "n_masks",
+            "num_steps",
+            "steps",
+            "umap",
+            "batch_size",
+            "seed",
+        )
         found = evaluate(self.checkpoint, self.data, output=directory, **_given(self, *names))
         print(metrics_table(found.metrics))
+        if found.steps:
+            print(f"\n{steps_table(found.steps)}")
         low, high = found.metrics["likelihood"]["nats_per_cell"]["ci"]
         for note in found.notes:
             print(f"\n{note}")
-        print(f"\nThe held-out NELBO lies between {low:.1f} and {high:.1f} nats per cell (95 % interval over cells and masks).")
+        print(
+            f"\nThe held-out NELBO lies between {low:.1f} and {high:.1f} nats per cell (95 % interval over cells and masks)."
+        )
         print(f"\nreport: {found.report}")
         return 0
 
@@ -360,7 +412,10 @@ class Runs:
                     str(path.parent.relative_to(root)),
                     f"{len(history)}/{args.get('num_epochs', '?')}",
                     "-" if best is None else f"{best:.1f}",
-                    *[str(args.get(name, "?")) for name in ("model", "attention", "genes", "batch_size", "learning_rate", "seed")],
+                    *[
+                        str(args.get(name, "?"))
+                        for name in ("model", "attention", "genes", "batch_size", "learning_rate", "seed")
+                    ],
                 ]
             )
         if not rows:
@@ -419,9 +474,7 @@ def _with_new_genes(command: Impute | Denoise) -> Any:
         raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
     from sedd.tasks import add_genes
 
-    return add_genes(
-        command.checkpoint, command.data, command.new_genes, command.gene_embeddings, layer=command.layer
-    )
+    return add_genes(command.checkpoint, command.data, command.new_genes, command.gene_embeddings, layer=command.layer)
 
 
 def format_facts(facts: dict[str, Any], indent: str = "") -> str:
@@ -440,11 +493,18 @@ def format_facts(facts: dict[str, Any], indent: str = "") -> str:
     return "\n".join(lines)
 
 
-def check_output(path: str, overwrite: bool) -> None:
-    """Refuse an output that exists, and a directory that cannot be written, before any work is done."""
+def check_output(path: str, overwrite: bool, resume: bool = False) -> None:
+    """Refuse an output that exists or was begun, and a directory that cannot be written, before any work is done."""
+    from sedd.pieces import partial_folder
+
+    if not is_main():  # the main process may have begun already
+        return
     target = Path(path)
     if target.exists() and not overwrite:
         raise UserError(f"{path}: exists already; pass --overwrite to replace it, or another name.")
+    begun = partial_folder(path)
+    if begun.exists() and not (overwrite or resume):
+        raise UserError(f"{begun}: holds what was begun; pass --resume to go on with it or --overwrite to start again.")
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
@@ -452,22 +512,6 @@ def check_output(path: str, overwrite: bool) -> None:
         raise UserError(f"{path}: {parent} is not a directory that can be written; choose another output.")
 
 
-def write_h5ad(result: ad.AnnData, path: str) -> None:
-    """Write an AnnData under its name only when complete, and say so."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    try:
-        result.write_h5ad(part, compression="gzip")
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)
-        os.replace(part, target)
-    finally:
-        Path(part).unlink(missing_ok=True)
-    _say_written(result, path)
-
-
 def _say_written(result: ad.AnnData, path: str) -> None:
-    print(f"{path}: {result.n_obs} cells x {result.n_vars} genes")
+    if is_main():
+        print(f"{path}: {result.n_obs} cells x {result.n_vars} genes")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sedd.pretrained import Pretrained
 from sedd.report import ReportData, write_report
 from sedd.run_directory import write_json
 from sedd.sampling import make_sampler
+from sedd.step_curve import step_curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,15 @@ class Evaluation:
         The page, if a directory was given.
     notes : list of str
         What was not measured, and why.
+    steps : list of dict
+        Generation metrics by number of sampling steps; see `sedd.step_curve.step_curve`.
     """
 
     metrics: dict[str, Any]
     report: Path | None = None
     arrays: dict[str, Any] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
 
 
 def evaluate(
@@ -58,6 +63,8 @@ def evaluate(
     hide: float | None = None,
     n_masks: int = 32,
     num_steps: int = 128,
+    steps: Sequence[int] = (1, 4, 16),
+    umap: bool = True,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
@@ -71,7 +78,7 @@ def evaluate(
     data
         The data of the training run, whose validation cells are then used, or other cells on the same genes.
     output
-        Directory for metrics.json, report.html and its figures.
+        Directory for metrics.json, steps.json, report.html and its figures.
     cells : {"val", "all"}, optional
         Which cells to evaluate; "val" for the data of the training run, else "all".
     layer
@@ -84,6 +91,10 @@ def evaluate(
         Share of genes to hide for imputation; the `mask_ratio` of the training run if not given.
     n_masks
         Masks per cell of the likelihood bound, stratified over the number of hidden genes.
+    steps
+        Fewer sampling steps to try, for the curve of quality against steps.
+    umap
+        Draw a UMAP as well, where `umap-learn` is installed.
     num_steps, batch_size, seed, progress
         As in `sedd.tasks.generate`.
 
@@ -114,13 +125,13 @@ def evaluate(
     if model.categories:
         told = ", ".join(model.categories)
         notes.append(f"The NELBO and the imputation are given each cell's {told}; the baselines are told nothing of it.")
-    if model.model.config["condition_library"]:
-        notes.append("Imputation is given each cell's total, hidden genes included; the baselines have that of visible genes.")
     if hidden is not None:
-        metrics["imputation"], found = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
-        arrays.update(found)
+        metrics["imputation"], entries = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
+        arrays.update(entries)
     else:
-        notes.append("Imputation was not measured: the uniform graph, which the model was trained with, hides no genes.")
+        notes.append(
+            "Imputation was not measured: the uniform graph, which the model was trained with, hides no genes."
+        )
     if generated is None:
         made = tasks.generate(
             model, max(len(held_out), 4), num_steps=num_steps, batch_size=batch_size, seed=seed, progress=progress
@@ -129,10 +140,17 @@ def evaluate(
         made = generated if isinstance(generated, ad.AnnData) else read_anndata(generated)
     fake = _matrix(Cells(made, model.genes, real=True, name="the generated cells"))
     metrics["generation"] = generation_table(fake, counts, train_counts, seed=seed)
-    report = None
-    if output is not None:
-        report = _write(model, metrics, arrays, (counts, fake, train_counts), held_out, made, name, notes, Path(output))
-    return Evaluation(metrics=metrics, report=report, arrays=arrays, notes=notes)
+    curve = (
+        step_curve(model, made, counts, train_counts, steps, batch_size=batch_size, seed=seed, progress=progress)
+        if steps
+        else []
+    )
+    found = Evaluation(metrics=metrics, arrays=arrays, notes=notes, steps=curve)
+    if output is None:
+        return found
+    return replace(
+        found, report=_write(model, found, (counts, fake, train_counts), held_out, made, name, umap, Path(output))
+    )
 
 
 def _training_cells(model: Pretrained, own: ad.AnnData | None, name: str) -> Cells:
@@ -195,7 +213,9 @@ def _likelihood(
         per_cell = per_cell + within_nats(model.binning, counts)
     given_total = per_cell
     totals = np.asarray(counts.sum(1)).ravel()
-    if model.model.config["condition_library"]:  # the total is a function of the counts: paid for, p(x) is comparable again
+    if model.model.config[
+        "condition_library"
+    ]:  # the total is a function of the counts: paid for, p(x) is comparable again
         per_cell = given_total + LibraryPrior.fit(np.asarray(train.sum(1)).ravel()).nats(totals)
     top = _top(model, counts)
     if of_counts:
@@ -285,20 +305,24 @@ def _imputation(
 
 def _write(
     model: Pretrained,
-    metrics: dict[str, Any],
-    arrays: dict[str, Any],
+    found: Evaluation,
     matrices: tuple[sp.csr_matrix, sp.csr_matrix, sp.csr_matrix],
     held_out: Cells,
     made: ad.AnnData,
     name: str,
-    notes: list[str],
+    umap: bool,
     output: Path,
 ) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     args = model.state["args"]
     real, fake, train = matrices
     settings = {
-        "Data": {"data": name, "held-out cells": real.shape[0], "training cells": train.shape[0], "genes": real.shape[1]},
+        "Data": {
+            "data": name,
+            "held-out cells": real.shape[0],
+            "training cells": train.shape[0],
+            "genes": real.shape[1],
+        },
         "Model": {k: args[k] for k in ("attention", "head", "hidden_dim", "num_layers", "num_latents", "objective")}
         | {"graph": model.config.model.graph, "noise": model.config.model.noise},
         "Training": {k: args[k] for k in ("batch_size", "learning_rate", "ema_decay", "num_bins", "binning", "seed")},
@@ -310,18 +334,21 @@ def _write(
         ReportData(
             title=f"A diffusion model of {Path(name).stem}",
             history=model.state["history"],
-            metrics=metrics,
+            metrics=found.metrics,
             settings=settings,
-            notes=notes,
+            notes=found.notes,
+            steps=found.steps,
             real=real,
             generated=fake,
             reference=train,
             real_labels=held_out.obs[column].astype(str).to_numpy() if column and column in made.obs else None,
             generated_labels=made.obs[column].astype(str).to_numpy() if column and column in made.obs else None,
-            **{k: v for k, v in arrays.items() if k.startswith("hidden_")},
+            **{k: v for k, v in found.arrays.items() if k.startswith("hidden_")},
         ),
+        umap=umap,
     )
-    write_json(output / "metrics.json", plain(metrics))
+    write_json(output / "metrics.json", plain(found.metrics))
+    write_json(output / "steps.json", plain(found.steps))
     return Path(report)
 
 

@@ -14,57 +14,83 @@ from tqdm import tqdm
 from sedd.cells import Cells
 from sedd.errors import UserError, warn_user
 from sedd.kernels.mask import exact_mask
+from sedd.pieces import Pieces, check_batch_size
 from sedd.pretrained import Pretrained
+from sedd.processes import is_main, launched
 from sedd.sampling import AnalyticSampler, EulerSampler
 
 _AT_A_TIME = 1 << 15  # entries whose distributions exist at a time
 _DRAWN = 1 << 20  # rounds from here on are the partitions of joint draws, those below of posterior means
 
 
-def progress_bar(total: int, task: str, progress: bool) -> tqdm:
-    """A bar of cells with the time left; a log gets a line every 20 seconds."""
+def spans_of_batches(
+    spans: list[tuple[int, int]], batch_size: int, task: str, progress: bool, done: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Cut runs of cells into batches, under a bar of cells with the time left; a log gets a line every 20 seconds.
+
+    Parameters
+    ----------
+    spans
+        The runs (lo, hi).
+    done
+        How many cells were made before.
+    """
+    check_batch_size(batch_size)
     quiet = 0.5 if sys.stderr.isatty() else 20.0
-    return tqdm(total=total, desc=task, unit="cell", disable=not progress, mininterval=quiet, dynamic_ncols=True)
+    total = done + sum(hi - lo for lo, hi in spans)
+    shown = progress and is_main()
+    task += f", the share of one of {launched()} processes" if launched() > 1 else ""
+    with tqdm(
+        total=total, initial=done, desc=task, unit="cell", disable=not shown, mininterval=quiet, dynamic_ncols=True
+    ) as bar:
+        for start, end in spans:
+            for lo in range(start, end, batch_size):
+                hi = min(lo + batch_size, end)
+                yield lo, hi
+                bar.update(hi - lo)
 
 
 def batches(
-    model: Pretrained, source: Cells, batch_size: int, task: str, progress: bool, *, whole: bool = False
+    model: Pretrained,
+    source: Cells,
+    batch_size: int,
+    task: str,
+    progress: bool,
+    pieces: Pieces | None = None,
+    *,
+    whole: bool = False,
 ) -> Iterator[tuple[int, int, np.ndarray, torch.Tensor, dict[str, Any]]]:
-    """Successive cells: (lo, hi, counts, tokens, {"condition", "library"}).
+    """Successive cells: (lo, hi, counts, tokens, {"condition", "library"}); those that `pieces` lack, or all.
 
     A model that takes totals is told them only if cells are seen `whole`: where entries are hidden, the total would give
     their sum away.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch_size is {batch_size}; expected at least 1.")
     warned = False
-    with progress_bar(len(source), task, progress) as bar:
-        for lo in range(0, len(source), batch_size):
-            hi = min(lo + batch_size, len(source))
-            counts = source.counts(lo, hi)
-            if not warned and model.binning.kind == "identity" and counts.max(initial=0) >= model.binning.n_bins:
-                warn_user(
-                    f"{source.name}: has counts up to {counts.max():.0f} or more; the model has a bin for each count up to "
-                    f"{model.binning.n_bins - 1}, which larger ones share. Train with a larger --num_bins to tell them apart."
-                )
-                warned = True
-            tokens = torch.from_numpy(model.binning.tokens(counts).astype(np.int64)).to(model.device)
-            context: dict[str, Any] = {"condition": None, "library": None}
-            if model.categories:
-                columns = [
-                    model.condition_codes(name, source.obs[name].to_numpy(object)[lo:hi])
-                    if name in source.obs
-                    else np.zeros(hi - lo, np.int64)
-                    for name in model.categories
-                ]
-                context["condition"] = torch.from_numpy(np.stack(columns, 1)).to(model.device)
-            if model.model.config["condition_library"]:
-                total = np.log(np.maximum(counts.sum(1), 1)).astype(np.float32)
-                # With genes missing the total over the panel is not known.
-                total[:] = total if whole and not source.missing.any() else np.nan
-                context["library"] = torch.from_numpy(total).to(model.device)
-            yield lo, hi, counts, tokens, context
-            bar.update(hi - lo)
+    spans, done = ([(0, len(source))], 0) if pieces is None else (pieces.spans, pieces.done)
+    for lo, hi in spans_of_batches(spans, batch_size, task, progress, done):
+        counts = source.counts(lo, hi)
+        if not warned and model.binning.kind == "identity" and counts.max(initial=0) >= model.binning.n_bins:
+            warn_user(
+                f"{source.name}: has counts up to {counts.max():.0f} or more; the model has a bin for each count up to "
+                f"{model.binning.n_bins - 1}, which larger ones share. Train with a larger --num_bins to tell them apart."
+            )
+            warned = True
+        tokens = torch.from_numpy(model.binning.tokens(counts).astype(np.int64)).to(model.device)
+        context: dict[str, Any] = {"condition": None, "library": None}
+        if model.categories:
+            columns = [
+                model.condition_codes(name, source.obs[name].to_numpy(object)[lo:hi])
+                if name in source.obs
+                else np.zeros(hi - lo, np.int64)
+                for name in model.categories
+            ]
+            context["condition"] = torch.from_numpy(np.stack(columns, 1)).to(model.device)
+        if model.model.config["condition_library"]:
+            total = np.log(np.maximum(counts.sum(1), 1)).astype(np.float32)
+            # With genes missing the total over the panel is not known.
+            total[:] = total if whole and not source.missing.any() else np.nan
+            context["library"] = torch.from_numpy(total).to(model.device)
+        yield lo, hi, counts, tokens, context
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
 from sedd.kernels.discretize import Binning
 from sedd.model import SEDDTransformer
 from sedd.noise import Noise, make_noise
+from sedd.processes import default_device
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Pretrained:
         path
             A checkpoint, an experiment directory, that of an exported model, or a loaded model, which is returned as it is.
         device
-            Where to put the model; a GPU if there is one.
+            Where to put the model; this process's GPU if there is one.
 
         Raises
         ------
@@ -104,7 +105,7 @@ class Pretrained:
         directory
             Of the exported model.
         device
-            Where to put the model; a GPU if there is one.
+            Where to put the model; this process's GPU if there is one.
 
         Raises
         ------
@@ -142,7 +143,7 @@ class Pretrained:
                 model.load_state_dict(averaged["average"], strict=False)
         except RuntimeError as error:
             raise UserError(f"{file}: the weights do not fit the model it describes ({str(error).splitlines()[0]}).") from error
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or default_device()
         binning = Binning.from_dict(state["binning"])
         return cls(
             path=file,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import math
 import os
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 
 from sedd import report_figures as figures
 from sedd.errors import UserError
-from sedd.metrics.table import METRICS, SECTIONS, better_text, reading
+from sedd.metrics.table import METRICS, SECTIONS, better_text, reading, section_reading
 from sedd.report_style import CSS
 from sedd.report_tables import glance_table, section_table, settings_tables
 
@@ -48,7 +47,7 @@ class ReportData:
         Training cells, which the principal components are fitted on.
     real_labels, generated_labels : (n,) and (m,) str arrays, optional
     steps : list of dict
-        `steps` and any generation metrics, one per number of sampling steps tried.
+        `steps` and any generation metrics, one per number of sampling steps tried; 0 steps are real cells.
     notes : list of str
         Sentences that a reader should see first, such as a warning.
     """
@@ -136,7 +135,8 @@ def _plots(data: ReportData, umap: bool) -> Iterator[_Plot]:
         yield _Plot(
             f"steps_{metric}",
             "generation",
-            "More steps unmask fewer genes at a time and so respect more of how genes go together.",
+            "More steps unmask fewer genes at a time and so respect more of how genes go together. The dashed line is what real "
+            "cells get.",
             lambda metric=metric, title=title: figures.steps_against_quality(data.steps, metric, title),  # type: ignore[misc]
         )
 
@@ -158,14 +158,26 @@ def _generation_plots(data: ReportData, umap: bool) -> Iterator[_Plot]:
         "Total counts of a cell over the genes of the model. Both histograms should have the same shape.",
         lambda: figures.library_sizes(real, fake),
     )
-    kind, real_xy, fake_xy = figures.coordinates(real, fake, reference, umap)
     fitted = "real cells" if reference is None else "training cells"
+    with_umap = umap and figures.umap_is_installed()
+    hint = "" if with_umap or not umap else " For a UMAP beside it: pip install umap-learn."
+    kind, real_xy, fake_xy = figures.coordinates(real, fake, reference, False)
     yield _Plot(
         "cells",
         section,
-        f"Every dot is a cell; coordinates learned on {fitted}. Generated cells should lie where real ones do, as densely.",
-        lambda: figures.cell_map(kind, real_xy, fake_xy),
+        f"Every dot is a cell, in the two principal components of {fitted}. Generated cells should lie where real ones do, as "
+        f"densely.{hint}",
+        lambda at=(kind, real_xy, fake_xy): figures.cell_map(*at),  # type: ignore[misc]
     )
+    if with_umap:
+        kind, real_xy, fake_xy = figures.coordinates(real, fake, reference, True)
+        yield _Plot(
+            "cells_umap",
+            section,
+            f"A UMAP of real and generated cells together, from 50 principal components of {fitted}. Generated cells of a kind "
+            "that does not exist would form islands of their own; real ones without company are a kind that is never generated.",
+            lambda at=(kind, real_xy, fake_xy): figures.cell_map(*at),  # type: ignore[misc]
+        )
     for which, labels in (("real", real_labels), ("generated", fake_labels)):
         if labels is not None:
             yield _Plot(
@@ -176,7 +188,7 @@ def _generation_plots(data: ReportData, umap: bool) -> Iterator[_Plot]:
             )
 
 
-def write_report(path: str | os.PathLike[str], data: ReportData, *, umap: bool = False) -> Path:
+def write_report(path: str | os.PathLike[str], data: ReportData, *, umap: bool = True) -> Path:
     """Write the page and its figures.
 
     Parameters
@@ -186,19 +198,12 @@ def write_report(path: str | os.PathLike[str], data: ReportData, *, umap: bool =
         as SVG; the page itself holds them inline and needs no other file.
     data : ReportData
     umap : bool
-        Draw UMAP in place of principal components; needs the package `umap-learn`.
+        Draw a UMAP beside the principal components, where the package `umap-learn` is installed.
 
     Returns
     -------
     page : Path
-
-    Raises
-    ------
-    UserError
-        If `umap` is asked for and not installed.
     """
-    if umap and importlib.util.find_spec("umap") is None:
-        raise UserError("a UMAP was asked for, but umap-learn is not installed: pip install umap-learn, or do without.")
     page = Path(path)
     if page.suffix.lower() != ".html":
         page = page / "report.html"
@@ -296,7 +301,15 @@ def _page(data: ReportData, gallery: Mapping[str, Sequence[str]]) -> str:
     sections, links = [], []
     found = [*SECTIONS, *(name for name in data.metrics if name not in SECTIONS)]
     for name in found:
-        table = section_table(data.metrics[name]) if data.metrics.get(name) else ""
+        said = section_reading(name, data.metrics.get(name, {}))
+        table = (
+            f'<p class="how">{escape(said[:1].upper() + said[1:])}</p>'
+            if said and not said.startswith("sedd")
+            else f'<p class="how">{escape(said)}</p>'
+            if said
+            else ""
+        )
+        table += section_table(data.metrics[name]) if data.metrics.get(name) else ""
         plots = f'<div class="gallery">{"".join(gallery[name])}</div>' if name in gallery else ""
         if table or plots:
             title = SECTIONS.get(name, name)

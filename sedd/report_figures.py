@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -219,7 +220,9 @@ def _sample(n: int, limit: int, seed: int = 0) -> np.ndarray:
 
 
 def coordinates(real: Any, generated: Any, reference: Any | None, umap: bool) -> tuple[str, np.ndarray, np.ndarray]:
-    """Two coordinates of each real and generated cell: principal components, or UMAP if asked for and installed.
+    """Two coordinates of each real and generated cell: principal components, or a UMAP of both together.
+
+    Placed on a map of real cells alone every generated cell would get a place among real ones, however unlike them it is.
 
     Parameters
     ----------
@@ -227,6 +230,7 @@ def coordinates(real: Any, generated: Any, reference: Any | None, umap: bool) ->
     reference : (k, n_vars) counts, optional
         Cells that the components are fitted on; default: the real ones.
     umap : bool
+        Needs `umap-learn` (`umap_is_installed`).
 
     Returns
     -------
@@ -238,8 +242,14 @@ def coordinates(real: Any, generated: Any, reference: Any | None, umap: bool) ->
         return "PCA", a, b
     from umap import UMAP
 
-    reducer = UMAP(random_state=0, n_jobs=1).fit(a)
-    return "UMAP", np.asarray(reducer.embedding_), np.asarray(reducer.transform(b))
+    n_neighbors = min(15, len(a) + len(b) - 1)
+    at = np.asarray(UMAP(n_neighbors=n_neighbors, random_state=0, n_jobs=1).fit_transform(np.concatenate([a, b])))
+    return "UMAP", at[: len(a)], at[len(a) :]
+
+
+def umap_is_installed() -> bool:
+    """Whether the package umap-learn is there."""
+    return importlib.util.find_spec("umap") is not None
 
 
 def cell_map(
@@ -271,12 +281,15 @@ def cell_map(
 
 
 def steps_against_quality(steps: Sequence[Mapping[str, Any]], metric: str, title: str) -> Figure | None:
-    """A generation metric against the number of sampling steps; None without any."""
-    points = np.array([(r["steps"], r[metric]) for r in steps if r.get(metric) is not None], np.float64).reshape(-1, 2)
+    """A generation metric against the number of sampling steps, real cells (0 steps) as a line; None without any."""
+    rows = sorted((row["steps"], row[metric]) for row in steps if row.get(metric) is not None)
+    points = np.array([row for row in rows if row[0]], np.float64).reshape(-1, 2)
     if not len(points):
         return None
-    points = points[np.argsort(points[:, 0])]
     figure, axes = _axes("Sampling steps", "steps", title)
+    for _, real in rows[:1] if rows[0][0] == 0 else []:
+        axes.axhline(real, color="black", linestyle="--", linewidth=1, label="real cells")
+        axes.legend()
     axes.plot(*points.T, color=MODEL, marker="o", markersize=4)
     axes.set_xscale("log", base=2)
     axes.set_xticks(points[:, 0], [f"{int(s)}" for s in points[:, 0]])

@@ -1,16 +1,16 @@
-"""Where the cells go that a task makes: an AnnData in memory, or a file that grows block by block.
+"""Blocks of cells become an AnnData in memory, or a file that grows block by block.
 
-A file is written beside its name and moved there when it is complete; it is an ordinary `.h5ad` or an ordinary AnnData
-Zarr store, and at no time more than a block of cells is in memory.
+A file is written in the folder of its pieces and moved to its name when it is complete; it is an ordinary `.h5ad` or an ordinary
+AnnData Zarr store, and at no time more than a block of cells is in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import tempfile
 import warnings
-from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,96 +21,146 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
-from sedd.errors import UserError
+from sedd.cells import read_anndata
+from sedd.pieces import Pieces, is_mostly_full, partial_folder
 
 _BLOCK = 1 << 22  # values that are gathered before they are written
 _CHUNK = 1 << 16  # values in a chunk of a sparse matrix
-_EMPTY = ("obsm", "varm", "obsp", "varp", "layers", "uns")
+_EMPTY = ("obsm", "varm", "obsp", "varp", "layers")
 
 
-class Result(ABC):
-    """Cells by genes, taken in block by block: a context manager.
+def assemble(
+    output: str | Path | None, obs: pd.DataFrame, var: pd.DataFrame, pieces: Pieces, uns: dict[str, Any]
+) -> ad.AnnData:
+    """Put blocks of successive cells together.
 
     Parameters
     ----------
+    output
+        An .h5ad or a .zarr, replaced when the new one is complete, or None for memory.
     obs, var
         The tables of all cells and genes.
+    pieces
+        Blocks of `X` and layers by name, each (B, n_vars).
+
+    Returns
+    -------
+    result
+        Whole in memory; its `obs`, `var` and `uns` if the rest is in a file.
     """
+    pieces.complete()
+    if output is not None:
+        if pieces.writes:
+            with _GrowingFile(Path(output), obs, var, uns) as file:
+                for block in pieces.all():
+                    file.add(**block)
+                file.finish()
+        return ad.AnnData(obs=obs, var=var, uns=uns)
+    gathered: dict[str, list[sp.csr_matrix]] = {}
+    for block in pieces.all():
+        for name, part in block.items():
+            gathered.setdefault(name, []).append(sp.csr_matrix(part))
+    layers: dict[str, Any] = {}
+    for name in list(gathered):
+        matrix = sp.vstack(gathered.pop(name), format="csr")
+        layers[name] = matrix.toarray() if is_mostly_full(matrix) else matrix
+    return ad.AnnData(layers.pop("X"), obs=obs, var=var, layers=layers, uns=uns)
 
-    def __init__(self, obs: pd.DataFrame, var: pd.DataFrame) -> None:
-        self.obs, self.var = obs, var
 
-    @abstractmethod
-    def add(self, **blocks: Any) -> None:
-        """Take in the next cells: `X` and any layers by name, each (B, n_vars), dense or sparse, of equal B."""
+def attach(
+    output: str | Path | None,
+    data: ad.AnnData | str | Path,
+    chosen: np.ndarray | None,
+    pieces: Pieces,
+    uns: dict[str, Any],
+) -> ad.AnnData:
+    """Put what was made of each cell into the obsm of a copy of the data.
 
-    @abstractmethod
-    def finish(self, uns: dict[str, Any]) -> ad.AnnData:
-        """Write the rest and return the result: whole if it is in memory, else its `obs`, `var` and `uns`."""
-
-    def __enter__(self) -> Result:
-        return self
-
-    @abstractmethod
-    def __exit__(self, *_: object) -> None:
-        """Drop what was not finished."""
-
-
-def open_result(output: str | Path | None, obs: pd.DataFrame, var: pd.DataFrame) -> Result:
-    """A result in memory, or in the file `output`, an .h5ad or a .zarr.
-
-    Raises
-    ------
-    UserError
-        If the name ends otherwise.
+    Parameters
+    ----------
+    output
+        As in `assemble`.
+    data
+        A file of the same kind as `output` is copied without being read.
+    chosen
+        Which cells; all if None.
+    pieces
+        Blocks of arrays for obsm by name.
     """
+    pieces.complete()
+    if not pieces.writes:
+        return ad.AnnData(uns=uns)
+    whole: dict[str, list[np.ndarray]] = {}
+    for block in pieces.all():
+        for name, part in block.items():
+            whole.setdefault(name, []).append(part.toarray() if sp.issparse(part) else part)
+    obsm = {name: np.concatenate(parts) for name, parts in whole.items()}
+    if (
+        output is not None
+        and chosen is None
+        and not isinstance(data, ad.AnnData)
+        and _same_kind(Path(data), Path(output))
+    ):
+        return _attach_to_copy(Path(data), Path(output), obsm, uns)
+    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
+    result = adata.copy() if chosen is None else adata[chosen].copy()
+    result.obsm.update(obsm)
+    result.uns.update(uns)
     if output is None:
-        return MemoryResult(obs, var)
+        return result
     path = Path(output)
-    if path.suffix not in (".h5ad", ".zarr"):
-        raise UserError(f"{output}: a result is an .h5ad file or a .zarr store; expected a name that ends so.")
-    return FileResult(path, obs, var)
+    part = partial_folder(path) / path.name
+    with _written_plainly():
+        result.write_zarr(part) if path.suffix == ".zarr" else result.write_h5ad(part, compression="gzip")
+    publish(part, path)
+    return ad.AnnData(obs=result.obs, var=result.var, uns=uns)
 
 
-def _is_dense(block: Any) -> bool:
-    """Whether a matrix of which this is a part is kept dense: where most entries are not zero that is smaller."""
-    nnz = block.nnz if sp.issparse(block) else np.count_nonzero(block)
-    return nnz > 0.5 * np.prod(block.shape)
+def _same_kind(data: Path, output: Path) -> bool:
+    return data.is_dir() == (output.suffix == ".zarr")
 
 
-class MemoryResult(Result):
-    """Keeps all blocks; a layer is dense where most of its entries are not zero, else CSR."""
-
-    def __init__(self, obs: pd.DataFrame, var: pd.DataFrame) -> None:
-        super().__init__(obs, var)
-        self._blocks: dict[str, list[sp.csr_matrix]] = {}
-
-    def add(self, **blocks: Any) -> None:
-        """Take in the next cells."""
-        for name, block in blocks.items():
-            self._blocks.setdefault(name, []).append(sp.csr_matrix(block))
-
-    def finish(self, uns: dict[str, Any]) -> ad.AnnData:
-        """Return all cells."""
-        layers: dict[str, Any] = {}
-        for name, blocks in self._blocks.items():
-            matrix = sp.vstack(blocks, format="csr")
-            layers[name] = matrix.toarray() if _is_dense(matrix) else matrix
-        return ad.AnnData(layers.pop("X"), obs=self.obs, var=self.var, layers=layers, uns=uns)
-
-    def __exit__(self, *_: object) -> None:
-        """Let the blocks go."""
-        self._blocks.clear()
+def _attach_to_copy(data: Path, output: Path, obsm: dict[str, np.ndarray], uns: dict[str, Any]) -> ad.AnnData:
+    part = partial_folder(output) / output.name
+    if data.is_dir():
+        shutil.copytree(data, part, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(data, part)
+    root: Any = zarr.open_group(part, mode="r+", use_consolidated=False) if data.is_dir() else h5py.File(part, "r+")
+    with contextlib.closing(root.store if data.is_dir() else root), _written_plainly():
+        for group, elements in (("obsm", obsm), ("uns", uns)):
+            if group not in root:
+                ad.io.write_elem(root, group, {})
+            for name, element in elements.items():
+                if name in root[group]:
+                    del root[group][name]
+                ad.io.write_elem(root[group], name, element)
+        obs, var = (ad.io.read_elem(root[name]) for name in ("obs", "var"))
+        if data.is_dir():
+            consolidate(root)
+    publish(part, output)
+    return ad.AnnData(obs=obs, var=var, uns=uns)
 
 
-class FileResult(Result):
+@contextlib.contextmanager
+def _written_plainly() -> Iterator[None]:
+    """Whatever pandas makes of strings, in the format that every anndata reads, without what it says of coming versions."""
+    with (
+        ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True, zarr_write_format=3),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _GrowingFile:
     """Appends blocks to a file; what a layer is kept as is decided by its first block."""
 
-    def __init__(self, path: Path, obs: pd.DataFrame, var: pd.DataFrame) -> None:
-        super().__init__(obs, var)
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    def __init__(self, path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
+        self._path, self._shape = path, (len(obs), len(var))
+        self._part = partial_folder(path) / "whole"
+        shutil.rmtree(self._part, ignore_errors=True)  # of a process that was killed here
+        self._part.mkdir(parents=True)
         self._is_zarr = path.suffix == ".zarr"
         inside = self._part / path.name
         self._root: Any = zarr.open_group(inside, mode="w", zarr_format=3) if self._is_zarr else h5py.File(inside, "w")
@@ -118,18 +168,21 @@ class FileResult(Result):
         self._waiting: dict[str, list[Any]] = {}
         self._kept_dense: dict[str, bool] = {}
         self._written: dict[str, int] = {}
-        tables: dict[str, Any] = {"obs": obs, "var": var, **{name: {} for name in _EMPTY}}
+        tables: dict[str, Any] = {"obs": obs, "var": var, "uns": uns, **{name: {} for name in _EMPTY}}
         for name, table in tables.items():
             self._write(name, table)
 
+    def __enter__(self) -> _GrowingFile:
+        return self
+
     def _write(self, key: str, element: Any, **storage: Any) -> None:
-        with ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True):
+        with _written_plainly():
             ad.io.write_elem(self._root, key, element, dataset_kwargs=storage)
 
     def add(self, **blocks: Any) -> None:
         """Take in the next cells, and write what has gathered."""
         for name, block in blocks.items():
-            dense = self._kept_dense.setdefault(name, _is_dense(block))
+            dense = self._kept_dense.setdefault(name, is_mostly_full(block))
             kept = block if not dense else block.toarray() if sp.issparse(block) else np.asarray(block)
             waiting = self._waiting.setdefault(name, [])
             waiting.append(kept if dense else sp.csr_matrix(block))
@@ -160,7 +213,7 @@ class FileResult(Result):
         waiting.clear()
 
     def _create_dense(self, key: str, dtype: np.dtype[Any]) -> None:
-        shape = (len(self.obs), len(self.var))
+        shape = self._shape
         rows = max(1, min(shape[0], (1 << 20) // max(1, shape[1])))
         storage: dict[str, Any] = {"shape": shape, "dtype": dtype, "chunks": (rows, shape[1])}
         if self._is_zarr:
@@ -169,26 +222,32 @@ class FileResult(Result):
             node = self._root.create_dataset(key, **storage, compression="gzip")
         node.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
-    def finish(self, uns: dict[str, Any]) -> ad.AnnData:
+    def finish(self) -> None:
         """Complete the file and move it to its name."""
         for name in self._waiting:
             self._flush(name)
-        del self._root["uns"]
-        self._write("uns", uns)
-        inside = self._part / self._path.name
         if self._is_zarr:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that consolidated metadata extend Zarr v3; anndata writes them too
-                zarr.consolidate_metadata(self._root.store)
-            if self._path.is_dir():  # a directory cannot be replaced in one step as a file can
-                os.replace(self._path, self._part / "replaced")
+            consolidate(self._root)
         else:
             self._root.close()
-        os.replace(inside, self._path)
-        return ad.AnnData(obs=self.obs, var=self.var, uns=uns)
+        publish(self._part / self._path.name, self._path)
 
     def __exit__(self, *_: object) -> None:
         """Remove the part, or what is left of it."""
         if not self._is_zarr:
             self._root.close()
         shutil.rmtree(self._part, ignore_errors=True)
+
+
+def consolidate(root: zarr.Group) -> None:
+    """Gather the metadata of a Zarr store in one place, as anndata does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that consolidated metadata extend Zarr v3; anndata writes them too
+        zarr.consolidate_metadata(root.store)
+
+
+def publish(made: Path, path: Path) -> None:
+    """Move a complete file or directory to its name, over what is there."""
+    if path.is_dir():  # a directory cannot be replaced in one step as a file can
+        os.replace(path, made.with_name("replaced"))
+    os.replace(made, path)

@@ -20,11 +20,13 @@ from sedd import __version__, prediction
 from sedd.cells import Cells, cells_of_split, opened, read_anndata
 from sedd.errors import UserError
 from sedd.gene_vectors import read_gene_vectors
+from sedd.identity import identity
 from sedd.kernels.discretize import COUNT_KINDS, smoothed_log_shares
 from sedd.kernels.mask import exact_mask
-from sedd.prediction import batches
+from sedd.pieces import open_pieces
+from sedd.prediction import batches, spans_of_batches
 from sedd.pretrained import Pretrained
-from sedd.results import open_result
+from sedd.results import assemble, attach
 from sedd.sampling import make_sampler
 
 Data: TypeAlias = ad.AnnData | str | Path
@@ -45,6 +47,7 @@ def impute(
     batch_size: int = 64,
     seed: int = 0,
     output: str | Path | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> ad.AnnData:
     """Predict unobserved entries from the observed genes of the same cell.
@@ -75,7 +78,10 @@ def impute(
     folds, batch_size, seed
         See above; cells at a time; of the random choices.
     output
-        Write to this .h5ad or .zarr, a block of cells at a time, in place of keeping the result in memory.
+        Write to this .h5ad or .zarr, a block of cells at a time, in place of keeping the result in memory. Processes of
+        `accelerate launch` share the cells.
+    resume
+        Go on with an `output` that was begun with the same arguments and stopped; the result is that of one run.
     progress
         Show a bar.
 
@@ -103,8 +109,12 @@ def impute(
         zeros = not named.any() and hide == 0
         count = round(hide * len(named))
         what = "zeros" if zeros else "missing and chosen genes" if not count else f"{hide:.0%} of the genes"
-        with open_result(output, source.obs, source.var) as out:
-            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "impute", progress):
+        drawn_by = {"num_samples": num_samples, "num_steps": num_steps, "sampler": sampler}
+        asked = {"predict": list(predict), "hide": hide, "cells": cells, "layer": layer, "folds": folds, "seed": seed}
+        made_from = identity(model, data, output, resume, task="impute", batch_size=batch_size, **asked, **drawn_by)
+        size = {"n_obs": len(source), "n_vars": len(named), "batch_size": batch_size}
+        with open_pieces(output, made_from, resume=resume, **size) as pieces:
+            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "impute", progress, pieces):
                 here = source.indices[lo:hi]
                 hidden = np.broadcast_to(named, counts.shape).copy()
                 if count:
@@ -128,9 +138,9 @@ def impute(
                 if num_samples:
                     layers |= {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
                 values = np.where(hidden, mean, counts).astype(np.float32)
-                out.add(X=values, counts=counts, sedd_hidden=hidden.astype(np.uint8), **layers)
+                pieces.add(lo, X=values, counts=counts, sedd_hidden=hidden.astype(np.uint8), **layers)
             details = {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
-            return out.finish(_described(model, "impute", details))
+            return assemble(output, source.obs, source.var, pieces, _described(model, "impute", details))
 
 
 def denoise(
@@ -149,6 +159,7 @@ def denoise(
     batch_size: int = 64,
     seed: int = 0,
     output: str | Path | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> ad.AnnData:
     """Replace every count by the rate behind it, as the whole cell tells it.
@@ -158,7 +169,7 @@ def denoise(
 
     Parameters
     ----------
-    model, data, cells, layer, num_steps, sampler, batch_size, seed, output, progress
+    model, data, cells, layer, num_steps, sampler, batch_size, seed, output, resume, progress
         As in `impute`.
     rounds, folds
         More rounds average more random visible subsets; more folds show more of the cell each time.
@@ -184,8 +195,19 @@ def denoise(
     reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
     with opened(data, layer or model.state["args"]["layer"]) as adata:
         source = open_cells(model, adata, cells, layer, _name(data))
-        with open_result(output, source.obs, source.var) as out:
-            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "denoise", progress):
+        asked = {
+            "cells": cells,
+            "layer": layer,
+            "rounds": rounds,
+            "folds": folds,
+            "own_counts": own_counts,
+            "log1p": log1p,
+        }
+        drawn_by = {"num_samples": num_samples, "num_steps": num_steps, "sampler": sampler, "seed": seed}
+        made_from = identity(model, data, output, resume, task="denoise", batch_size=batch_size, **asked, **drawn_by)
+        size = {"n_obs": len(source), "n_vars": len(model.genes), "batch_size": batch_size}
+        with open_pieces(output, made_from, resume=resume, **size) as pieces:
+            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "denoise", progress, pieces):
                 here = source.indices[lo:hi]
                 found = prediction.cross_predict(model, tokens, context, here, folds, rounds, seed)
                 mean, std = found.with_own_counts(counts) if own_counts else (found.mean, found.std)
@@ -197,9 +219,15 @@ def denoise(
                     drawn.add(prediction.cross_draw(model, reverse, tokens, context, here, folds, k, seed))
                 if num_samples:
                     layers |= {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
-                out.add(X=mean.astype(np.float32), counts=counts, **layers)
-            details = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
-            return out.finish(_described(model, "denoise", details))
+                pieces.add(lo, X=mean.astype(np.float32), counts=counts, **layers)
+            details = {
+                "rounds": rounds,
+                "folds": folds,
+                "own_counts": own_counts,
+                "num_samples": num_samples,
+                "seed": seed,
+            }
+            return assemble(output, source.obs, source.var, pieces, _described(model, "denoise", details))
 
 
 def generate(
@@ -216,6 +244,7 @@ def generate(
     batch_size: int = 64,
     seed: int = 0,
     output: str | Path | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> ad.AnnData:
     """Draw new cells from the model.
@@ -235,7 +264,7 @@ def generate(
     num_steps, sampler, temperature, order
         Of the reverse process: more steps let genes agree better; a temperature below 1 sharpens; the order "confidence" is
         biased (`sedd.sampling.Sampler`).
-    batch_size, seed, output, progress
+    batch_size, seed, output, resume, progress
         As in `impute`.
 
     Returns
@@ -289,21 +318,23 @@ def generate(
         totals = model.libraries[(place * len(model.libraries)).astype(np.int64)]
     obs = pd.DataFrame(where, index=[f"generated_{i}" for i in range(n)])
     var = pd.DataFrame(model.state["var"], index=pd.Index(model.genes))
-    with open_result(output, obs, var) as out, prediction.progress_bar(n, "generate", progress) as bar:
-        for lo in range(0, n, batch_size):
-            size = min(batch_size, n - lo)
+    details = {"n": n, "num_steps": num_steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
+    details["seed"] = seed
+    asked = {**details, "where": where, "library_size": library_size, "order": order, "batch_size": batch_size}
+    made_from = identity(model, None, output, resume, task="generate", **asked)
+    size = {"n_obs": n, "n_vars": n_vars, "batch_size": batch_size}
+    with open_pieces(output, made_from, resume=resume, **size) as pieces:
+        for lo, hi in spans_of_batches(pieces.spans, batch_size, "generate", progress, pieces.done):
             context: dict[str, Any] = {"condition": None, "library": None}
             if codes:
-                context["condition"] = torch.tensor([codes] * size, device=model.device)
+                context["condition"] = torch.tensor([codes] * (hi - lo), device=model.device)
             if by_library:
-                total = np.log(np.maximum(totals[lo : lo + size], 1))
+                total = np.log(np.maximum(totals[lo:hi], 1))
                 context["library"] = torch.as_tensor(total, dtype=torch.float32, device=model.device)
-            start = torch.full((size, n_vars), mask, device=model.device)
-            tokens = reverse.sample(start, seed=seed, cells=np.arange(lo, lo + size), **context)
-            out.add(X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
-            bar.update(size)
-        details = {"n": n, "num_steps": num_steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
-        return out.finish(_described(model, "generate", {**details, "seed": seed}))
+            start = torch.full((hi - lo, n_vars), mask, device=model.device)
+            tokens = reverse.sample(start, seed=seed, cells=np.arange(lo, hi), **context)
+            pieces.add(lo, X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
+        return assemble(output, obs, var, pieces, _described(model, "generate", details))
 
 
 def add_genes(
@@ -341,7 +372,9 @@ def add_genes(
     """
     model = Pretrained.load(model)
     if model.model.config["gene_embedding_dim"] is None:
-        raise UserError("the model learned a vector per gene and cannot meet new ones; train it with --gene_embeddings FILE.")
+        raise UserError(
+            "the model learned a vector per gene and cannot meet new ones; train it with --gene_embeddings FILE."
+        )
     old = set(model.genes)
     twice = [gene for gene in genes if gene in old]
     if twice or not genes:
@@ -349,7 +382,9 @@ def add_genes(
     adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
     source = Cells(adata, np.array(genes, object), layer=layer or model.state["args"]["layer"])
     if source.missing.any():
-        raise UserError(f"the new gene {genes[int(source.missing.argmax())]!r} is not in the data; its counts are needed.")
+        raise UserError(
+            f"the new gene {genes[int(source.missing.argmax())]!r} is not in the data; its counts are needed."
+        )
     counts = [source.counts(lo, min(lo + 1024, len(source))) for lo in range(0, len(source), 1024)]
     tokens = np.concatenate([model.binning.tokens(block) for block in counts])
     mass = np.zeros((len(genes), model.binning.n_bins), np.int64)
@@ -367,7 +402,9 @@ def add_genes(
         np.concatenate([known, vectors]),
         known=[*range(len(model.genes)), *[-1] * len(genes)],
     )
-    return replace(model, model=network, genes=np.concatenate([model.genes, np.array(genes, object)]), histogram=histogram)
+    return replace(
+        model, model=network, genes=np.concatenate([model.genes, np.array(genes, object)]), histogram=histogram
+    )
 
 
 def embed(
@@ -377,24 +414,41 @@ def embed(
     cells: str = "all",
     layer: str | None = None,
     batch_size: int = 64,
+    output: str | Path | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> ad.AnnData:
-    """The input with the state of the network for each cell in `obsm["X_sedd"]`, (n_obs, hidden_dim) float32."""
+    """Put the state of the network for each cell beside it.
+
+    Parameters
+    ----------
+    model, data, cells, layer, batch_size, resume, progress
+        As in `impute`.
+    output
+        An .h5ad or .zarr: with `cells="all"` and data of the same kind a copy of the file, of which no more than a window
+        of cells is in memory; else the cells are held in memory.
+
+    Returns
+    -------
+    embedded : AnnData
+        The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var and uns alone.
+    """
     model = Pretrained.load(model)
-    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
-    source = open_cells(model, adata, cells, layer)
-    if source.missing.any():
-        model.check_knows_masks("Embedding cells that lack genes of the model")
-    states = []
-    for _, _, _, tokens, context in batches(model, source, batch_size, "embed", progress, whole=True):
-        hidden = torch.from_numpy(np.broadcast_to(source.missing, tokens.shape).copy()).to(tokens.device)
-        with torch.no_grad():
-            shown = tokens.masked_fill(hidden, model.binning.n_bins)
-            states.append(model.model.embed(shown, model.sigma(hidden), **context).float().cpu().numpy())
-    result = adata[source.indices].copy()
-    result.obsm["X_sedd"] = np.concatenate(states)
-    result.uns["sedd"] = _described(model, "embed", {})["sedd"]
-    return result
+    with opened(data, layer or model.state["args"]["layer"]) as adata:
+        source = open_cells(model, adata, cells, layer, _name(data))
+        if source.missing.any():
+            model.check_knows_masks("Embedding cells that lack genes of the model")
+        made_from = identity(model, data, output, resume, task="embed", cells=cells, layer=layer, batch_size=batch_size)
+        size = {"n_obs": len(source), "n_vars": len(model.genes), "batch_size": batch_size}
+        with open_pieces(output, made_from, resume=resume, **size) as pieces:
+            for lo, _, _, tokens, context in batches(model, source, batch_size, "embed", progress, pieces, whole=True):
+                hidden = torch.from_numpy(np.broadcast_to(source.missing, tokens.shape).copy()).to(tokens.device)
+                with torch.no_grad():
+                    shown = tokens.masked_fill(hidden, model.binning.n_bins)
+                    states = model.model.embed(shown, model.sigma(hidden), **context).float().cpu().numpy()
+                pieces.add(lo, X_sedd=states)
+            chosen = None if cells == "all" else source.indices
+            return attach(output, data, chosen, pieces, _described(model, "embed", {}))
 
 
 def open_cells(model: Pretrained, data: Data, part: str, layer: str | None, name: str | None = None) -> Cells:
@@ -417,7 +471,9 @@ def open_cells(model: Pretrained, data: Data, part: str, layer: str | None, name
 def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
     unknown = [name for name in names if name not in set(model.genes)]
     if unknown:
-        raise UserError(f"--predict: the model does not know {unknown[:3]}; its {len(model.genes)} genes are in `sedd info`.")
+        raise UserError(
+            f"--predict: the model does not know {unknown[:3]}; its {len(model.genes)} genes are in `sedd info`."
+        )
     return np.isin(model.genes.astype(str), list(names))
 
 

@@ -16,7 +16,7 @@ import torch
 from conftest import TINY_FLAGS, make_counts
 from scipy.stats import gamma, geom
 
-from sedd import cells, results
+from sedd import cells, pieces, results
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation import evaluate
@@ -172,6 +172,7 @@ def test_a_file_that_grows_by_blocks_holds_what_memory_would(
     }
     whole = run[task](progress=False, batch_size=20)
     monkeypatch.setattr(results, "_BLOCK", 3000)
+    monkeypatch.setattr(pieces, "_CELLS", 40)
     monkeypatch.setattr(cells, "WINDOW", 64)
     monkeypatch.setattr(cells, "read_anndata", None)  # nothing is read as a whole
     path = tmp_path / f"out{suffix}"
@@ -229,6 +230,7 @@ def test_a_file_that_is_longer_takes_little_more_memory(
     model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(pieces, "_CELLS", 64)
     monkeypatch.setattr(cells, "WINDOW", 128)
     few, many = 300, 2000
     peak = {}

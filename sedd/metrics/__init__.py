@@ -49,7 +49,17 @@ from sedd.metrics.recovery import (
     spearman,
     visible_library,
 )
-from sedd.metrics.table import METRICS, SECTIONS, MetricInfo, format_value, metrics_table, reading, winner
+from sedd.metrics.table import (
+    METRICS,
+    SECTIONS,
+    MetricInfo,
+    format_value,
+    metrics_table,
+    reading,
+    section_reading,
+    steps_table,
+    winner,
+)
 
 __all__ = [
     "METRICS",
@@ -95,8 +105,10 @@ __all__ = [
     "recovery_metrics",
     "recovery_table",
     "rmse_log1p",
+    "section_reading",
     "spearman",
     "split_molecules",
+    "steps_table",
     "to_dense",
     "visible_library",
     "winner",

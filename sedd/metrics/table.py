@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,14 @@ SECTIONS: dict[str, str] = {
     "denoising": "Denoising of held-out molecules",
     "generation": "Generated against held-out cells",
     "embedding": "Embedding",
+}
+
+FIRST_ROWS = {
+    "likelihood": "nats_per_cell",
+    "imputation": "nll",
+    "denoising": "poisson",
+    "generation": "w2",
+    "embedding": "knn_accuracy",
 }
 
 
@@ -150,8 +159,26 @@ def reading(metric: str, row: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
+def section_reading(section: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """One sentence about a table: on how many rows sedd is best, and what the row to read first says.
+
+    Parameters
+    ----------
+    section : key of `SECTIONS`
+    rows : {metric: row}, rows as for `reading`
+    """
+    known = [metric for metric, row in rows.items() if winner(metric, row) is not None and row.get("baselines")]
+    first = FIRST_ROWS.get(section, "")
+    said = reading(first, rows[first]) if first in rows else ""
+    if not known or not said:
+        return ""
+    won = sum(winner(metric, rows[metric]) == "sedd" for metric in known)
+    count = f"sedd is best on {won} of {len(known)} rows" if len(known) > 1 else ""
+    return "; ".join(part for part in (count, f"{METRICS[first].title}, the row to read first: {said}") if part)
+
+
 def metrics_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The metrics as aligned plain text, one block per section, the winner of each row marked with `*`.
+    """The metrics as aligned plain text: a table and a sentence per section, the winner of each row marked with `*`.
 
     Parameters
     ----------
@@ -184,8 +211,36 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str
             ).rstrip()
             for line in lines
         ]
-        blocks.append("\n".join([text[0], "-" * max(map(len, text)), *text[1:]]))
+        rule = "-" * max(map(len, text))
+        said = textwrap.wrap(section_reading(section, rows), max(len(rule), 72))
+        blocks.append("\n".join([text[0], rule, *text[1:], *([rule, *said] if said else [])]))
     return "\n\n".join(blocks)
+
+
+def steps_table(points: Sequence[Mapping[str, Any]]) -> str:
+    """Generation metrics by number of sampling steps as aligned plain text, and what they say.
+
+    Parameters
+    ----------
+    points : [{"steps": n, metric: value}], by steps; 0 steps are real cells
+    """
+    metrics = [name for name in points[0] if name != "steps"]
+    lines = [["Sampling steps", *(METRICS[name].title for name in metrics)]]
+    for row in points:
+        lines.append([str(row["steps"] or "[real cells]"), *(format_value(row[name]) for name in metrics)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    rule = "-" * max(map(len, text))
+    made = [row for row in points if row["steps"]]
+    said = [
+        f"{made[-1]['steps']} steps get {format_value(made[-1]['w2'])} in Gaussian W2, {made[0]['steps']} {format_value(made[0]['w2'])}."
+    ]
+    if points[0]["steps"] == 0:
+        said = [f"{said[0][:-1]}, real cells {format_value(points[0]['w2'])}."]
+    return "\n".join([text[0], rule, *text[1:], rule, *said])
 
 
 def metric_label(metric: str) -> str:
