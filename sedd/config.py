@@ -102,7 +102,8 @@ class ModelConfig:
     condition_library_size: bool = False
     """Condition on the log of a cell's total count over the panel."""
     condition_dropout: float = 0.1
-    """Probability of hiding a cell's conditions in training, for classifier-free guidance."""
+    """Probability of hiding a cell's conditions in training, for classifier-free guidance; labels and total are hidden together
+    and, as often, apart."""
     gene_embeddings: str | None = None
     """Pretrained gene vectors, projected into the model: a .npz with `genes` and `vectors`, or a .csv/.tsv of gene, values."""
 

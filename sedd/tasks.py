@@ -258,7 +258,8 @@ def generate(
     where
         Labels of condition columns, such as {"cell_type": "B cell"}; columns left out are not conditioned on.
     library_size
-        Total count over the panel to ask for, in a model conditioned on it; drawn from the training cells if None.
+        Total count over the panel to ask for, in a model conditioned on it. If None, totals of training cells are asked for,
+        or, with `where`, none: the model then draws one that goes with the labels.
     guidance
         Strength of classifier-free guidance; 1 is the conditional model itself.
     num_steps, sampler, temperature, order
@@ -311,7 +312,7 @@ def generate(
         batch_size=batch_size,
     )
     totals = np.full(n, np.nan if library_size is None else library_size)
-    if by_library and library_size is None:
+    if by_library and library_size is None and not where:  # else the model draws totals that go with the labels
         # One total from each n-th of the training cells, in random order: few cells have the spread of many.
         rng = np.random.default_rng(seed)
         place = (rng.permutation(n) + rng.random(n)) / n

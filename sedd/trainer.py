@@ -313,8 +313,11 @@ class SEDDTrainer:
         condition, library = self._panel.conditions(batch, config, device)
         if config.condition_dropout and (condition is not None or library is not None):
             hidden = torch.rand(len(batch.cell), device=device) < config.condition_dropout
-            condition = None if condition is None else condition.masked_fill(hidden[:, None], 0)
-            library = None if library is None else library.masked_fill(hidden, math.nan)
+            labels, total = hidden, hidden
+            if condition is not None and library is not None:  # each without the other is asked for too
+                labels, total = hidden | (torch.rand((2, len(hidden)), device=device) < config.condition_dropout)
+            condition = None if condition is None else condition.masked_fill(labels[:, None], 0)
+            library = None if library is None else library.masked_fill(total, math.nan)
         with self.accelerator.autocast():  # which accelerate leaves to its own casts where weights are divided
             return diffusion_loss(
                 module,

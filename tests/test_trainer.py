@@ -307,6 +307,28 @@ def test_auto_resume_passes_over_a_damaged_checkpoint(tiny_h5ad: Path, tmp_path:
     assert checkpoint.load(run / "final.pt")["epoch"] == 3
 
 
+def test_labels_and_totals_are_hidden_together_and_apart(
+    tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sedd import trainer
+
+    seen: list[tuple[bool, bool]] = []
+    real = trainer.diffusion_loss
+
+    def watched(*args: object, condition: torch.Tensor, library: torch.Tensor, **kwargs: object) -> object:
+        seen.extend(zip((condition[:, 0] > 0).tolist(), (~library.isnan()).tolist(), strict=True))
+        return real(*args, condition=condition, library=library, **kwargs)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", watched)
+    flags = ["--condition", "donor", "--condition_library_size", "--condition_dropout", "0.3", "--num_epochs", "4"]
+    assert train(tiny_h5ad, tmp_path / "run", *flags) == 0
+    share = {pair: seen.count(pair) / len(seen) for pair in ((True, True), (True, False), (False, True), (False, False))}
+    apart = 0.7 * 0.7 * 0.3
+    expected = {(True, True): 0.7**3, (True, False): apart, (False, True): apart, (False, False): 0.3 + 0.7 * 0.3**2}
+    for pair, p in expected.items():
+        assert abs(share[pair] - p) < 5 * (p * (1 - p) / len(seen)) ** 0.5
+
+
 def test_tensorboard_gets_the_curves(tiny_h5ad: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
