@@ -24,7 +24,10 @@ def train(data: Path, directory: Path, *flags: str) -> int:
 
 @pytest.mark.parametrize(
     ("binning", "values"),
-    [("auto", "counts"), ("linear", "counts"), ("log", "counts"), ("quantile", "counts"), ("linear", "real"), ("log", "real")],
+    [
+        *[(kind, "counts") for kind in ("auto", "identity", "geometric", "linear", "log", "quantile")],
+        *[(kind, "real") for kind in ("linear", "log")],
+    ],
 )
 def test_validation_values_do_not_reach_bins_genes_marginals_or_weights(tmp_path: Path, binning: str, values: str) -> None:
     adata = make_counts()
