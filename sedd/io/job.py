@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -340,7 +340,7 @@ class Job:
     def _make_shards(self, plan: Plan) -> dict[str, int]:
         """Run the tasks that are not done, and write the tables meanwhile; values "rounded" and entries "summed" by the spill."""
         notes = {"rounded": 0, "summed": 0}
-        write_tables = self._write_tables
+        write_tables: Callable[[], None] | None = self._write_tables
         if not plan.direct:
             todo = [k for k in range(len(plan.spans)) if not os.path.exists(f"{spill.window_path(self.folder, k)}.npz")]
             tasks = [(self.folder, k) for k in todo]
