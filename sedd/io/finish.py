@@ -21,7 +21,7 @@ from sedd.io.sources import Plan, load_plan
 from sedd.io.store import CellStore, forget, span_hashes
 from sedd.io.write import array_path, widen_shard
 
-CHECK_VALUES = 1 << 22
+CHECK_VALUES = 1 << 20
 """Entries read back at once when the finished store is checked."""
 
 

@@ -72,7 +72,7 @@ def match_genes(
             genes = genes + [name for name in other if name not in ours]
     if wanted is not None:
         there = set(genes)
-        kept = [name for name in wanted if name in there]
+        kept = list(dict.fromkeys(name for name in wanted if name in there))
         if not kept:
             raise UserError(f"{paths[0]}: has none of the {len(wanted)} genes asked for (for example {wanted[0]!r}).")
         if len(kept) < len(wanted):

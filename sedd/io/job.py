@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -181,13 +181,16 @@ class Job:
         if not os.path.exists(f"{self.folder}/plan.json"):
             self._clear()
             return None
-        plan = sources.load_plan(self.folder)
         if resume:
-            same_input = list(plan.fingerprints) == self.fingerprints
-            if same_input and plan.settings == self.settings:
-                return plan
-            if not overwrite:
+            try:
+                plan = sources.load_plan(self.folder)
+                same_input = list(plan.fingerprints) == self.fingerprints
+                if same_input and plan.settings == self.settings:
+                    return plan
                 changed = "the settings differ" if same_input else "the input changed"
+            except (TypeError, ValueError):
+                changed = "another version of sedd began it"
+            if not overwrite:
                 raise UserError(f"{self.folder}: cannot be resumed, {changed}. Pass --overwrite to start again.")
         elif not overwrite:
             raise UserError(
@@ -340,7 +343,7 @@ class Job:
     def _make_shards(self, plan: Plan) -> dict[str, int]:
         """Run the tasks that are not done, and write the tables meanwhile; values "rounded" and entries "summed" by the spill."""
         notes = {"rounded": 0, "summed": 0}
-        write_tables = self._write_tables
+        write_tables: Callable[[], None] | None = self._write_tables
         if not plan.direct:
             todo = [k for k in range(len(plan.spans)) if not os.path.exists(f"{spill.window_path(self.folder, k)}.npz")]
             tasks = [(self.folder, k) for k in todo]
@@ -350,7 +353,7 @@ class Job:
             write_tables = None
         number = n_shards(write.n_entries(self.folder))
         todo = [k for k in range(number) if not os.path.exists(write.result_path(self.folder, k))]
-        sizes = [plan.n_obs / number] * len(todo)
+        sizes = [plan.n_obs / max(1, number)] * len(todo)
         self.runner.run(write.make_shard, [(self.folder, k) for k in todo], sizes, title="convert", meanwhile=write_tables)
         return notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -98,22 +99,17 @@ class TaskRunner:
             for other in futures:  # those that have begun go on: an earlier one may be the first that fails
                 other.cancel()
 
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH)
-        try:
-            with ThreadPoolExecutor(self.workers, initializer=_enter, initargs=(stop,)) as pool:
-                try:
-                    for args, size in zip(arguments, sizes, strict=True):
-                        futures.append(pool.submit(task, *args))
-                        futures[-1].add_done_callback(lambda future, size=size: done(future, size))  # type: ignore[misc]
-                    meanwhile()
-                    return [future.result() for future in futures]
-                except BaseException:
-                    stop.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-        finally:
-            sys.setswitchinterval(interval)
+        with _alert_python(), ThreadPoolExecutor(self.workers, initializer=_enter, initargs=(stop,)) as pool:
+            try:
+                for args, size in zip(arguments, sizes, strict=True):
+                    futures.append(pool.submit(task, *args))
+                    futures[-1].add_done_callback(lambda future, size=size: done(future, size))  # type: ignore[misc]
+                meanwhile()
+                return [future.result() for future in futures]
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _on_cluster(
         self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], move: Callable[[float], None],
@@ -139,6 +135,20 @@ class TaskRunner:
         if self._client is not None and self._scheduler is not None:
             self._client.close()
             self._client = None
+
+
+@contextmanager
+def _alert_python() -> Iterator[None]:
+    """Have Python hand its lock over quickly, and not look for cycles of garbage: imports make many objects and tasks no cycles."""
+    interval, collecting = sys.getswitchinterval(), gc.isenabled()
+    sys.setswitchinterval(SWITCH)
+    gc.disable()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        if collecting:
+            gc.enable()
 
 
 def _nothing() -> None:

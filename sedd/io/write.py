@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,12 +171,16 @@ class _Input(_Road):
             indptr, row = src.matrix.indptr, self.plan.offsets[source] + first
             for at, raw_indices, raw in src.matrix.entries(lo, hi, self.plan.block):
                 indices = check_indices(src, raw_indices, 0, indptr, at)
-                counts = take_values(
-                    self.plan, src, raw, dtype, lambda k, at=at, own=indices: (row_of(indptr, at + k), int(own[k]))  # type: ignore[misc]
-                )
+                place = partial(_place, indptr, indices, at)
+                counts = take_values(self.plan, src, raw, dtype, place)
                 if counts.n_zero:
                     raise UntidyError
                 yield Run(row, indptr[first : last + 1], at, indices, counts.values, counts.n_rounded)
+
+
+def _place(indptr: np.ndarray, indices: np.ndarray, at: int, k: int) -> tuple[int, int]:
+    """Cell and gene of the `k`-th of the entries from `at` on."""
+    return row_of(indptr, at + k), int(indices[k])
 
 
 class _Spill(_Road):

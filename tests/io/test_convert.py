@@ -97,6 +97,14 @@ def test_real_values_are_kept_as_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(matrix_of(store.path), values)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_matrix_of_zeros_is_converted(tmp_path: Path, layout: str) -> None:
+    path = write(tmp_path / "a.h5ad", LAYOUTS[layout](sparse.csr_matrix((6, 4), dtype=np.float32)))
+    store = convert(path, tmp_path / "a.zarr", progress=False)
+    assert store.nnz == 0
+    np.testing.assert_array_equal(matrix_of(store.path), np.zeros((6, 4)))
+
+
 def test_empty_inputs_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5ad", sparse.csr_matrix((0, 5), dtype=np.float32))
     with pytest.raises(UserError, match="has no cells"):

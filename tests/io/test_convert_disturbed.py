@@ -159,6 +159,10 @@ def test_an_unfinished_conversion_is_not_resumed_with_other_settings_or_input(
     with pytest.raises(UserError, match=r"input changed.*--overwrite"):
         convert(source, output, resume=True, progress=False)
     assert Path(f"{output}.partial/shards").exists()
+    plan = Path(f"{output}.partial/plan.json")
+    plan.write_text(plan.read_text().replace('"n_obs"', '"cells"'))
+    with pytest.raises(UserError, match=r"another version.*--overwrite"):
+        convert(source, output, resume=True, progress=False)
     convert(source, output, overwrite=True, progress=False)
     verify(output, against=source)
 
