@@ -20,7 +20,7 @@ def _count(indices: Any, starts: Any, stops: Any, n_store: Any, columns: Any, in
         if row + 1 < starts.shape[0]:
             fetch(indices, starts[row + 1], stops[row + 1])
         genes = indices[starts[row] : stops[row]]
-        kept = genes.shape[0]
+        kept: Any = genes.shape[0]
         if not inside(genes, n_store):
             fine = False
         elif columns.shape[0] > 0:
