@@ -50,9 +50,9 @@ def _gather(
         else:
             chosen = np.empty(genes.shape[0], np.uint32)
             for k in range(choose(genes, columns, chosen)):
-                i = np.uint64(chosen[k])
-                own_indices[k] = columns[np.uint64(genes[i])]
-                own_data[k] = values[i]
+                at = np.uint64(chosen[k])
+                own_indices[k] = columns[np.uint64(genes[at])]
+                own_data[k] = values[at]
 
 
 @numba.njit(cache=True, nogil=True)

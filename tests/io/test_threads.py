@@ -118,8 +118,11 @@ def test_a_process_ends_although_its_threads_are_busy() -> None:
 import time
 from sedd.io.threads import Threads
 pool = Threads(2, "pool")
-tasks = [pool.submit(time.sleep, 0.05) for _ in range(1000)]
+tasks = [pool.submit(time.sleep, 0.5) for _ in range(1000)]
+print("busy", flush=True)
 """
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert time.monotonic() - began < 40
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "busy\n"
+    assert process.wait(timeout=60) == 0  # all of them would take 250 s
+    process.stdout.close()
