@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,9 @@ def measure(options: dict[str, Any], form: str, seconds: float) -> dict[str, flo
     """Cells per second of a loader, after as long a stretch to warm up."""
     from sedd.io.loader import CellLoader
 
-    with CellLoader(split="all", binning="counts", n_bins=N_BINS, labels=["cell_type"], pin_memory=False, **options) as loader:
+    with CellLoader(
+        split="all", binning="counts", n_bins=N_BINS, labels=["cell_type"], pin_memory=False, **options
+    ) as loader:
         cells = epoch = 0
         began, cpu = time.perf_counter(), time.process_time()
         warm = began + seconds
@@ -175,6 +178,34 @@ def first_epoch_of_gzip(h5ad: Path) -> dict[str, float]:
     return {"conversion_seconds": converted, "seconds": seconds, "cells_a_second": cells / seconds}
 
 
+def object_store(store: str, seconds: float) -> dict[str, Any]:
+    """Cells per second of a windowed shuffle over S3: a server on this machine, that shares its cores, in memory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    access = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {**access, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stderr=subprocess.DEVNULL)
+    try:
+        import s3fs
+
+        files = s3fs.S3FileSystem()
+        for attempt in range(100):
+            try:
+                files.mkdir("atlases")
+                break
+            except OSError:
+                if attempt == 99:
+                    raise
+                time.sleep(0.2)
+        files.put(store, "atlases/store.zarr", recursive=True)
+        given = {"store": "s3://atlases/store.zarr", "batch_size": 512, "shuffle": "window", "mask": None}
+        return {f"{threads} threads": measure({**given, "threads": threads}, "tokens", seconds) for threads in (2, 8)}
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def figure(record: dict[str, Any], path: Path, batch: int = 512) -> None:
     """Draw the rates at one batch size, peers beside each other and the machine's limit above."""
     import matplotlib
@@ -185,7 +216,9 @@ def figure(record: dict[str, Any], path: Path, batch: int = 512) -> None:
     forms = {"tokens": "tokens", "masked": "tokens + mask", "float32": "float32", "csr": "CSR"}
     rates, own = record["rates"], record["rates"]["sedd"]
     bars = {f"sedd, {mode}": {form: own[f"{form}/{batch} {mode}"] for form in forms} for mode in ("full", "window")}
-    bars |= {name: {form: value.get(f"{form}/{batch}") for form in forms} for name, value in rates.items() if name != "sedd"}
+    bars |= {
+        name: {form: value.get(f"{form}/{batch}") for form in forms} for name, value in rates.items() if name != "sedd"
+    }
     fig, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     width = 0.8 / len(bars)
     for k, (name, values) in enumerate(bars.items()):
@@ -202,7 +235,9 @@ def figure(record: dict[str, Any], path: Path, batch: int = 512) -> None:
     axis.set_xticks(range(len(forms)), list(forms.values()))
     axis.set_yscale("log")
     axis.set_ylabel("thousand cells a second")
-    axis.set_title(f"Batches of {batch} of {record['data']['file']}, 2 cores; dashed: decode + scatter (+ mask) alone", fontsize=10)
+    axis.set_title(
+        f"Batches of {batch} of {record['data']['file']}, 2 cores; dashed: decode + scatter (+ mask) alone", fontsize=10
+    )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9, ncols=2)
     fig.savefig(path, dpi=150)
@@ -301,6 +336,7 @@ def main() -> None:
     parser.add_argument("--panel", type=int, default=2000)
     parser.add_argument("--gzip", type=Path, help="the same h5ad, gzipped")
     parser.add_argument("--large", type=Path, help="a store of more cells, to compare rates with")
+    parser.add_argument("--s3", action="store_true", help="measure over a local S3 server too; needs moto")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--output", type=Path, help="by default results/loader_NAME.json")
     parser.add_argument("--contest", action="store_true", help=argparse.SUPPRESS)
@@ -335,7 +371,16 @@ def main() -> None:
     by_store: dict[str, list[dict[str, Any]]] = {one.name: [] for one in (store, args.large) if one is not None}
     for _ in range(args.rounds):
         for one in filter(None, (store, args.large)):
-            own = [sys.executable, str(here), str(args.h5ad), "--store", str(one), "--windowed", "--seconds", str(args.seconds)]
+            own = [
+                sys.executable,
+                str(here),
+                str(args.h5ad),
+                "--store",
+                str(one),
+                "--windowed",
+                "--seconds",
+                str(args.seconds),
+            ]
             by_store[one.name].append(run(own))
     record = {
         "machine": machine(),
@@ -345,6 +390,7 @@ def main() -> None:
         "window_by_store": {name: summarise(values) for name, values in by_store.items()},
         "cold_epoch": cold_epoch(str(store)),
         "first_epoch_of_gzip": None if args.gzip is None else first_epoch_of_gzip(args.gzip),
+        "object_store": object_store(str(store), 5 * args.seconds) if args.s3 else None,
         "bytes_read_by_8_ranks": rank_bytes(str(store)),
         "bytes_of_the_store": sum(
             f.stat().st_size for n in ("data", "indices") for f in (store / "X" / n / "c").iterdir()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from ..kernels.gather import gather_rows, row_pointers
 from ..kernels.tokens import MaskRule, RowFiller
 from .memory import Slabs
 from .plan import CellList, EpochOrder, RankPlan, Split, noise_times, weighted_ranks
+from .threads import Task, Threads
 from .window import RowReader, Rows, WholeStore, read_rows_elsewhere
 
 EPSILON = 1e-3  # of the default noise: the mask probability at time t is (1 - EPSILON) t
@@ -74,7 +74,7 @@ class _Run:
 
     low: int
     high: int
-    result: Future[tuple[np.ndarray, Rows]]
+    result: Task[tuple[np.ndarray, Rows]]
 
 
 class Pipeline:
@@ -104,14 +104,14 @@ class Pipeline:
         self.recipe, self.reader, self.cells, self.client = recipe, reader, cells, client
         self.threads, self.memory_budget = threads, memory_budget
         self._slabs = Slabs(pinned=recipe.pinned, keep=4 * threads + 4)
-        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="sedd-read")
-        self._makers = ThreadPoolExecutor(threads, thread_name_prefix="sedd-make")
+        self._readers = Threads(threads, "sedd-read")
+        self._makers = Threads(threads, "sedd-make")
         self._cell_list: np.ndarray | None = None
 
     def close(self) -> None:
         """Stop the threads; what is running is waited for, what is queued is dropped."""
-        self._makers.shutdown(wait=True, cancel_futures=True)
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._makers.close()
+        self._readers.close()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class Pipeline:
         groups_ahead = min(self.threads + 2, max(2, self.memory_budget // 4 // (batch_bytes * per_group)))
         cuts = self._cuts(plan, order)
         runs: deque[_Run] = deque()
-        pending: deque[Future[list[dict[str, Any]]]] = deque()
+        pending: deque[Task[list[dict[str, Any]]]] = deque()
         asked, read_to = 0, 0
         make = self._make_dense if form == "dense" else self._make_csr
 
@@ -315,8 +315,8 @@ class Pipeline:
                     return
                 yield from pending.popleft().result()
         finally:
-            for future in pending:
-                future.cancel()
+            for task in pending:
+                task.cancel()
             for run in runs:
                 run.result.cancel()
 

@@ -20,7 +20,7 @@ def _count(indices: Any, starts: Any, stops: Any, n_store: Any, columns: Any, in
         if row + 1 < starts.shape[0]:
             fetch(indices, starts[row + 1], stops[row + 1])
         genes = indices[starts[row] : stops[row]]
-        kept = genes.shape[0]
+        kept: Any = genes.shape[0]
         if not inside(genes, n_store):
             fine = False
         elif columns.shape[0] > 0:
@@ -50,9 +50,9 @@ def _gather(
         else:
             chosen = np.empty(genes.shape[0], np.uint32)
             for k in range(choose(genes, columns, chosen)):
-                i = np.uint64(chosen[k])
-                own_indices[k] = columns[np.uint64(genes[i])]
-                own_data[k] = values[i]
+                at = np.uint64(chosen[k])
+                own_indices[k] = columns[np.uint64(genes[at])]
+                own_data[k] = values[at]
 
 
 @numba.njit(cache=True, nogil=True)

@@ -74,7 +74,7 @@ def check_row(genes: Any, values: Any, n_store: Any) -> float:
 
 
 @numba.njit(cache=True, nogil=True)
-def choose(genes: Any, columns: Any, chosen: Any) -> int:
+def choose(genes: Any, columns: Any, chosen: Any) -> Any:
     """Write the places of the genes that are in the panel to `chosen`, as long as the row; return how many there are.
 
     Every place is written and the next one overwrites it unless the gene was in the panel: which genes are is no pattern

@@ -31,9 +31,9 @@ def _table_row(genes: Any, counts: Any, columns: Any, table: Any, chosen: Any, o
             out[np.uint64(genes[i])] = table[min(np.uint64(counts[i]), last)]
     else:
         for k in range(choose(genes, columns, chosen)):
-            i = np.uint64(chosen[k])
-            total += np.int64(counts[i])
-            out[np.uint64(columns[np.uint64(genes[i])])] = table[min(np.uint64(counts[i]), last)]
+            at = np.uint64(chosen[k])
+            total += np.int64(counts[at])
+            out[np.uint64(columns[np.uint64(genes[at])])] = table[min(np.uint64(counts[at]), last)]
     return np.float64(total)
 
 
@@ -48,9 +48,9 @@ def _value_row(genes: Any, values: Any, columns: Any, zero: Any, chosen: Any, ou
             out[np.uint64(genes[i])] = values[i]
     else:
         for k in range(choose(genes, columns, chosen)):
-            i = np.uint64(chosen[k])
-            total += values[i]
-            out[np.uint64(columns[np.uint64(genes[i])])] = values[i]
+            at = np.uint64(chosen[k])
+            total += values[at]
+            out[np.uint64(columns[np.uint64(genes[at])])] = values[at]
     return np.float64(total)
 
 

@@ -89,8 +89,9 @@ def test_a_failing_noise_function_is_reported_and_the_loader_lives_on() -> None:
 
 def test_ctrl_c_in_an_epoch_ends_the_process_promptly() -> None:
     code = f"""
-import sys, time
+import signal, sys, time
 from sedd.io.loader import CellLoader
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to Ctrl-C
 loader = CellLoader({str(small_store())!r}, batch_size=4)
 for epoch in range(10**6):
     loader.set_epoch(epoch)
