@@ -49,6 +49,18 @@ CORES: dict[str, list[str]] = {
     **{"loop_1core": ["0"], "memory_1core": ["0"]},
     **{"loop_2procs": ["0", "1"], "loop_apart": ["0", "1"]},
 }
+PRODUCTS = """
+import os, sys, time, torch
+os.sched_setaffinity(0, {int(sys.argv[1])})
+torch.set_num_threads(1)
+a, n = torch.randn(192, 192), 0
+time.sleep(max(0.0, 6 - time.clock_gettime(time.CLOCK_MONOTONIC) % 6))
+began = time.perf_counter()
+while (seconds := time.perf_counter() - began) < 3:
+    a @ a
+    n += 1
+print(n / seconds)
+"""
 SETTINGS = (
     *("genes", "num_bins", "model", "batch_size", "slow_batch_size", "steps", "slow_steps", "warmup"),
     *("mixed_precision", "compile", "threads", "rounds"),
@@ -345,10 +357,28 @@ def machine(device: str) -> Record:
     return {
         "device": name,
         "cores": len(os.sched_getaffinity(0)),
+        "two_cores_over_one": None if device == "cuda" else two_cores_over_one(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("torch", "accelerate", "numpy", "numba")},
     }
+
+
+def two_cores_over_one() -> float | None:
+    """Products a second of matrices that fit a cache, by both of two pinned processes at once over one alone.
+
+    It is 2 where a core is a core of its own, and less where the two share one.
+    """
+    if len(os.sched_getaffinity(0)) < 2:
+        return None
+
+    def rates(cores: list[int]) -> list[float]:
+        words = [sys.executable, "-c", PRODUCTS]
+        started = [subprocess.Popen([*words, str(core)], stdout=subprocess.PIPE, text=True) for core in cores]
+        return [float(process.communicate()[0]) for process in started]
+
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    return round(sum(rates(cores)) / rates(cores[:1])[0], 3)
 
 
 def default_device() -> str:
