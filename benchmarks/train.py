@@ -11,6 +11,7 @@ Contestants run one after the other, each in processes of its own, `--rounds` ti
     memory          the same loop, fed from tensors that were made beforehand
     loop_1core, memory_1core, loop_2procs
                     the same by one process on one core, and by two on one core each (on CPUs); threads pinned
+    loop_apart      two runs that know nothing of each other, on one core each: what the machine leaves to two
     loop_full       `sedd train --attention full`, the network that `plain` is, at the batch size of `plain`
     plain           a straightforward implementation: float32 transformer with positions, logits of every gene and bin,
                     dense int64 tokens in memory, masks by torch.rand
@@ -43,7 +44,23 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
 Step = tuple[float, float, int]  # seconds, of them waiting, cells
-CONTESTS = ("loop", "memory", "loop_1core", "memory_1core", "loop_2procs", "loop_full", "plain")
+CONTESTS = ("loop", "memory", "loop_1core", "memory_1core", "loop_2procs", "loop_apart", "loop_full", "plain")
+CORES: dict[str, list[str]] = {
+    **{"loop_1core": ["0"], "memory_1core": ["0"]},
+    **{"loop_2procs": ["0", "1"], "loop_apart": ["0", "1"]},
+}
+PRODUCTS = """
+import os, sys, time, torch
+os.sched_setaffinity(0, {int(sys.argv[1])})
+torch.set_num_threads(1)
+a, n = torch.randn(192, 192), 0
+time.sleep(max(0.0, 6 - time.clock_gettime(time.CLOCK_MONOTONIC) % 6))
+began = time.perf_counter()
+while (seconds := time.perf_counter() - began) < 3:
+    a @ a
+    n += 1
+print(n / seconds)
+"""
 SETTINGS = (
     *("genes", "num_bins", "model", "batch_size", "slow_batch_size", "steps", "slow_steps", "warmup"),
     *("mixed_precision", "compile", "threads", "rounds"),
@@ -87,7 +104,10 @@ def train(args: argparse.Namespace) -> Record:
             batch_size=batch_size, num_epochs=10_000, mixed_precision=args.mixed_precision, compile=args.compile
         ),
         run=RunConfig(
-            checkpoint_dir=f"{args.work}/{args.contest}", overwrite=True, num_threads=args.threads, log_with="none"
+            checkpoint_dir=f"{args.work}/{args.contest}{args.core or ''}",
+            overwrite=True,
+            num_threads=args.threads,
+            log_with="none",
         ),
     )
     run = Fed(config)
@@ -243,7 +263,6 @@ def matmul_peak(device: str, precision: str) -> float:
 
 def contest(name: str, args: argparse.Namespace, work: str) -> Record:
     """One contestant in processes of its own."""
-    cores: list[str | None] = {"loop_1core": ["0"], "memory_1core": ["0"], "loop_2procs": ["0", "1"]}.get(name, [None])
     words = [sys.executable, __file__, "--contest", name, "--work", work, "--data", args.data, "--device", args.device]
     for option in SETTINGS:
         value = getattr(args, option)
@@ -252,10 +271,10 @@ def contest(name: str, args: argparse.Namespace, work: str) -> Record:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     started = []
-    for rank, core in enumerate(cores):
+    for rank, core in enumerate(CORES.get(name, [None])):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if len(cores) > 1:
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(cores), "LOCAL_WORLD_SIZE": len(cores)}
+        if name == "loop_2procs":
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
             environment |= {k: str(v) for k, v in ranks.items()} | {
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
@@ -271,7 +290,10 @@ def contest(name: str, args: argparse.Namespace, work: str) -> Record:
     for process, (_, errors) in zip(started, said, strict=True):
         if process.returncode:
             raise SystemExit(f"{name} failed:\n{errors[-2000:]}")
-    return dict(json.loads(said[0][0].strip().splitlines()[-1]))
+    first, *others = [json.loads(output.strip().splitlines()[-1]) for output, _ in said]
+    if name == "loop_apart":
+        first["cells_per_s"] += others[0]["cells_per_s"]
+    return dict(first)
 
 
 def summarise(rounds: list[Record]) -> Record:
@@ -284,14 +306,19 @@ def summarise(rounds: list[Record]) -> Record:
     return result
 
 
+def rate_ratio(found: dict[str, list[Record]], a: str, b: str) -> float | None:
+    """Cells/s of one contestant over those of another in the same round, the median over rounds."""
+    if a not in found or b not in found:
+        return None
+    pairs = zip(found[a], found[b], strict=False)  # of some there can be more rounds than of others
+    return statistics.median(x["cells_per_s"] / y["cells_per_s"] for x, y in pairs)
+
+
 def requirements(found: dict[str, list[Record]], device: str) -> list[Record]:
     """What is asked of training and what was found: medians over rounds, of ratios within a round."""
 
     def ratio(a: str, b: str) -> float | None:
-        if a not in found or b not in found:
-            return None
-        pairs = zip(found[a], found[b], strict=False)  # of some there can be more rounds than of others
-        return statistics.median(x["cells_per_s"] / y["cells_per_s"] for x, y in pairs)
+        return rate_ratio(found, a, b)
 
     def middle(name: str, figure: str) -> float | None:
         return statistics.median(one[figure] for one in found[name]) if name in found else None
@@ -334,10 +361,28 @@ def machine(device: str) -> Record:
     return {
         "device": name,
         "cores": len(os.sched_getaffinity(0)),
+        "two_cores_over_one": None if device == "cuda" else two_cores_over_one(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("torch", "accelerate", "numpy", "numba")},
     }
+
+
+def two_cores_over_one() -> float | None:
+    """Products a second of matrices that fit a cache, by both of two pinned processes at once over one alone.
+
+    It is 2 where a core is a core of its own, and less where the two share one.
+    """
+    if len(os.sched_getaffinity(0)) < 2:
+        return None
+
+    def rates(cores: list[int]) -> list[float]:
+        words = [sys.executable, "-c", PRODUCTS]
+        started = [subprocess.Popen([*words, str(core)], stdout=subprocess.PIPE, text=True) for core in cores]
+        return [float(process.communicate()[0]) for process in started]
+
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    return round(sum(rates(cores)) / rates(cores[:1])[0], 3)
 
 
 def default_device() -> str:
@@ -386,7 +431,9 @@ def main() -> None:
             os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[args.core]})
         print(json.dumps(plain(args) if args.contest == "plain" else train(args)))
         return
-    chosen = args.contests or [c for c in CONTESTS if args.device == "cpu" or ("core" not in c and "procs" not in c)]
+    chosen = args.contests or [
+        c for c in CONTESTS if args.device == "cpu" or c in ("loop", "memory", "loop_full", "plain")
+    ]
     output = args.output or Path(__file__).parent / "results" / f"train_{args.device}.json"
     found: dict[str, list[Record]] = {name: [] for name in chosen}
     settings = {name: getattr(args, name) for name in SETTINGS if name != "rounds"}
@@ -412,6 +459,8 @@ def main() -> None:
         "settings": settings,
         "seconds": taken + round(time.time() - began),
         "requirements": requirements(found, args.device),
+        "two_runs_apart_over_one": rate_ratio(found, "loop_apart", "loop_1core"),
+        "two_processes_over_two_runs_apart": rate_ratio(found, "loop_2procs", "loop_apart"),
         "contestants": {name: summarise(rounds) for name, rounds in found.items()},
         "rounds": found,
     }

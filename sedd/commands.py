@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -396,34 +395,9 @@ class Runs:
 
     def run(self) -> int:
         """Print the table."""
-        root = Path(self.directory)
-        if not root.is_dir():
-            raise UserError(f"{root}: no such directory; expected one that holds experiment directories.")
-        rows = []
-        for path in sorted(root.rglob("args.json")):
-            try:
-                args = json.loads(path.read_text())
-                history = json.loads((path.parent / "history.json").read_text())
-            except (OSError, ValueError):
-                args, history = {}, []
-            best = min((entry["val_nelbo"] for entry in history), default=None)
-            rows.append(
-                [
-                    str(path.parent.relative_to(root)),
-                    f"{len(history)}/{args.get('num_epochs', '?')}",
-                    "-" if best is None else f"{best:.1f}",
-                    *[
-                        str(args.get(name, "?"))
-                        for name in ("model", "attention", "genes", "batch_size", "learning_rate", "seed")
-                    ],
-                ]
-            )
-        if not rows:
-            raise UserError(f"{root}: holds no experiment (no args.json in any directory); train a model first.")
-        header = ["run", "epochs", "val nats/cell", "model", "attention", "genes", "batch", "lr", "seed"]
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        for row in [header, *rows]:
-            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        from sedd.runs import runs_table
+
+        print(runs_table(self.directory))
         return 0
 
 

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 
 from sedd.errors import UserError
 
@@ -29,7 +34,11 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         # Accelerate takes processes without GPUs for single ones unless it is told that they are meant to use the CPU.
         cpu=several and not torch.cuda.is_available(),
         mixed_precision=mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+            # Buffers never change, and gradients need no copy of their own to be sent from.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
     )
     if divided:
         _divide_weights(accelerator)

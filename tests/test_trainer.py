@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -400,12 +401,15 @@ def test_every_way_to_train_trains_and_generates(tiny_h5ad: Path, tmp_path: Path
 
 
 def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
-    tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_h5ad: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(tiny_h5ad, tmp_path / "run", "--dry_run") == 0
+    assert train(tiny_h5ad, tmp_path / "run", "--dry_run", "--condition", "cell_type", "--condition_library_size") == 0
     said = capsys.readouterr().out
-    assert "parameters" in said
-    assert "steps 14 an epoch, 28 in all" in said
+    assert "cells 216 to train, 24 to validate; genes 60; bins 64" in said
+    n_parameters = sum(p.numel() for p in checkpoint.load(tiny_run / "final.pt")["ema"]["average"].values())
+    assert f"parameters {n_parameters:,}; weights, gradients and optimizer" in said
+    assert re.search(r"the process [1-9]\d+ MiB with batches of 16", said)
+    assert re.search(r"steps 14 an epoch, 28 in all; \d+\.\d{3} s a step, about \d+\.\d minutes", said)
     assert not (tmp_path / "run").exists()
 
 
