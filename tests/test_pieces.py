@@ -90,7 +90,7 @@ def test_what_was_interrupted_goes_on_to_the_result_of_an_undisturbed_run(
 
     monkeypatch.setattr(pieces, "save_arrays", save_and_note)
     if task != "embed":
-        with pytest.raises(UserError, match="begun with another settings"):
+        with pytest.raises(UserError, match="begun with other --seed. Repeat"):
             TASKS[task](model, data, output=stopped, resume=True, seed=1, **settings)
     assert kept == {path: os.stat(path).st_mtime_ns for path in saved}
     TASKS[task](model, data, output=stopped, resume=True, **settings)
@@ -155,7 +155,7 @@ def test_the_command_asks_before_it_drops_what_was_begun(
     other = tmp_path / "other.h5ad"
     make_counts(240, seed=3).write_h5ad(other)
     assert main([*command[:2], str(other), *command[3:], "--resume"]) == 2
-    assert "begun with another data" in capsys.readouterr().err
+    assert "begun with other data" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert [path.name for path in tmp_path.iterdir() if path != other] == ["out.h5ad"]
     assert main([*command, "--resume"]) == 2  # it is complete
