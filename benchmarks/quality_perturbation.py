@@ -42,7 +42,7 @@ GROUPS, PROGRAMS, PROGRAM_GENES = 4, 3, 100
 PERTURBATIONS = {"A": (0, 1), "B": (1, 2), "C": (0, 2)}  # the programs that each activates
 SIZE = 0.8  # standard deviation of a gene's log fold change in a program
 ENOUGH = 5.0  # mean CP10k, of perturbed or control cells, from which a gene is scored; also added before the logarithm
-STEPS, CELLS = 64, 800
+STEPS, CELLS = 64, 200
 FLAGS = ["--genes", "all", "--num_bins", "128", "--batch_size", "16", "--learning_rate", "1e-3", "--ema_decay", "0.995"]
 FLAGS += ["--warmup_steps", "50", "--hidden_dim", "128", "--num_layers", "3", "--num_heads", "4", "--num_latents", "1"]
 FLAGS += ["--val_fraction", "0.05", "--num_threads", "1", "--log_with", "none"]
@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "pbmc3k.h5ad")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_epochs", type=int, default=15)
+    parser.add_argument("--num_epochs", type=int, default=12)
     parser.add_argument("--n_genes", type=int, default=600)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality_perturbation.json")
     args = parser.parse_args()
