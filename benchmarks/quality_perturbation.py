@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,22 @@ def generated(run: str, group: str, perturbation: str, seed: int) -> np.ndarray:
     return np.asarray(made.X.toarray())
 
 
+def write(output: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Write the records with their means over seeds and pairs, and print those."""
+    frame = pd.DataFrame(records)
+    means = frame.groupby("method")[["pearson", "spearman", "rmse"]].mean().sort_values("pearson", ascending=False)
+    spread = frame.groupby(["method", "seed"])["pearson"].mean().groupby("method").std(ddof=0)
+    summary = [{"method": name, **row, "pearson_std_over_seeds": spread[name]} for name, row in means.iterrows()]
+    packages = {name: version(name) for name in ("sedd", "torch", "numpy", "scikit-learn")}
+    result = {"machine": machine(), "versions": packages, "settings": settings, "summary": summary, "records": records}
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    for row in summary:
+        pearson = f"{row['pearson']:.3f} ± {row['pearson_std_over_seeds']:.3f}"
+        print(f"| {row['method']} | {pearson} | {row['spearman']:.3f} | {row['rmse']:.3f} |")
+
+
 def main() -> None:
-    """Run all seeds and write the records, their means over seeds and pairs, and the table."""
+    """Run all seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "pbmc3k.h5ad")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -213,24 +228,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             records += measure(counts, seed, args.num_epochs, Path(folder))
-    frame = pd.DataFrame(records)
-    means = frame.groupby("method")[["pearson", "spearman", "rmse"]].mean().sort_values("pearson", ascending=False)
-    spread = frame.groupby(["method", "seed"])["pearson"].mean().groupby("method").std(ddof=0)
-    summary = [{"method": name, **row, "pearson_std_over_seeds": spread[name]} for name, row in means.iterrows()]
-    settings = {
-        "data": args.data.name,
-        "cells": len(counts),
-        "genes": args.n_genes,
-        "num_epochs": args.num_epochs,
-        "flags": FLAGS,
-    }
-    settings |= {"num_steps": STEPS, "cells_generated": CELLS, "seeds": args.seeds}
-    result = {"machine": machine(), "settings": settings, "summary": summary, "records": records}
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    for row in summary:
-        print(
-            f"| {row['method']} | {row['pearson']:.3f} ± {row['pearson_std_over_seeds']:.3f} | {row['spearman']:.3f} | {row['rmse']:.3f} |"
-        )
+    settings = {"data": args.data.name, "cells": len(counts), "genes": args.n_genes, "num_epochs": args.num_epochs}
+    settings |= {"flags": FLAGS, "num_steps": STEPS, "cells_generated": CELLS, "seeds": args.seeds}
+    write(args.output, records, settings)
 
 
 if __name__ == "__main__":

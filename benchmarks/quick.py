@@ -57,7 +57,7 @@ def picture(directory: Path, history: list[dict[str, Any]], metrics: dict[str, A
     model = Pretrained.load(directory)
     adata = read_anndata(DATA)
     found = evaluate(
-        model, adata, imputed=directory / "imputed.h5ad", generated=directory / "generated.h5ad", n_masks=1, progress=False
+        model, adata, imputed=directory / "imputed.h5ad", generated=directory / "generated.h5ad", n_masks=1, steps=(), progress=False
     )
     real, train = (dense(open_cells(model, adata, part, None)) for part in ("val", "train"))
     fake = dense(Cells(read_anndata(directory / "generated.h5ad"), model.genes, real=True))

@@ -325,7 +325,7 @@ class Evaluate:
     data: Positional[str]
     """The data of the training run (its validation cells are used) or other cells on the same genes."""
     output: Output
-    """Directory for metrics.json and report.html."""
+    """Directory for metrics.json, steps.json and report.html."""
     cells: Literal["val", "all"] | None = None
     """Which cells; val for the data of the training run, else all."""
     layer: str | None = None
@@ -349,12 +349,12 @@ class Evaluate:
     seed: int = 0
     """Seed of the masks and the samples."""
     overwrite: bool = False
-    """Replace an existing metrics.json and report.html."""
+    """Replace what is there of these."""
 
     def run(self) -> int:
         """Evaluate, write the report and print the table."""
         directory = Path(self.output)
-        for name in ("metrics.json", "report.html"):
+        for name in ("metrics.json", "steps.json", "report.html"):
             check_output(str(directory / name), self.overwrite)
         from sedd.evaluation import evaluate
         from sedd.metrics import metrics_table, steps_table

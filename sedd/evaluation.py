@@ -103,6 +103,8 @@ def evaluate(
     UserError
         On bad input, before anything is written.
     """
+    if any(number < 1 for number in steps):
+        raise UserError(f"--steps is {' '.join(map(str, steps))}; expected numbers of sampling steps, such as 1 4 16.")
     model = Pretrained.load(model)
     adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
     name = "the AnnData" if isinstance(data, ad.AnnData) else str(data)

@@ -8,6 +8,7 @@ from typing import Any
 
 import anndata as ad
 
+from sedd import __version__
 from sedd.cells import obs_digest
 from sedd.errors import UserError
 from sedd.io.files import fingerprint
@@ -39,7 +40,8 @@ def identity(
         return {}
     if resume and isinstance(data, ad.AnnData):
         raise UserError("resume needs the cells in a file, to know that they are those it was begun with; give a path.")
-    return {"model": _model(model), "data": _data(data), "settings": settings}
+    named = {f"--{name}": value for name, value in settings.items()}
+    return {"version": __version__, "model": _model(model), "data": _data(data), **named}
 
 
 def _model(model: Pretrained) -> str:

@@ -138,6 +138,7 @@ class PiecesInFolder(Pieces):
         self._processes = Processes.here()
         wanted = min(_CELLS, _VALUES // max(1, n_vars), -(-n_obs // _PIECES))
         size = max(1, wanted // batch_size) * batch_size
+        self._size, self._n_obs = size, n_obs
         self._all = [(lo, min(lo + size, n_obs)) for lo in range(0, n_obs, size)]
         self.writes = self._processes.index == 0
         self._waiting: list[dict[str, Any]] = []
@@ -153,7 +154,7 @@ class PiecesInFolder(Pieces):
         self._processes.wait()
         mine = [self._all[i] for i in self._processes.share(len(self._all))]
         self.spans = [span for span in mine if not self._path(span[0]).exists()]
-        self.done = sum(hi - lo for lo, hi in mine if (lo, hi) not in set(self.spans))
+        self.done = sum(hi - lo for lo, hi in mine) - sum(hi - lo for lo, hi in self.spans)
         return self
 
     def _prepare(self) -> None:
@@ -161,11 +162,11 @@ class PiecesInFolder(Pieces):
         plan = self._folder / "task.json"
         if self._resume and plan.exists():
             before = json.loads(plan.read_text())
-            changed = [name for name in self._identity if before.get(name) != self._identity[name]]
+            changed = [name for name, value in self._identity.items() if before.get(name) != value]
             if changed:
                 raise UserError(
-                    f"{self._folder}: cannot be resumed, for it was begun with another {' and '.join(changed)}. Repeat the command "
-                    "that began it, or pass --overwrite without --resume to start again."
+                    f"{self._folder}: cannot be resumed, for it was begun with other {', '.join(changed)}. Repeat the command that "
+                    "began it, or pass --overwrite without --resume to start again."
                 )
             return
         self._clear()
@@ -178,8 +179,8 @@ class PiecesInFolder(Pieces):
     def add(self, lo: int, **blocks: Any) -> None:
         """Take in the cells from `lo` on; the file is written when its last cells are there."""
         self._waiting.append(blocks)
-        start, hi = next(span for span in self._all if span[0] <= lo < span[1])
-        if lo + next(iter(blocks.values())).shape[0] < hi:
+        start = lo // self._size * self._size
+        if lo + next(iter(blocks.values())).shape[0] < min(start + self._size, self._n_obs):
             return
         arrays: dict[str, np.ndarray] = {}
         for name in blocks:
@@ -217,7 +218,7 @@ class PiecesInFolder(Pieces):
             raise KeyboardInterrupt(f"interrupted; go on with --resume, or delete {self._folder}") from None
         elif keep and isinstance(error, OSError):
             raise OSError(
-                f"{self._output}: cannot be written ({error.strerror or error}). What is done so far is in {self._folder}: make "
+                f"{self._output}: is not complete ({error.strerror or error}). What is done so far is in {self._folder}: make "
                 "room and go on with --resume, or delete it."
             ) from error
 

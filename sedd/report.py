@@ -301,19 +301,14 @@ def _page(data: ReportData, gallery: Mapping[str, Sequence[str]]) -> str:
     sections, links = [], []
     found = [*SECTIONS, *(name for name in data.metrics if name not in SECTIONS)]
     for name in found:
-        said = section_reading(name, data.metrics.get(name, {}))
-        table = (
-            f'<p class="how">{escape(said[:1].upper() + said[1:])}</p>'
-            if said and not said.startswith("sedd")
-            else f'<p class="how">{escape(said)}</p>'
-            if said
-            else ""
-        )
-        table += section_table(data.metrics[name]) if data.metrics.get(name) else ""
+        rows = data.metrics.get(name, {})
+        said = section_reading(name, rows)
+        how = f'<p class="how">{escape(said)}</p>' if said else ""
+        table = section_table(rows) if rows else ""
         plots = f'<div class="gallery">{"".join(gallery[name])}</div>' if name in gallery else ""
         if table or plots:
             title = SECTIONS.get(name, name)
-            sections.append(f'<section id="{escape(name)}"><h2>{escape(title)}</h2>{plots}{table}</section>')
+            sections.append(f'<section id="{escape(name)}"><h2>{escape(title)}</h2>{how}{plots}{table}</section>')
             links.append((name, title))
     glance = glance_table(data.metrics)
     navigation = "".join(

@@ -347,6 +347,26 @@ def test_table_marks_the_winner_of_each_kind_of_metric() -> None:
     assert max(map(len, lines)) < 120
 
 
+def test_a_table_ends_with_its_sentence_and_steps_with_theirs() -> None:
+    anchors = {"real cells": 2.7}
+    rows = {
+        "w2": {"sedd": 3.1, "baselines": {"gene marginals": 10.2}, "anchors": anchors},
+        "library_ks": {"sedd": 0.2, "baselines": {"gene marginals": 0.1}},
+        "auc": {"sedd": 0.6, "baselines": {"gene marginals": 0.9}},
+    }
+    sentence = (
+        "sedd is best on 2 of 3 rows; Gaussian W2, the row to read first: sedd is better than the best baseline "
+        "(gene marginals, 10.20); real cells get 2.700."
+    )
+    assert m.section_reading("generation", rows) == sentence
+    assert " ".join(m.metrics_table({"generation": rows}).rpartition("---\n")[2].split()) == sentence
+    assert m.section_reading("generation", {}) == m.section_reading("mine", rows) == ""
+    points = [{"steps": 0, "w2": 2.7, "auc": 0.5}, {"steps": 1, "w2": 10.0, "auc": 1.0}, {"steps": 64, "w2": 3.1, "auc": 0.6}]
+    lines = m.steps_table(points).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["[real", "1", "64"]
+    assert lines[-1] == "Gaussian W2 is 10.00 in 1 step, 3.100 in 64 steps, 2.700 for real cells: more steps pay while it falls."
+
+
 def test_reading_says_who_wins_and_what_real_cells_get() -> None:
     row = {"sedd": 0.62, "baselines": {"gene marginals": 0.99}, "anchors": {"real cells": 0.47}}
     text = m.reading("auc", row)

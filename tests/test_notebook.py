@@ -43,4 +43,6 @@ def test_the_notebook_runs_and_shows_what_it_says(monkeypatch: pytest.MonkeyPatc
     assert there["agreement"]["denoised"] > there["agreement"]["raw"] + 0.2
     assert there["generated"].shape == (200, 2000)
     assert there["embedded"].obsm["X_sedd"].shape == (270, 128)
-    assert "distances" in there["embedded"].obsp
+    assert there["embedded"].obsm["X_umap"].shape == (270, 2)
+    assert [row["steps"] for row in there["found"].steps] == [0, 1, 4, 16, 32]
+    assert "<figure id=\"cells_umap\">" in (there["work"] / "report" / "report.html").read_text()

@@ -14,6 +14,7 @@ from scipy import sparse, stats
 from sedd import metrics as m
 from sedd.errors import UserError
 from sedd.report import ReportData, summary, write_report
+from sedd.report_figures import coordinates, steps_against_quality
 
 VOID = {"meta", "img", "br", "hr", "link"}
 
@@ -70,7 +71,7 @@ def data() -> ReportData:
 
 @pytest.fixture(scope="module")
 def page(data: ReportData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(tmp_path_factory.mktemp("report"), data)
+    return write_report(tmp_path_factory.mktemp("report"), data, umap=False)
 
 
 def test_page_is_well_formed_and_needs_no_other_file(page: Path) -> None:
@@ -126,7 +127,7 @@ def test_summary_says_plainly_who_wins(data: ReportData) -> None:
 
 def test_same_input_gives_the_same_figures(data: ReportData, page: Path, tmp_path: Path) -> None:
     part = ReportData(history=data.history, metrics=data.metrics, real=data.real, generated=data.generated)
-    again = write_report(tmp_path / "named.html", part)
+    again = write_report(tmp_path / "named.html", part, umap=False)
     assert again == tmp_path / "named.html"
     for name in ("training_loss", "validation_nelbo", "gene_mean", "library_sizes"):
         first, second = (folder / "figures" / f"{name}.svg" for folder in (page.parent, tmp_path))
@@ -154,7 +155,7 @@ def test_cells_without_counts_and_silent_genes_are_drawn(tmp_path: Path) -> None
     cells = np.zeros((12, 6), int)
     cells[1:, 0] = 3
     cells[::2, 1] = 1
-    write_report(tmp_path, ReportData(real=cells, generated=cells[:8]))
+    write_report(tmp_path, ReportData(real=cells, generated=cells[:8]), umap=False)
     assert (tmp_path / "figures" / "cells.svg").exists()
 
 
@@ -176,10 +177,46 @@ def test_inputs_that_do_not_belong_together_are_refused() -> None:
         ReportData(real=np.ones((5, 3)), generated=np.ones((5, 2)))
 
 
-def test_umap_without_the_package_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def two_kinds(n: int, seed: int) -> sparse.csr_array:
+    rng = np.random.default_rng(seed)
+    rate = np.where(rng.integers(2, size=(n, 1)) == 0, [8.0] * 15 + [0.2] * 15, [0.2] * 15 + [8.0] * 15)
+    return sparse.csr_array(rng.poisson(rate))
+
+
+def test_without_the_package_of_the_umap_the_components_say_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="umap-learn is not installed"):
-        write_report(tmp_path, ReportData(), umap=True)
+    given = ReportData(real=two_kinds(30, 0), generated=two_kinds(20, 1))
+    page = write_report(tmp_path, given)
+    assert "For a UMAP beside it: pip install umap-learn." in page.read_text()
+    assert not (tmp_path / "figures" / "cells_umap.svg").exists()
+    assert "umap-learn" not in write_report(tmp_path, given, umap=False).read_text()
+
+
+@pytest.mark.slow  # the package compiles for ten seconds
+@pytest.mark.filterwarnings("default")  # its warnings are its own
+def test_a_umap_of_both_sets_shows_cells_that_do_not_exist_as_an_island(tmp_path: Path) -> None:
+    real, good = two_kinds(120, 0), two_kinds(60, 1)
+    odd = sparse.csr_array(np.random.default_rng(2).poisson([[0.2, 8.0, 4.0] * 10] * 60))
+    kind, real_xy, made_xy = coordinates(real, sparse.vstack([good, odd]), real, True)
+    assert kind == "UMAP"
+    nearest = np.sqrt(((made_xy[:, None] - real_xy[None]) ** 2).sum(-1)).min(1)
+    assert np.median(nearest[60:]) > 5 * np.median(nearest[:60])
+    write_report(tmp_path, ReportData(real=real, generated=good))
+    assert (tmp_path / "figures" / "cells_umap.svg").exists()
+
+
+def test_each_section_has_its_sentence_and_the_steps_their_line(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    said = "Negative log score, the row to read first: sedd is not better than the best baseline (NB per gene, 1.100)."
+    assert f'<p class="how">{said}</p>' in text
+    figure = steps_against_quality([{"steps": 0, "w2": 2.0}, {"steps": 4, "w2": 5.0}, {"steps": 1, "w2": 9.0}], "w2", "W2")
+    assert figure is not None
+    real, curve = figure.axes[0].get_lines()
+    assert list(real.get_ydata()) == [2.0, 2.0]
+    assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([1.0, 4.0], [9.0, 5.0])
+    assert steps_against_quality([{"steps": 0, "w2": 2.0}], "w2", "W2") is None
 
 
 def test_every_metric_of_the_tables_is_explained() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -331,7 +332,7 @@ def test_counts_beyond_the_bins_are_said_to_share_the_last_one(
     assert dense(out.layers["counts"])[3, 4] == 900
     # What a baseline says of "that many or more" is no smaller than what it says of 900.
     with pytest.warns(SeddWarning, match="up to 900"):
-        rows = evaluate(model, adata, n_masks=2, num_steps=2, progress=False).metrics["likelihood"]
+        rows = evaluate(model, adata, n_masks=2, num_steps=2, steps=(), progress=False).metrics["likelihood"]
     assert rows["nats_per_cell"]["baselines"]["gene mean (Poisson)"] < 120  # a Poisson would give 900 itself 5,000 nats
 
 
@@ -441,7 +442,7 @@ def test_values_that_are_no_counts_are_refused(model: Pretrained) -> None:
 def test_evaluation_writes_its_page_and_beats_the_product_of_marginals(
     tiny_run: Path, tiny_h5ad: Path, tmp_path: Path
 ) -> None:
-    found = evaluate(tiny_run, tiny_h5ad, output=tmp_path, n_masks=8, num_steps=8, progress=False)
+    found = evaluate(tiny_run, tiny_h5ad, output=tmp_path, n_masks=8, num_steps=8, steps=(1,), umap=False, progress=False)
     assert found.report is not None
     page = found.report.read_text()
     assert "<html" in page
@@ -454,6 +455,10 @@ def test_evaluation_writes_its_page_and_beats_the_product_of_marginals(
     # A bound that is given something is not to be read as one that is given nothing.
     assert any("NELBO and the imputation are given each cell's cell_type" in note for note in found.notes)
     assert "given each cell&#x27;s cell_type" in page
+    steps = json.loads((tmp_path / "steps.json").read_text())
+    assert [row["steps"] for row in steps] == [0, 1, 8]  # 0: real cells
+    assert steps[0]["w2"] < steps[2]["w2"] < steps[1]["w2"]
+    assert "steps_w2" in page
 
 
 def test_the_commands_make_the_files_and_refuse_to_replace_them(
@@ -469,9 +474,12 @@ def test_the_commands_make_the_files_and_refuse_to_replace_them(
     assert ad.read_h5ad(out["imputed"]).n_obs == 24
     assert ad.read_h5ad(out["generated"]).n_obs == 40
     written = ["--imputed", out["imputed"], "--generated", out["generated"]]
-    assert main(["evaluate", run, data, "-o", str(tmp_path / "report"), *written, "--n_masks", "4"]) == 0
+    assert main(["evaluate", run, data, "-o", str(tmp_path / "report"), *written, "--n_masks", "4", "--steps", "1", "--no-umap"]) == 0
     said = capsys.readouterr().out
     assert "Held-out NELBO" in said
+    assert "[real cells]" in said
+    assert "Gaussian W2, the row to read first: sedd is " in said
+    assert re.search(r"Gaussian W2 is [\d.]+ in 1 step, [\d.]+ for real cells: ", said)
     assert said.strip().endswith("report.html")
     before = Path(out["generated"]).read_bytes()
     assert main(["generate", run, "-n", "4", "-o", out["generated"]]) == 2
@@ -500,6 +508,7 @@ def test_the_commands_make_the_files_and_refuse_to_replace_them(
         (["evaluate", "RUN", "DATA", "-o", "d", "--imputed", "DATA"], "sedd impute --hide"),
         (["info", "nowhere"], "no such file or directory"),
         (["runs", "nowhere"], "no such directory"),
+        (["evaluate", "RUN", "DATA", "-o", "d", "--steps", "4", "0"], "--steps is 4 0"),
         (["frobnicate"], "unknown command"),
     ],
 )

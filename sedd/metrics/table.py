@@ -235,12 +235,12 @@ def steps_table(points: Sequence[Mapping[str, Any]]) -> str:
     ]
     rule = "-" * max(map(len, text))
     made = [row for row in points if row["steps"]]
-    said = [
-        f"{made[-1]['steps']} steps get {format_value(made[-1]['w2'])} in Gaussian W2, {made[0]['steps']} {format_value(made[0]['w2'])}."
-    ]
-    if points[0]["steps"] == 0:
-        said = [f"{said[0][:-1]}, real cells {format_value(points[0]['w2'])}."]
-    return "\n".join([text[0], rule, *text[1:], rule, *said])
+    ends = made if len(made) < 2 else [made[0], made[-1]]
+    said = [f"{format_value(row['w2'])} in {row['steps']} step{'s' if row['steps'] > 1 else ''}" for row in ends]
+    said += [f"{format_value(row['w2'])} for real cells" for row in points if not row["steps"]]
+    return "\n".join(
+        [text[0], rule, *text[1:], rule, f"Gaussian W2 is {', '.join(said)}: more steps pay while it falls."]
+    )
 
 
 def metric_label(metric: str) -> str:
