@@ -1,7 +1,7 @@
 """The curves of a hundred epochs of each model size with its default learning rate and batch size, on the shipped PBMC 3k.
 
-    python benchmarks/curves.py --work experiments/curves
-    python benchmarks/curves.py --work experiments/curves --sizes large --limit_cells 1350 --figure ''
+    python benchmarks/curves.py --work experiments/curves --sizes small
+    python benchmarks/curves.py --work experiments/curves --sizes medium large --genes 1000 --limit_cells 675
 
 A size is a run of `sedd train` in `WORK/SIZE`; one that was interrupted goes on, one that is finished is only read. What every run
 was told and came to is written to `benchmarks/results/curves.json`, in place of the sizes it repeats, and drawn in
@@ -26,7 +26,7 @@ CAME_TO = ("step", "train_loss", "val_nelbo", "val_mae")
 
 def train(args: argparse.Namespace, size: str) -> None:
     """Run `sedd train` for a size to the end."""
-    limits = [] if args.limit_cells is None else ["--limit_cells", str(args.limit_cells)]
+    limits = ["--genes", args.genes, *([] if args.limit_cells is None else ["--limit_cells", str(args.limit_cells)])]
     words = ["--data_path", args.data, "--cache_dir", str(args.work), "--checkpoint_dir", str(args.work / size)]
     more = ["--model", size, "--num_threads", "1", "--log_with", "none", "--resume", "auto", "--checkpoint_every", "10min"]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *more, *limits], check=True)
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--data", default=str(ROOT / "data" / "pbmc3k.h5ad"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=["small", "medium", "large"])
+    parser.add_argument("--genes", default="2000")
     parser.add_argument("--limit_cells", type=int)
     parser.add_argument("--figure", default=str(ROOT / "docs" / "figures" / "curves.png"))
     args = parser.parse_args()
