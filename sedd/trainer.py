@@ -216,9 +216,9 @@ class SEDDTrainer:
         self._optimizer.load_state_dict(divide_optimizer_state(state["optimizer"], self._optimizer))
         self._scheduler.load_state_dict(state["scheduler"])
         # The rate is that of the settings: who continues a run that diverged lowers it.
-        self._scheduler.base_lrs = [self.config.optim.learning_rate] * len(self._scheduler.base_lrs)
+        self._scheduler.base_lrs = [self.config.learning_rate] * len(self._scheduler.base_lrs)
         for group, factor in zip(self._optimizer.param_groups, self._scheduler.lr_lambdas, strict=True):
-            group["lr"] = self.config.optim.learning_rate * factor(self._scheduler.last_epoch)
+            group["lr"] = self.config.learning_rate * factor(self._scheduler.last_epoch)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
