@@ -13,7 +13,7 @@ from stores import N_OBS, N_VARS, counts, small_store
 
 from sedd.io.loader import Batch, CellLoader
 from sedd.io.plan import Split, noise_times
-from sedd.kernels.discretize import Binning
+from sedd.kernels.discretize import Binning, geometric_edges
 from sedd.kernels.mask import exact_mask, random_mask, random_mask_torch
 from sedd.noise import LogLinearNoise
 
@@ -34,7 +34,7 @@ def epoch(**options: object) -> list[Batch]:
 
 
 def test_batches_hold_the_cells_of_the_store() -> None:
-    batches = epoch(labels=["cell_type", "donor"], batch_size=64)
+    batches = epoch(labels=["cell_type", "donor"], batch_size=64, binning="counts")
     cells = cells_of(batches)
     np.testing.assert_array_equal(np.sort(cells), Split(N_OBS, 0.1, 0, "train").cells())
     assert [len(batch) for batch in batches] == [64] * 42 + [12]
@@ -270,12 +270,16 @@ def test_a_limit_spreads_over_the_store() -> None:
 
 
 def test_the_binning_is_fitted_on_training_cells_when_it_is_asked_for() -> None:
-    with loader(n_bins=5) as made:
+    with loader(n_bins=12) as made:
         binning = made.binning
         assert isinstance(binning, Binning)
         train = counts()[Split(N_OBS, 0.1, 0, "train").cells()]
-        assert binning.kind == "counts"
-        assert binning.values[4] == pytest.approx(train[train >= 4].mean())
+        assert binning.kind == "geometric"
+        assert binning.edges is not None
+        np.testing.assert_array_equal(binning.edges, geometric_edges(12, int(train.max())))
+        assert binning.values[11] == pytest.approx(train[train >= binning.edges[10]].mean())
+        batch = next(iter(made))
+        np.testing.assert_array_equal(batch.tokens, np.digitize(counts()[batch.cell.numpy()], binning.edges))
     batch = epoch(binning="linear", n_bins=20, batch_size=5000)[0]
     top = counts()[Split(N_OBS, 0.1, 0, "train").cells()].max()
     np.testing.assert_array_equal(batch.tokens, np.digitize(counts()[batch.cell.numpy()], np.linspace(0, top, 20)))

@@ -1,6 +1,6 @@
 """Perturbations that a cell type was never seen under: are the changes that the model generates those of real cells?
 
-    python benchmarks/quality_perturbation.py --data data/pbmc3k.h5ad
+    python benchmarks/perturbation.py --data data/pbmc3k.h5ad
 
 The cells are real, the perturbations are simulated, because no data set with such a column is at hand. Cells fall into four
 groups (k-means) and, at random, into a control and three perturbations. A perturbation activates two of three programs of
@@ -11,7 +11,7 @@ rises by a Poisson number of new molecules.
 Three pairs of group and perturbation are held out, and with them half of the control cells of these groups, which the changes of
 real cells are measured against: changes that share their control cells agree by its noise alone. sedd is trained on the
 rest with two `--condition` columns and generates the pairs. Score: correlation, over genes, of the log fold change of mean
-CP10k with that of the real held-out cells. Writes `benchmarks/results/quality_perturbation.json`.
+CP10k with that of the real held-out cells. Writes `benchmarks/results/perturbation.json`.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_epochs", type=int, default=12)
     parser.add_argument("--n_genes", type=int, default=600)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality_perturbation.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "perturbation.json")
     args = parser.parse_args()
     counts = panel(ad.read_h5ad(args.data), args.n_genes)
     records = []
