@@ -108,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"PBMC 3k, 2,000 genes, 270 held-out cells, 5 epochs. The whole script takes {seconds['median']:.0f} s on two cores "
         f"({processor}; median of {len(seconds['all'])}, {min(seconds['all']):.0f} to {max(seconds['all']):.0f}), with the "
-        "environment built. Counts of 128 and more share the last bin, for the baselines too. Made by "
+        "environment built. Large counts share bins a few per cent wide; the numbers are of counts all the same. Made by "
         "`benchmarks/quick.py`, kept in `benchmarks/results/quick.json`.",
     ]
     return "\n".join(lines)
