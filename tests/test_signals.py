@@ -69,6 +69,7 @@ def test_a_signal_in_validation_leaves_it_and_no_step_is_done_again(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default")  # of torch's own, while it imports its compiler
 def test_a_signal_while_the_network_is_compiled_saves_the_first_step(
     tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +77,7 @@ def test_a_signal_while_the_network_is_compiled_saves_the_first_step(
     torch.compiler.reset()
     from torch._inductor import compile_fx
 
-    before(monkeypatch, compile_fx, "compile_fx_inner", 1, signal.SIGTERM)
+    before(monkeypatch, compile_fx, "compile_fx", 1, signal.SIGTERM)
     stop_and_go_on(tiny_h5ad, tmp_path / "run", 75, 1, "--compile")
     assert_same_weights(tmp_path / "run" / "final.pt", tmp_path / "whole" / "final.pt")
 
