@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing as mp
 import os
 import random
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 
 from sedd.errors import UserError
-from sedd.io import finish, shards, spill
+from sedd.io import spill
 from sedd.io import write as making
 from sedd.io.convert import convert, ensure_store
 from sedd.io.store import CellStore
@@ -106,12 +107,21 @@ def check_kills(processes: Any, source: str, tmp_path: Path, n: int) -> None:
         assert any(hits)
 
 
+SMALL = {
+    "sedd.io.shards": {"CHUNK": 256, "LEAST_SHARD": 512},
+    "sedd.io.finish": {"CHUNK": 256},
+    "sedd.io.write": {"CHUNK": 256},
+    "sedd.io.job": {"LARGEST_BLOCK": 500},
+}
+
+
 def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convert in many small shards and blocks."""
-    for module in (shards, finish, making):
-        monkeypatch.setattr(module, "CHUNK", 256)
-    monkeypatch.setattr(shards, "LEAST_SHARD", 512)
-    monkeypatch.setattr("sedd.io.job.LARGEST_BLOCK", 500)
+    for module in SMALL:
+        importlib.import_module(module)  # all of them first: one that is imported later would keep the small size
+    for module, sizes in SMALL.items():
+        for name, size in sizes.items():
+            monkeypatch.setattr(f"{module}.{name}", size)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -301,12 +311,21 @@ def test_an_existing_output_is_kept_unless_it_may_be_replaced(tmp_path: Path) ->
 def test_a_worker_of_a_cluster_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distributed = pytest.importorskip("distributed")
     in_small_pieces(monkeypatch)
+    small = SMALL
+
+    class InSmallPieces(distributed.WorkerPlugin):  # type: ignore[name-defined,misc]
+        def setup(self, worker: object) -> None:
+            for module, sizes in small.items():
+                for name, size in sizes.items():
+                    setattr(importlib.import_module(module), name, size)
+
     source = write(tmp_path / "a.h5ad", counts(300, 60))
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True
     ) as cluster:
         marker = tmp_path / "died"
         with distributed.Client(cluster) as client:
+            client.register_plugin(InSmallPieces())  # also for the worker that takes the place of the dead one
             client.submit(die_once, str(marker), pure=False).result()
         store = convert(source, tmp_path / "a.zarr", scheduler=cluster.scheduler_address, progress=False)
     np.testing.assert_array_equal(store.cell_stats()["total"], np.asarray(counts(300, 60).sum(axis=1)).reshape(-1))
