@@ -131,9 +131,7 @@ def evaluate(
         metrics["imputation"], entries = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
         arrays.update(entries)
     else:
-        notes.append(
-            "Imputation was not measured: the uniform graph, which the model was trained with, hides no genes."
-        )
+        notes.append("Imputation was not measured: the uniform graph, which the model was trained with, hides no genes.")
     if generated is None:
         made = tasks.generate(
             model, max(len(held_out), 4), num_steps=num_steps, batch_size=batch_size, seed=seed, progress=progress
@@ -215,9 +213,7 @@ def _likelihood(
         per_cell = per_cell + within_nats(model.binning, counts)
     given_total = per_cell
     totals = np.asarray(counts.sum(1)).ravel()
-    if model.model.config[
-        "condition_library"
-    ]:  # the total is a function of the counts: paid for, p(x) is comparable again
+    if model.model.config["condition_library"]:  # a function of the counts: paid for, p(x) is comparable again
         per_cell = given_total + LibraryPrior.fit(np.asarray(train.sum(1)).ravel()).nats(totals)
     top = _top(model, counts)
     if of_counts:
