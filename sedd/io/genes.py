@@ -10,8 +10,8 @@ import numpy as np
 from sedd.errors import UserError, warn_user
 
 
-def unique_names(path: str, names: list[str]) -> list[str]:
-    """Gene names made unique as AnnData does (`-1`, `-2`, ...); says so in one line."""
+def unique_names(path: str, names: list[str], *, aloud: bool = True) -> list[str]:
+    """Gene names made unique as AnnData does (`-1`, `-2`, ...); says so in one line unless that was done before."""
     if len(set(names)) == len(names):
         return names
     import pandas as pd  # rarely needed, and slow to import
@@ -19,7 +19,8 @@ def unique_names(path: str, names: list[str]) -> list[str]:
 
     index = pd.Index(names)
     repeated = index[index.duplicated()]
-    warn_user(f"{path}: {len(repeated)} gene names repeat (first: {repeated[0]!r}); they were made unique as AnnData does.")
+    if aloud:
+        warn_user(f"{path}: {len(repeated)} gene names repeat (first: {repeated[0]!r}); they were made unique as AnnData does.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [str(name) for name in make_index_unique(index)]
@@ -40,7 +41,7 @@ def read_gene_list(genes: str | os.PathLike[str] | list[str] | None) -> list[str
 
 
 def match_genes(
-    paths: list[str], names: list[list[str]], join: str, wanted: list[str] | None
+    paths: list[str], names: list[list[str]], join: str, wanted: list[str] | None, *, aloud: bool = True
 ) -> tuple[list[str], list[np.ndarray | None]]:
     """The genes of the result, and for each input the new number of each of its genes (-1: left out).
 
@@ -50,6 +51,7 @@ def match_genes(
     names : unique gene names of each input
     join : "inner" keeps genes that all inputs have, "outer" those that any has
     wanted : keep only these, in this order
+    aloud : say which of them are not there
 
     Returns
     -------
@@ -75,7 +77,7 @@ def match_genes(
         kept = list(dict.fromkeys(name for name in wanted if name in there))
         if not kept:
             raise UserError(f"{paths[0]}: has none of the {len(wanted)} genes asked for (for example {wanted[0]!r}).")
-        if len(kept) < len(wanted):
+        if aloud and len(kept) < len(wanted):
             absent = next(name for name in wanted if name not in there)
             warn_user(f"{paths[0]}: {len(wanted) - len(kept)} of the {len(wanted)} genes asked for are not there (first: {absent!r}).")
         genes = kept

@@ -102,6 +102,7 @@ class Job:
             H5ad(path).close()
         self.fingerprints = [fingerprint(path) for path in paths]
         self.runner = TaskRunner(workers=workers, scheduler=scheduler, progress=progress)
+        self._news: list[str] = []
 
     def made(self, store: CellStore) -> bool:
         """Whether `store` is what this conversion would make."""
@@ -355,12 +356,14 @@ class Job:
         todo = [k for k in range(number) if not os.path.exists(write.result_path(self.folder, k))]
         sizes = [plan.n_obs / max(1, number)] * len(todo)
         self.runner.run(write.make_shard, [(self.folder, k) for k in todo], sizes, title="convert", meanwhile=write_tables)
+        for message in self._news:  # now that no other thread has a hand in the warnings of the process
+            warn_user(message)
         return notes
 
     def _write_tables(self) -> None:
         from sedd.io import finish, tables
 
-        tables.write(finish.begin(self.folder), self.folder, sources.load_plan(self.folder))
+        self._news = tables.write(finish.begin(self.folder), self.folder, sources.load_plan(self.folder))
 
     def forecast(self) -> str:
         """What the conversion would do, as text: sizes, types, bytes and a time measured on a sample."""

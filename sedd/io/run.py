@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,7 +66,7 @@ class TaskRunner:
         title : of the bar
         meanwhile : called in this thread while the tasks run
         """
-        with self._bar(sum(sizes), title) as move:
+        with self._bar(sum(sizes), title) as move, _quiet_libraries():
             run = self._on_cluster if self._client else self._on_threads
             return run(task, arguments, sizes, move, meanwhile or _nothing)
 
@@ -149,6 +150,19 @@ def _alert_python() -> Iterator[None]:
         sys.setswitchinterval(interval)
         if collecting:
             gc.enable()
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep libraries silent about tables that are written meanwhile, and leave the filters of warnings as they were.
+
+    numba sets and restores the filters of the whole process while it compiles, in the thread of a task, so that filters set in
+    this thread in the meantime are lost or stay. Set around the tasks they do neither.
+    """
+    with warnings.catch_warnings():
+        # By place, not by name: numba issues again what it caught meanwhile, and then knows the file alone.
+        warnings.filterwarnings("ignore", module=r"(.*\W)?(anndata|zarr|pandas)(\W|$)")
+        yield
 
 
 def _nothing() -> None:

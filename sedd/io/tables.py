@@ -15,7 +15,6 @@ import pandas as pd
 import zarr
 
 import sedd
-from sedd.errors import warn_user
 from sedd.io.gathered import Gathered
 from sedd.io.genes import match_genes, unique_names
 from sedd.io.h5ad import H5ad
@@ -26,21 +25,21 @@ ROWS = 1 << 20
 """Rows of a column in one chunk: few files."""
 
 
-def write(group: zarr.Group, folder: str, plan: Plan) -> None:
-    """Write what the inputs of `plan` have beside X into `group`."""
+def write(group: zarr.Group, folder: str, plan: Plan) -> list[str]:
+    """Write what the inputs of `plan` have beside X into `group`; return what is to be said of it."""
     settings, n_obs = plan.settings, plan.n_obs
     paths = [path for path, _, _ in plan.sources]
     with ExitStack() as stack:
         files = [stack.enter_context(H5ad(path)) for path in paths]
         frames = [file.var(settings["raw"]) for file in files]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said when the plan was made
-            for file, frame in zip(files, frames, strict=True):
-                frame.index = pd.Index(unique_names(file.path, frame.index.tolist()), name=frame.index.name)
-            genes, _ = match_genes(paths, [f.index.tolist() for f in frames], settings["join"], settings["genes"])
+        # What there is to say of genes was said when the plan was made.
+        for file, frame in zip(files, frames, strict=True):
+            frame.index = pd.Index(unique_names(file.path, frame.index.tolist(), aloud=False), name=frame.index.name)
+        genes, _ = match_genes(paths, [f.index.tolist() for f in frames], settings["join"], settings["genes"], aloud=False)
         var = join_var(frames, pd.Index(genes, name=frames[0].index.name))
         obs, obsm = [file.obs(settings["obs"]) for file in files], [file.mapping("obsm") for file in files]
         uns = files[0].mapping("uns") if len(files) == 1 else {}
+    news = [] if len(obs) > 1 or obs[0].index.is_unique else [_repeated(paths[0], obs[0].index)]
     cells = join_obs(obs, obsm, paths)
     if settings["shuffle"]:
         places = np.load(f"{folder}/places.npy")
@@ -53,6 +52,12 @@ def write(group: zarr.Group, folder: str, plan: Plan) -> None:
     elements = {"obs": cells.obs, "var": var, "obsm": dict(cells.obsm), "uns": uns}
     elements |= {name: {} for name in ("layers", "obsp", "varm", "varp")}
     _write(group, elements)
+    return news
+
+
+def _repeated(path: str, names: pd.Index) -> str:
+    repeated = names[names.duplicated()]
+    return f"{path}: {len(repeated)} cell names repeat (first: {repeated[0]!r}); kept as they are."
 
 
 def write_added(group: zarr.Group, plan: Plan, gathered: Gathered, inputs: list[dict[str, str]]) -> None:
@@ -121,29 +126,20 @@ def join_var(frames: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame:
 
 def join_obs(frames: list[pd.DataFrame], obsm: list[dict[str, Any]], sources: list[str]) -> ad.AnnData:
     """Tables and embeddings of the cells of all inputs one after the other, without X."""
-    parts = []
-    for frame, arrays in zip(frames, obsm, strict=True):
-        frame = frame.copy()
-        if not frame.index.is_unique and len(frames) == 1:
-            repeated = frame.index[frame.index.duplicated()]
-            warn_user(f"{sources[0]}: {len(repeated)} cell names repeat (first: {repeated[0]!r}); kept as they are.")
-        parts.append((frame, arrays))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if len(parts) == 1:
-            return ad.AnnData(obs=parts[0][0], obsm=_usable(*parts[0]))
-        shared = set.intersection(*(set(arrays) for _, arrays in parts))
-        widths = {key: {np.shape(arrays[key])[1:] for _, arrays in parts} for key in shared}
-        keys = sorted(key for key in shared if len(widths[key]) == 1)
-        cells = [
-            ad.AnnData(obs=frame.assign(source=pd.Categorical([os.path.basename(path)] * len(frame))),
-                       obsm=_usable(frame, {key: arrays[key] for key in keys}))
-            for (frame, arrays), path in zip(parts, sources, strict=True)
-        ]  # fmt: skip
-        joined = ad.concat(cells, join="outer")
-        if not joined.obs_names.is_unique:
-            joined.obs_names_make_unique()
-        return joined
+    if len(frames) == 1:
+        return ad.AnnData(obs=frames[0].copy(), obsm=_usable(frames[0], obsm[0]))
+    shared = set.intersection(*(set(arrays) for arrays in obsm))
+    widths = {key: {np.shape(arrays[key])[1:] for arrays in obsm} for key in shared}
+    keys = sorted(key for key in shared if len(widths[key]) == 1)
+    cells = [
+        ad.AnnData(obs=frame.assign(source=pd.Categorical([os.path.basename(path)] * len(frame))),
+                   obsm=_usable(frame, {key: arrays[key] for key in keys}))
+        for frame, arrays, path in zip(frames, obsm, sources, strict=True)
+    ]  # fmt: skip
+    joined = ad.concat(cells, join="outer")
+    if not joined.obs_names.is_unique:
+        joined.obs_names_make_unique()
+    return joined
 
 
 def _usable(frame: pd.DataFrame, arrays: dict[str, Any]) -> dict[str, Any]:
