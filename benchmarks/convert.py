@@ -22,13 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-SEDD = """
-import sys, warnings
-warnings.simplefilter("ignore")
-from sedd.io.convert import convert
-convert(sys.argv[1], sys.argv[2], progress=False, memory_budget=sys.argv[3], shuffle={shuffle})
-"""
-
 ANNDATA = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -62,22 +55,30 @@ anndata.settings.zarr_write_format = 3
 DatasetCollection(zarr.open_group(sys.argv[2], mode="w", zarr_format=3)).add_adatas([sys.argv[1]], shuffle=True)
 """
 
-CONTENDERS = {
-    "sedd": SEDD.format(shuffle=False),
-    "sedd, shuffled": SEDD.format(shuffle=True),
+SEDD = {"sedd": [], "sedd, shuffled": ["--shuffle"]}
+"""The command that users type, and its flags."""
+
+PEERS = {
     "anndata read_h5ad + write_zarr": ANNDATA,
     "zarr-python copy of the arrays": COPY,
     "annbatch, shuffled": ANNBATCH,
 }
 
 
-def run_once(python: str, script: str, source: str, output: Path, budget: str) -> dict[str, float]:
+def command(name: str, source: str, output: Path, args: argparse.Namespace) -> list[str]:
+    """What to run for one contender."""
+    if name in SEDD:
+        return [sys.executable, "-m", "sedd", "convert", source, str(output), "--memory_budget", args.budget, *SEDD[name]]
+    return [args.peer_python if name.startswith("annbatch") else sys.executable, "-c", PEERS[name], source, str(output)]
+
+
+def run_once(words: list[str], output: Path) -> dict[str, float]:
     """Run one contender; what it cost."""
     if output.exists():
         shutil.rmtree(output)
     os.sync()
     start = time.perf_counter()
-    pid = os.posix_spawn(python, [python, "-c", script, source, str(output), budget], os.environ)
+    pid = os.posix_spawn(words[0], words, os.environ)
     _, status, usage = os.wait4(pid, 0)
     seconds = time.perf_counter() - start
     if status:
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", default="1GiB")
     parser.add_argument("--peer_python", default=None)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="*", default=[*SEDD, *PEERS])
     parser.add_argument("--output", default=None)
     args = parser.parse_args()
     names = [name for name in args.only if name != "annbatch, shuffled" or args.peer_python]
@@ -120,8 +121,8 @@ def main() -> None:
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
-            python = args.peer_python if name.startswith("annbatch") else sys.executable
-            rounds[name].append(run_once(python, CONTENDERS[name], args.source, Path(args.work) / "out.zarr", args.budget))
+            output = Path(args.work) / "out.zarr"
+            rounds[name].append(run_once(command(name, args.source, output, args), output))
             print(name, {key: round(value, 1) for key, value in rounds[name][-1].items()}, flush=True)
     shutil.rmtree(Path(args.work) / "out.zarr", ignore_errors=True)
     medians = {

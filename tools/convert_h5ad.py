@@ -2,7 +2,8 @@
 
 import sys
 
-from sedd.cli import main
+from sedd.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["convert", *sys.argv[1:]]))
+    sys.argv.insert(1, "convert")
+    run()
