@@ -60,6 +60,8 @@ class DataConfig:
     """Memory for the loader's windows of decoded cells, per process."""
     loader_threads: int = 2
     """Threads that read, decode and tokenise ahead of the model, per process."""
+    masks_on: Literal["auto", "loader", "device"] = "auto"
+    """Where the genes to hide are drawn, with the same result. auto: on the GPU if there is one, else by the loader's threads."""
 
     def __post_init__(self) -> None:
         _require(self.num_bins >= 2, "num_bins", self.num_bins, "at least 2")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from sedd.cells import Cells
 from sedd.errors import UserError, warn_user
 from sedd.kernels.mask import exact_mask
+from sedd.kernels.readings import expected_log
 from sedd.pieces import Pieces, check_batch_size
 from sedd.pretrained import Pretrained
 from sedd.processes import is_main, launched
@@ -126,13 +127,28 @@ class Posterior:
     def with_own_counts(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the rates behind the counts, given the other genes and the count itself.
 
-        An entry is taken as Poisson around a rate that the other genes leave uncertain, a gamma law. Its mean is the
-        predicted one and its shape the one for which the count is 0 as often as predicted: the variance would depend on
-        the far tail, where a predicted distribution is least sure. The observed count then updates it in closed form.
+        Parameters
+        ----------
+        counts : (B, n_vars)
+        """
+        shape, rate = self._law(counts)
+        return shape / rate, np.sqrt(shape) / rate
+
+    def log1p_with_own_counts(self, counts: np.ndarray) -> np.ndarray:
+        """Mean of `log1p(10,000 n / total)` of another reading n of the same cells, given the other genes and the counts.
 
         Parameters
         ----------
         counts : (B, n_vars)
+        """
+        return expected_log(*self._law(counts), 1e4 / np.maximum(counts.sum(axis=1), 1))
+
+    def _law(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shape and rate of the gamma law that the rate behind each count has.
+
+        An entry is taken as Poisson around a rate that the other genes leave uncertain, a gamma law. Its mean is the
+        predicted one and its shape the one for which the count is 0 as often as predicted: the variance would depend on
+        the far tail, where a predicted distribution is least sure. The observed count then updates it in closed form.
         """
         mean = np.maximum(self.mean, 1e-12)
         low, high = np.full(mean.shape, 1e-4), np.full(mean.shape, 1e6)
@@ -140,8 +156,7 @@ class Posterior:
             shape = np.sqrt(low * high)
             below = np.exp(-shape * np.log1p(mean / shape)) < self.zero
             low, high = np.where(below, low, shape), np.where(below, shape, high)
-        rate = 1 + shape / mean
-        return (shape + counts) / rate, np.sqrt(shape + counts) / rate
+        return shape + counts, 1 + shape / mean
 
 
 @torch.no_grad()

@@ -177,8 +177,8 @@ def denoise(
         Whether an entry's own count has a say in it (`sedd.prediction.Posterior.with_own_counts`), or the other genes
         alone. It has none where a bin is not a count (`--binning linear`, `log` or `quantile`).
     log1p
-        Also give the posterior mean of `log1p(CP10k)`, by the other genes: what to compare cells by on that scale, where
-        the logarithm of a mean is too large.
+        Also give the mean of `log1p(CP10k)` of another reading of the cell: what to compare cells by on that scale, where
+        the logarithm of a mean is too large. Like `X` it is by the count too, unless `own_counts` is off.
     num_samples
         Also draw every entry this many times, the parts of a partition jointly; mean and spread of the draws are reported.
 
@@ -213,7 +213,8 @@ def denoise(
                 mean, std = found.with_own_counts(counts) if own_counts else (found.mean, found.std)
                 layers = {"sedd_std": std.astype(np.float32)}
                 if log1p:
-                    layers["sedd_log1p"] = found.log1p.astype(np.float32)
+                    log = found.log1p_with_own_counts(counts) if own_counts else found.log1p
+                    layers["sedd_log1p"] = log.astype(np.float32)
                 drawn = prediction.Moments()
                 for k in range(num_samples):
                     drawn.add(prediction.cross_draw(model, reverse, tokens, context, here, folds, k, seed))

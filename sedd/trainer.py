@@ -29,6 +29,7 @@ from sedd.graph import make_graph
 from sedd.io.loader import Batch, CellLoader
 from sedd.kernels.mask import stream_key
 from sedd.loss import diffusion_loss
+from sedd.masking import device_masks, drop_conditions
 from sedd.model import SEDDTransformer
 from sedd.noise import make_noise
 from sedd.panel import Panel, prepare_panel
@@ -185,6 +186,7 @@ class SEDDTrainer:
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, warmup)))
         # Of the weights where and as the optimizer has them: on the device, and divided if they are.
         self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
+        self._masks = device_masks(config, accelerator.device, self.noise)
         self._loader = self._make_loader()
         self._validator = Validator(config, panel, accelerator, self.noise, self.graph)
         if resumed is not None:
@@ -198,7 +200,7 @@ class SEDDTrainer:
             split=panel.train_cells,
             genes=panel.genes,
             binning=panel.binning,
-            mask=config.model.objective,
+            mask=None if self._masks else config.model.objective,
             mask_ratio=config.model.mask_ratio,
             noise=self.noise.mask_probability,
             labels=list(config.model.condition),
@@ -311,20 +313,16 @@ class SEDDTrainer:
     def _loss(self, batch: Batch, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         config, device = self.config.model, self.accelerator.device
         condition, library = self._panel.conditions(batch, config, device)
-        if config.condition_dropout and (condition is not None or library is not None):
-            hidden = torch.rand(len(batch.cell), device=device) < config.condition_dropout
-            labels, total = hidden, hidden
-            if condition is not None and library is not None:  # each without the other is asked for too
-                labels, total = hidden | (torch.rand((2, len(hidden)), device=device) < config.condition_dropout)
-            condition = None if condition is None else condition.masked_fill(labels[:, None], 0)
-            library = None if library is None else library.masked_fill(total, math.nan)
+        if config.condition_dropout:
+            condition, library = drop_conditions(condition, library, config.condition_dropout)
+        masked = self._masks.draw(batch, self.epoch, device) if self._masks else batch.masked
         with self.accelerator.autocast():  # which accelerate leaves to its own casts where weights are divided
             return diffusion_loss(
                 module,
                 self.graph,
                 self.noise,
                 batch.tokens.to(device, non_blocking=True),
-                None if batch.masked is None else batch.masked.to(device, non_blocking=True),
+                None if masked is None else masked.to(device, non_blocking=True),
                 batch.t.to(device, non_blocking=True),
                 condition=condition,
                 library=library,

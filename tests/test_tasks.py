@@ -270,6 +270,10 @@ def test_own_counts_update_a_gamma_rate_exactly(shape: float) -> None:
     law = gamma(shape + counts, scale=1 / (shape / mean + 1))
     np.testing.assert_allclose(rate, law.mean(), rtol=1e-6)
     np.testing.assert_allclose(std, law.std(), rtol=1e-6)
+    drawn = np.random.default_rng(0).poisson(law.rvs((200_000, 4), random_state=1))
+    seen = np.log1p(1e4 / counts.sum() * drawn)
+    log = found.log1p_with_own_counts(counts)[0]
+    np.testing.assert_allclose(log, seen.mean(0), atol=5 * (seen.std(0) / 200_000**0.5).max())
     certain = Posterior(mean, np.zeros_like(mean), np.exp(-mean), np.zeros_like(mean))  # Poisson: nothing is left to learn
     np.testing.assert_allclose(certain.with_own_counts(counts)[0], mean, rtol=1e-3)
 
@@ -283,9 +287,14 @@ def test_denoising_gives_what_was_asked_for(model: Pretrained) -> None:
     )[0, 1]
     assert "sedd_log1p" not in others.layers
     totals = dense(adata.X).sum(1, keepdims=True)
-    log = dense(both.layers["sedd_log1p"])
-    assert (log > 0).all()
-    assert (log <= np.log1p(1e4 * dense(others.X) / totals) + 1e-5).all()  # Jensen: the logarithm is concave
+    without = denoise(model, adata, own_counts=False, log1p=True, progress=False)
+    for made in (both, without):
+        log = dense(made.layers["sedd_log1p"])
+        assert (log > 0).all()
+        assert (log <= np.log1p(1e4 * dense(made.X) / totals) + 1e-5).all()  # Jensen: the logarithm is concave
+    seen = np.log1p(1e4 * dense(adata.X) / totals)
+    error = [((dense(made.layers["sedd_log1p"]) - seen) ** 2).mean() for made in (both, without)]
+    assert error[0] < error[1]  # the count itself has a say
 
 
 def test_generated_cells_carry_the_label_asked_for_and_look_like_it(model: Pretrained) -> None:

@@ -230,22 +230,25 @@ class Pipeline:
     def _make_csr(
         self, plan: RankPlan, order: EpochOrder, low: int, high: int, runs: list[_Run]
     ) -> list[dict[str, Any]]:
-        """Gather the batches of the cells `low .. high - 1` as CSR matrices."""
+        """Gather the batches of the cells `low .. high - 1` as CSR matrices: views of one block."""
+        cell, pieces = np.empty(high - low, np.int64), []
+        for run in runs:
+            run_cells, rows = run.result.result()
+            start, stop = max(low, run.low), min(high, run.high)
+            there = slice(start - run.low, stop - run.low)
+            cell[start - low : stop - low] = run_cells[there]
+            pieces.append(Rows(rows.indices, rows.data, rows.starts[there], rows.stops[there]))
+        indptr, indices, data = self._gather(pieces)
+        labels = {name: of[cell] for name, of in self.recipe.codes.items()}
         batches = []
-        for first in range(low, high, plan.batch_size):
-            last = min(first + plan.batch_size, high)
-            pieces, cells = [], []
-            for run in (run for run in runs if run.low < last and run.high > first):
-                run_cells, rows = run.result.result()
-                part = slice(max(first, run.low) - run.low, min(last, run.high) - run.low)
-                pieces.append(Rows(rows.indices, rows.data, rows.starts[part], rows.stops[part]))
-                cells.append(run_cells[part])
-            cell, x = np.concatenate(cells), self._gather(pieces)
-            batches.append({"x": x, "cell": cell, "labels": {name: of[cell] for name, of in self.recipe.codes.items()}})
+        for first in range(0, high - low, plan.batch_size):
+            part = slice(first, min(first + plan.batch_size, high - low))
+            x = _csr(indptr[part.start : part.stop + 1], indices, data, self.recipe.filler.n_panel)
+            batches.append({"x": x, "cell": cell[part], "labels": {name: codes[part] for name, codes in labels.items()}})
         return batches
 
-    def _gather(self, pieces: list[Rows]) -> sp.csr_matrix:
-        """Copy the rows of all pieces into one matrix."""
+    def _gather(self, pieces: list[Rows]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Copy the rows of all pieces into one block: row pointers, indices, values."""
         filler = self.recipe.filler
         pointers = [
             row_pointers(piece.indices, piece.starts, piece.stops, n_store=filler.n_store, columns=filler.columns)
@@ -267,10 +270,7 @@ class Pipeline:
                 target_sum=filler.target_sum,
                 log1p=filler.log1p,
             )
-        # scipy copies all indices on each slice when the two index types differ.
-        shifted = [pointers[0], *(own[1:] + ends[k] for k, own in enumerate(pointers) if k)]
-        indptr = np.concatenate(shifted).astype(np.int32)
-        return sp.csr_matrix((data, indices, indptr), shape=(indptr.size - 1, filler.n_panel))
+        return np.concatenate([[0], *(own[1:] + ends[k] for k, own in enumerate(pointers))]), indices, data
 
     # -- an epoch ------------------------------------------------------------------------------------------------
 
@@ -319,6 +319,18 @@ class Pipeline:
                 task.cancel()
             for run in runs:
                 run.result.cancel()
+
+
+def _csr(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_vars: int) -> sp.csr_matrix:
+    """Some rows of a block as a matrix of their own, without a copy.
+
+    The rows come from `gather_rows` and are right; scipy would look through them again, which takes as long as gathering 64
+    of them. It copies all indices on each slice when the two index types differ.
+    """
+    x = sp.csr_matrix((indptr.size - 1, n_vars), dtype=np.float32)
+    x.indptr = (indptr - indptr[0]).astype(np.int32)
+    x.indices, x.data = indices[indptr[0] : indptr[-1]], data[indptr[0] : indptr[-1]]
+    return x
 
 
 def _window_end(plan: RankPlan, window: int, low: int) -> int:

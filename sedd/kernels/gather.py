@@ -33,7 +33,7 @@ def _count(indices: Any, starts: Any, stops: Any, n_store: Any, columns: Any, in
 
 @numba.njit(cache=True, nogil=True)
 def _gather(
-    indices: Any, data: Any, starts: Any, stops: Any, columns: Any, indptr: Any, out_indices: Any, out_data: Any
+    indices: Any, data: Any, starts: Any, stops: Any, columns: Any, member: Any, indptr: Any, out_indices: Any, out_data: Any
 ) -> None:
     for row in range(starts.shape[0]):
         if row + 1 < starts.shape[0]:
@@ -49,7 +49,7 @@ def _gather(
                 own_data[i] = values[i]
         else:
             chosen = np.empty(genes.shape[0], np.uint32)
-            for k in range(choose(genes, columns, chosen)):
+            for k in range(choose(genes, member, chosen)):
                 at = np.uint64(chosen[k])
                 own_indices[k] = columns[np.uint64(genes[at])]
                 own_data[k] = values[at]
@@ -129,6 +129,6 @@ def gather_rows(
         raise UserError(f"out arrays hold {out_indices.size} and {out_data.size} values; expected {indptr[-1]}")
     if (target_sum or log1p) and out_data.dtype.kind != "f":
         raise UserError(f"{out_data.dtype} values cannot be normalised; ask for floating point")
-    _gather(indices, data, starts, stops, columns, indptr, out_indices, out_data)
+    _gather(indices, data, starts, stops, columns, (columns >= 0).astype(np.uint8), indptr, out_indices, out_data)
     if target_sum or log1p:
         _transform(indptr, out_data, float(target_sum), log1p)

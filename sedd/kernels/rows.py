@@ -74,8 +74,10 @@ def check_row(genes: Any, values: Any, n_store: Any) -> float:
 
 
 @numba.njit(cache=True, nogil=True)
-def choose(genes: Any, columns: Any, chosen: Any) -> Any:
+def choose(genes: Any, member: Any, chosen: Any) -> Any:
     """Write the places of the genes that are in the panel to `chosen`, as long as the row; return how many there are.
+
+    `member` says 1 or 0 of each gene of the store, a byte each, so that it stays in the nearest cache.
 
     Every place is written and the next one overwrites it unless the gene was in the panel: which genes are is no pattern
     that a processor could predict, and each wrong guess costs more than ten such writes.
@@ -83,5 +85,5 @@ def choose(genes: Any, columns: Any, chosen: Any) -> Any:
     count = np.uint64(0)
     for i in range(genes.shape[0]):
         chosen[count] = i
-        count += np.uint64(columns[np.uint64(genes[i])] >= 0)
+        count += np.uint64(member[np.uint64(genes[i])])
     return np.int64(count)

@@ -18,7 +18,7 @@ _NO_MASK, _RANDOM, _EXACT = 0, 1, 2
 
 
 @numba.njit(cache=True, nogil=True)
-def _table_row(genes: Any, counts: Any, columns: Any, table: Any, chosen: Any, out: Any) -> float:
+def _table_row(genes: Any, counts: Any, columns: Any, member: Any, table: Any, chosen: Any, out: Any) -> float:
     """Scatter `table[count]`; return the sum of the counts inside the panel."""
     out[:] = table[0]
     last = np.uint64(table.shape[0] - 1)
@@ -30,7 +30,7 @@ def _table_row(genes: Any, counts: Any, columns: Any, table: Any, chosen: Any, o
         for i in range(genes.shape[0]):
             out[np.uint64(genes[i])] = table[min(np.uint64(counts[i]), last)]
     else:
-        for k in range(choose(genes, columns, chosen)):
+        for k in range(choose(genes, member, chosen)):
             at = np.uint64(chosen[k])
             total += np.int64(counts[at])
             out[np.uint64(columns[np.uint64(genes[at])])] = table[min(np.uint64(counts[at]), last)]
@@ -38,7 +38,7 @@ def _table_row(genes: Any, counts: Any, columns: Any, table: Any, chosen: Any, o
 
 
 @numba.njit(cache=True, nogil=True)
-def _value_row(genes: Any, values: Any, columns: Any, zero: Any, chosen: Any, out: Any) -> float:
+def _value_row(genes: Any, values: Any, columns: Any, member: Any, zero: Any, chosen: Any, out: Any) -> float:
     """Scatter the values themselves; return their sum inside the panel, added up in the type of `zero`."""
     out[:] = 0
     total = zero
@@ -47,7 +47,7 @@ def _value_row(genes: Any, values: Any, columns: Any, zero: Any, chosen: Any, ou
             total += values[i]
             out[np.uint64(genes[i])] = values[i]
     else:
-        for k in range(choose(genes, columns, chosen)):
+        for k in range(choose(genes, member, chosen)):
             at = np.uint64(chosen[k])
             total += values[at]
             out[np.uint64(columns[np.uint64(genes[at])])] = values[at]
@@ -56,11 +56,11 @@ def _value_row(genes: Any, values: Any, columns: Any, zero: Any, chosen: Any, ou
 
 @numba.njit(cache=True, nogil=True)
 def _real_row(
-    genes: Any, values: Any, columns: Any, mode: Any, zero: Any, edges: Any, scratch: Any, chosen: Any, out: Any
+    genes: Any, values: Any, columns: Any, member: Any, mode: Any, zero: Any, edges: Any, scratch: Any, chosen: Any, out: Any
 ) -> float:
     """Scatter the bins of real values, or (`_VALUE`) the values themselves; return their sum inside the panel."""
     if mode == _VALUE:
-        return _value_row(genes, values, columns, zero, chosen, out)
+        return _value_row(genes, values, columns, member, zero, chosen, out)
     own_edges = edges
     if mode == _QUANTILE:
         present = np.empty(genes.shape[0], np.float64)
@@ -118,7 +118,7 @@ def _mask(mask_mode: Any, stream: Any, cell: Any, limit: Any, out: Any) -> None:
 
 
 def _table_rows(
-    indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, table: Any, out: Any, library: Any,
+    indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, member: Any, table: Any, out: Any, library: Any,
     mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
 ) -> None:  # fmt: skip
     for row in numba.prange(starts.shape[0]):
@@ -129,14 +129,14 @@ def _table_rows(
         library[row] = check_row(genes, counts, n_store)
         if library[row] == 0:
             chosen = np.empty(genes.shape[0] if columns.shape[0] > 0 else 0, np.uint32)
-            library[row] = _table_row(genes, counts, columns, table, chosen, out[row])
+            library[row] = _table_row(genes, counts, columns, member, table, chosen, out[row])
             if mask_mode != _NO_MASK:
                 _mask(mask_mode, stream, cells[row], limits[row], masked[row])
 
 
 def _real_rows(
-    indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, mode: Any, zero: Any, edges: Any, out: Any,
-    library: Any, mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
+    indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, member: Any, mode: Any, zero: Any, edges: Any,
+    out: Any, library: Any, mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
 ) -> None:  # fmt: skip
     for row in numba.prange(starts.shape[0]):
         if row + 1 < starts.shape[0]:
@@ -147,7 +147,7 @@ def _real_rows(
         if library[row] == 0:
             chosen = np.empty(genes.shape[0] if columns.shape[0] > 0 else 0, np.uint32)
             scratch = np.empty(edges.shape[0], np.float64)
-            library[row] = _real_row(genes, values, columns, mode, zero, edges, scratch, chosen, out[row])
+            library[row] = _real_row(genes, values, columns, member, mode, zero, edges, scratch, chosen, out[row])
             if mask_mode != _NO_MASK:
                 _mask(mask_mode, stream, cells[row], limits[row], masked[row])
 
@@ -238,6 +238,7 @@ class RowFiller:
             raise UserError("counts that become tokens are not normalised; ask for dtype='float32' to normalise them")
         self.n_store = n_store
         self.columns = panel_columns(n_store, genes)
+        self.member = (self.columns >= 0).astype(np.uint8)
         self.n_panel = n_store if genes is None else len(genes)
         self.binning = binning
         self.target_sum, self.log1p = float(target_sum), bool(log1p)
@@ -326,11 +327,11 @@ class RowFiller:
         )
         by_table, by_value = _KERNELS[parallel]
         if self._table.size and data.dtype.kind in "ui":
-            by_table(indices, data, starts, stops, self.n_store, self.columns, self._table, *tail)
+            by_table(indices, data, starts, stops, self.n_store, self.columns, self.member, self._table, *tail)
         else:
             # Whole numbers are added as such: a processor waits for each sum of floating-point numbers before the next.
             zero = np.float64(0) if data.dtype.kind == "f" else np.int64(0)
-            head = (indices, data, starts, stops, self.n_store, self.columns)
+            head = (indices, data, starts, stops, self.n_store, self.columns, self.member)
             by_value(*head, self._mode, zero, self._real_edges(), *tail)
         if n_rows and float(library.min()) < 0:
             row = int(np.argmin(library))
