@@ -22,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loader import processor
+
 ANNDATA = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -98,7 +100,7 @@ def machine() -> dict[str, Any]:
     names = ("anndata", "dask", "h5py", "numba", "numcodecs", "numpy", "sedd", "zarr")
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names},
         "load_before": os.getloadavg()[0],

@@ -288,13 +288,17 @@ def rank_bytes(store: str, world: int = 8) -> list[int]:
     return read
 
 
+def processor() -> str:
+    """The name of the processor."""
+    described = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in described if line.startswith("model name")), "")
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    described = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in described if line.startswith("model name")), "")
     packages = ("numba", "numpy", "torch", "zarr", "numcodecs", "anndata", "dask")
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],

@@ -49,6 +49,8 @@ class Convert:
     """Threads; all cores if not given."""
     scheduler: str | None = None
     """Address of a dask.distributed scheduler whose workers convert."""
+    slurm_workers: int = 0
+    """Have SLURM start this many Dask workers of one core, which convert (pip install 'sedd[slurm]')."""
     values: Literal["counts", "real"] = "counts"
     """counts: whole numbers, anything else is an error. real: keep real values as float32."""
     resume: bool = False

@@ -36,6 +36,7 @@ def convert(
     memory_budget: str | int = "1GiB",
     workers: int | None = None,
     scheduler: str | None = None,
+    slurm_workers: int = 0,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -60,6 +61,7 @@ def convert(
     memory_budget : of all workers together, "1GiB" or bytes
     workers : threads, by default one per core
     scheduler : address of a Dask scheduler whose workers see the same files
+    slurm_workers : have SLURM start this many Dask workers of one core; needs dask-jobqueue
     resume : go on with an unfinished conversion
     overwrite : replace a store, or an unfinished conversion
     dry_run : print what would be done, and return None
@@ -93,6 +95,7 @@ def convert(
         budget=parse_bytes(memory_budget),
         workers=workers,
         scheduler=scheduler,
+        slurm_workers=slurm_workers,
         obs=obs,
         keep_layers=keep_layers,
         values=values,

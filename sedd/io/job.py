@@ -69,6 +69,7 @@ class Job:
         budget: int = 1 << 30,
         workers: int | None = None,
         scheduler: str | None = None,
+        slurm_workers: int = 0,
         obs: list[str] | None = None,
         keep_layers: Sequence[str] = (),
         values: str = "counts",
@@ -81,6 +82,10 @@ class Job:
             raise UserError(f"values must be counts or real, not {values!r}.")
         if raw and keep_layers:
             raise UserError(f"--raw has other genes than the layers; {', '.join(keep_layers)} cannot be kept beside it.")
+        if slurm_workers and scheduler is not None:
+            raise UserError("--slurm_workers starts a Dask scheduler of its own; leave it or --scheduler out.")
+        if slurm_workers < 0:
+            raise UserError(f"--slurm_workers must be 0 or more, not {slurm_workers}.")
         if limit_cells is not None and limit_cells < 1:
             raise UserError(f"the number of cells must be positive, not {limit_cells}.")
         self.paths, self.output, self.folder = paths, output, f"{output}.partial"
@@ -101,7 +106,9 @@ class Job:
         for path in paths:
             H5ad(path).close()
         self.fingerprints = [fingerprint(path) for path in paths]
-        self.runner = TaskRunner(workers=workers, scheduler=scheduler, progress=progress)
+        self.runner = TaskRunner(
+            workers=workers, scheduler=scheduler, slurm_workers=slurm_workers, budget=budget, progress=progress
+        )
         self._news: list[str] = []
 
     def made(self, store: CellStore) -> bool:
@@ -249,7 +256,7 @@ class Job:
         same = {key: self.settings[key] for key in ("join", "genes", "shuffle", "seed", "codec", "limit_cells")}
         return Job(
             self.paths, output, layer=name, obs=[], values=values, budget=self.budget, workers=self.workers,
-            scheduler=self.scheduler, progress=self.runner.progress, **same,
+            scheduler=self.runner.scheduler, progress=self.runner.progress, **same,
         )  # fmt: skip
 
     def open_inputs(self, stack: ExitStack) -> list[tuple[H5ad, Matrix]]:

@@ -10,9 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sedd.errors import UserError
+
+if TYPE_CHECKING:
+    from dask_jobqueue import SLURMCluster
 
 SWITCH = 2e-4
 """Seconds that a thread of Python may keep the others waiting while tasks run; they need the interpreter often and for little."""
@@ -43,16 +46,31 @@ class TaskRunner:
     ----------
     workers : threads; None for one a core
     scheduler : address of a Dask scheduler; None uses the cluster of the active client if there is one, else threads
+    slurm_workers : have SLURM start this many workers, on which the tasks run; 0 for none
+    budget : bytes that all workers together may hold
     progress : show a bar
     """
 
-    def __init__(self, *, workers: int | None, scheduler: str | None, progress: bool) -> None:
-        self.progress = progress
-        self._scheduler = scheduler
-        self._client = _client(scheduler)
+    def __init__(
+        self, *, workers: int | None, scheduler: str | None, progress: bool, slurm_workers: int = 0, budget: int = 1 << 30
+    ) -> None:
+        self.progress, self.scheduler = progress, scheduler
+        self._slurm_workers, self._budget = slurm_workers, budget
+        self._jobs: SLURMCluster | None = None
+        self._client: Any = None if slurm_workers else _client(scheduler)
         if self._client is not None:
             workers = workers or sum(self._client.nthreads().values())
-        self.workers = max(1, workers or len(os.sched_getaffinity(0)))
+        self.workers = slurm_workers or max(1, workers or len(os.sched_getaffinity(0)))
+
+    def _start_jobs(self) -> None:
+        """Ask SLURM for workers, now that there is something for them to do."""
+        from sedd.io.slurm import start_workers
+
+        self._jobs = start_workers(self._slurm_workers, self._budget)
+        self.scheduler = self._jobs.scheduler_address
+        self._client = _client(self.scheduler)
+        if self.progress:
+            print(f"asked SLURM for {self._slurm_workers} workers; `squeue --me` shows them", file=sys.stderr)
 
     def run(
         self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], *, title: str,
@@ -66,6 +84,8 @@ class TaskRunner:
         title : of the bar
         meanwhile : called in this thread while the tasks run
         """
+        if self._slurm_workers and self._jobs is None:
+            self._start_jobs()
         with self._bar(sum(sizes), title) as move, _quiet_libraries():
             run = self._on_cluster if self._client else self._on_threads
             return run(task, arguments, sizes, move, meanwhile or _nothing)
@@ -132,10 +152,13 @@ class TaskRunner:
             self._client.cancel(futures)
 
     def close(self) -> None:
-        """Let go of the cluster, if it was given by address."""
-        if self._client is not None and self._scheduler is not None:
+        """Let go of the cluster, if it was given by address; end the workers that SLURM started."""
+        if self._client is not None and self.scheduler is not None:
             self._client.close()
             self._client = None
+        if self._jobs is not None:
+            self._jobs.close()
+            self._jobs = None
 
 
 @contextmanager

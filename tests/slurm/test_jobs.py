@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from anndata import read_zarr
 from conftest import ROOT, TINY_FLAGS
 from test_trainer import assert_same_weights
 
@@ -139,6 +141,28 @@ def undisturbed(cluster: Cluster, store: Path) -> Path:
     job = cluster.sbatch("sb-ism.sbatch", *train_flags(store, directory))
     assert cluster.wait_for_end(job) == "COMPLETED", cluster.log(job)
     return directory / "final.pt"
+
+
+def test_a_conversion_has_slurm_start_its_workers(cluster: Cluster, tiny_h5ad: Path, store: Path) -> None:
+    output = cluster.checkout / "by_jobs.zarr"
+    words = [*("-m", "sedd", "convert", str(tiny_h5ad), str(output)), *("--slurm_workers", "2")]
+    seen: set[str] = set()
+    with subprocess.Popen(
+        [sys.executable, *words], cwd=cluster.checkout, env=cluster.environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None:
+            seen |= set(cluster.run("squeue", "--noheader", "--format=%i %j").splitlines())
+            time.sleep(0.1)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert "asked SLURM for 2 workers" in said
+    workers = {line.split()[0] for line in seen if line.endswith("dask-worker")}
+    assert len(workers) == 2
+    assert all(cluster.facts(job)["JobState"] in ("CANCELLED", "COMPLETED", "COMPLETING") for job in workers)
+    made, expected = (read_zarr(path) for path in (output, store))
+    np.testing.assert_array_equal(made.X.toarray(), expected.X.toarray())
+    assert made.obs.equals(expected.obs)
 
 
 @pytest.mark.parametrize("how", ["requeued", "preempted"])
