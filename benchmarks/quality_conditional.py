@@ -1,7 +1,7 @@
 """Cells generated type by type: are they of the type that was asked for, and do they look like it?
 
     python benchmarks/quality.py --data LABELLED.h5ad --label cell_type --name pbmc3k --export TRAIN.h5ad
-    sedd train --data_path TRAIN.h5ad --config configs/quality.yaml --num_epochs 25 --condition label --checkpoint_dir DIR
+    sedd train --data_path TRAIN.h5ad --config configs/quality.yaml --condition label --checkpoint_dir DIR
     python benchmarks/quality_conditional.py --data LABELLED.h5ad --label cell_type --name pbmc3k --checkpoint DIR
 
 As many cells of each type are generated as are held out of it. A logistic regression on principal components of the real
