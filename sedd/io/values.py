@@ -74,6 +74,9 @@ def _way_out(file: H5ad, matrix: Matrix) -> str:
         except ValueError:  # a damaged layer is no way out
             continue
     if good:
-        return f"Pass {' or '.join(good)}, which holds counts, or --binning log to bin real values."
+        return f"Pass {' or '.join(good)}, which holds counts; {_REAL}."
     listed = ", ".join(file.layers) or "none"
-    return f"Pass --layer with the counts (layers: {listed}; none of them looks like counts), or --binning log to bin real values."
+    return f"Pass --layer with the counts (layers: {listed}; none of them looks like counts); {_REAL}."
+
+
+_REAL = "or keep real values, by --values real of sedd convert or --binning log of sedd train"
