@@ -13,6 +13,8 @@ import scipy.sparse as sp
 import torch
 from accelerate.state import AcceleratorState
 
+from sedd.pretrained import Pretrained
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -73,3 +75,14 @@ def _fresh_accelerate_state() -> Iterator[None]:
     """Accelerate keeps the precision of a process's first run, and a test process has many."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def model(tiny_run: Path) -> Pretrained:
+    """The model of `tiny_run`."""
+    return Pretrained.load(tiny_run)
+
+
+def dense(matrix: object) -> np.ndarray:
+    """A matrix of an AnnData as an array."""
+    return np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix)  # type: ignore[attr-defined]

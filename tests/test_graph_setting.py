@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, dense
 from scipy.stats import chisquare
 from toy import ExactNetwork, Joint
 
@@ -33,10 +31,6 @@ def cells_of(joint: Joint, n: int, seed: int = 0) -> ad.AnnData:
     adata.obs_names = [f"cell{i}" for i in range(n)]
     adata.var_names = [f"gene{i}" for i in range(joint.n_vars)]
     return adata
-
-
-def dense(matrix: Any) -> np.ndarray:
-    return np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix)
 
 
 @pytest.fixture(scope="module")

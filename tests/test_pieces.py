@@ -27,11 +27,6 @@ from sedd.processes import Processes
 from sedd.tasks import denoise, embed, generate, impute
 
 
-@pytest.fixture(scope="module")
-def model(tiny_run: Path) -> Pretrained:
-    return Pretrained.load(tiny_run)
-
-
 def write(adata: ad.AnnData, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of anndata, about the version of the format
