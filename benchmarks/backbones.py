@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import processor
 from quality import Task, prepare
-from sampling import NOISE, processor
+from sampling import NOISE
 
 from sedd import metrics as m
 from sedd.ema import EMA

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loader import processor
+from machine import processor
 
 ANNDATA = """
 import sys, warnings

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
-from loader import machine
+from machine import machine
 
 from sedd.kernels.discretize import Binning
 from sedd.kernels.gather import gather_rows, row_pointers

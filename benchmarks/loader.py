@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import socket
 import statistics
@@ -22,11 +21,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 N_BINS = 100
@@ -286,24 +285,6 @@ def rank_bytes(store: str, world: int = 8) -> list[int]:
                 pass
             read.append(one.bytes_read)
     return read
-
-
-def processor() -> str:
-    """The name of the processor."""
-    described = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in described if line.startswith("model name")), "")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    packages = ("numba", "numpy", "torch", "zarr", "numcodecs", "anndata", "dask")
-    return {
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
-        "versions": {name: version(name) for name in packages},
-    }
 
 
 def run(command: list[str]) -> dict[str, Any]:

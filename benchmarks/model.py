@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sampling import processor
+from machine import processor
 
 from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
 

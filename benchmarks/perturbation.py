@@ -27,7 +27,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
-from loader import machine
+from machine import machine
 from scipy import sparse
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans

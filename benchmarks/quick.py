@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from loader import machine
+from machine import machine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import processor
 from quality import Task, prepare
 
 from sedd import metrics as m
@@ -153,14 +154,6 @@ def measure(task: Task, args: argparse.Namespace, attention: str) -> Iterator[Re
         "cells": size,
         **clock.cells_per_s(size),
     }
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
 def save(path: Path, entry: Record) -> None:

@@ -357,7 +357,7 @@ def requirements(found: dict[str, list[Record]], device: str) -> list[Record]:
 
 def machine(device: str) -> Record:
     """What the figures were measured on."""
-    from sampling import processor
+    from machine import processor
 
     name = processor()
     if device == "cuda":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sedd.config import TrainConfig
 from sedd.io.loader import Batch
-from sedd.kernels.mask import exact_mask_torch, random_mask_torch
+from sedd.kernels.mask import exact_mask_torch, masked_count, random_mask_torch
 from sedd.noise import Noise
 
 
@@ -22,7 +22,7 @@ class DeviceMasks:
     ----------
     objective
         "score_entropy" hides each gene with the mask probability of the cell's time, "masked" exactly
-        `round(mask_ratio * n_vars)` of them, and at least one.
+        a share `mask_ratio` of them.
     mask_ratio, noise, seed
         Of the run.
     """
@@ -37,20 +37,20 @@ class DeviceMasks:
         n_vars = batch.tokens.shape[1]
         cells = batch.cell.to(device, non_blocking=True)
         if self.objective == "masked":
-            return exact_mask_torch(self.seed, epoch, cells, n_vars, max(1, round(self.mask_ratio * n_vars)))
+            return exact_mask_torch(self.seed, epoch, cells, n_vars, masked_count(self.mask_ratio, n_vars))
         # Of the few times of a batch on the CPU, as the loader does: a GPU may round them differently.
         probability = self.noise.mask_probability(batch.t)
         return random_mask_torch(self.seed, epoch, cells, n_vars, probability.to(device, non_blocking=True))
 
 
 def device_masks(config: TrainConfig, device: torch.device, noise: Noise) -> DeviceMasks | None:
-    """What draws a run's masks beside the network on `device`; None if the loader draws them.
+    """What draws a run's masks beside the network on `device`; None if the loader does, or the graph needs none.
 
     By itself a run has them drawn on a GPU, where that halves what has to be copied to it. On a CPU the loader's kernel is the
     faster one (`benchmarks/train.py`).
     """
     asked = config.data.masks_on
-    if asked == "loader" or (asked == "auto" and device.type != "cuda"):
+    if config.model.graph == "uniform" or asked == "loader" or (asked == "auto" and device.type != "cuda"):
         return None
     return DeviceMasks(config.model.objective, config.model.mask_ratio, noise, config.run.seed)
 

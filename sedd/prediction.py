@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sedd.cells import Cells
 from sedd.errors import UserError, warn_user
 from sedd.kernels.mask import exact_mask
-from sedd.kernels.readings import expected_log
+from sedd.kernels.predictive import expected_log1p
 from sedd.pieces import Pieces, check_batch_size
 from sedd.pretrained import Pretrained
 from sedd.processes import is_main, launched
@@ -131,20 +131,20 @@ class Posterior:
         ----------
         counts : (B, n_vars)
         """
-        shape, rate = self._law(counts)
+        shape, rate = self._rate_posterior(counts)
         return shape / rate, np.sqrt(shape) / rate
 
     def log1p_with_own_counts(self, counts: np.ndarray) -> np.ndarray:
-        """Mean of `log1p(10,000 n / total)` of another reading n of the same cells, given the other genes and the counts.
+        """Posterior predictive mean of `log1p(10,000 n / total)`: n would be counted in the same cells at the same depth once more.
 
         Parameters
         ----------
         counts : (B, n_vars)
         """
-        return expected_log(*self._law(counts), 1e4 / np.maximum(counts.sum(axis=1), 1))
+        return expected_log1p(*self._rate_posterior(counts), 1e4 / np.maximum(counts.sum(axis=1), 1))
 
-    def _law(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shape and rate of the gamma law that the rate behind each count has.
+    def _rate_posterior(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shape and rate of the gamma posterior of the rate behind each count.
 
         An entry is taken as Poisson around a rate that the other genes leave uncertain, a gamma law. Its mean is the
         predicted one and its shape the one for which the count is 0 as often as predicted: the variance would depend on

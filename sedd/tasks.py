@@ -177,7 +177,7 @@ def denoise(
         Whether an entry's own count has a say in it (`sedd.prediction.Posterior.with_own_counts`), or the other genes
         alone. It has none where a bin is not a count (`--binning linear`, `log` or `quantile`).
     log1p
-        Also give the mean of `log1p(CP10k)` of another reading of the cell: what to compare cells by on that scale, where
+        Also give the posterior predictive mean of `log1p(CP10k)`: what to compare cells by on that scale, where
         the logarithm of a mean is too large. Like `X` it is by the count too, unless `own_counts` is off.
     num_samples
         Also draw every entry this many times, the parts of a partition jointly; mean and spread of the draws are reported.

@@ -200,7 +200,7 @@ class SEDDTrainer:
             split=panel.train_cells,
             genes=panel.genes,
             binning=panel.binning,
-            mask=None if self._masks else config.model.objective,
+            mask=None if self._masks or config.model.graph == "uniform" else config.model.objective,
             mask_ratio=config.model.mask_ratio,
             noise=self.noise.mask_probability,
             labels=list(config.model.condition),

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from sedd.config import TrainConfig
 from sedd.graph import AbsorbingGraph, Graph
 from sedd.io.loader import CellLoader
-from sedd.kernels.mask import exact_mask
+from sedd.kernels.mask import exact_mask, masked_count
 from sedd.likelihood import CellBatch, nelbo
 from sedd.loss import hide
 from sedd.model import SEDDTransformer
@@ -92,7 +92,7 @@ class Validator:
     def _recovery(self, model: SEDDTransformer, batch: CellBatch) -> list[float]:
         """How many entries were hidden, the sum of their negative log scores, that of their errors."""
         seed, n_vars, device = self._config.run.seed, len(self._panel.genes), self._accelerator.device
-        count = max(1, round(self._config.model.mask_ratio * n_vars))
+        count = masked_count(self._config.model.mask_ratio, n_vars)
         values = torch.as_tensor(self._panel.binning.values, device=device)
         assert batch.cell is not None
         masked = torch.from_numpy(exact_mask(seed, 0, batch.cell.numpy(), n_vars, count)).to(device)

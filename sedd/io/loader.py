@@ -15,6 +15,7 @@ import torch
 
 from ..errors import UserError, warn_user
 from ..kernels.discretize import Binning
+from ..kernels.mask import masked_count
 from ..kernels.tokens import RowFiller
 from .adapters import CSRBatch, TorchDataset
 from .choose import cumulative_weights, encode_label, find_genes, make_split, parse_bytes
@@ -188,7 +189,7 @@ class CellLoader:
             ),
             codes=codes,
             mask=mask,
-            count=max(1, round(mask_ratio * self.n_vars)),
+            count=masked_count(mask_ratio, self.n_vars),
             noise=noise,
             seed=seed,
             cumulative=cumulative_weights(self.store, self.cells, weights),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -30,10 +31,10 @@ def start_workers(n: int, budget: int) -> SLURMCluster:
     Raises
     ------
     UserError
-        If there is no SLURM here, or no dask-jobqueue.
+        If there is no SLURM here, or no dask-jobqueue, or SLURM would not take such a job.
     """
     if shutil.which("sbatch") is None:
-        raise UserError("--slurm_workers: there is no sbatch here. Run it where SLURM is, or leave it out to use the cores of this machine.")
+        raise UserError("--slurm_workers: there is no sbatch here. Run it where SLURM is, or leave it out to use this machine's cores.")
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError:
@@ -47,5 +48,14 @@ def start_workers(n: int, budget: int) -> SLURMCluster:
         worker_extra_args=["--no-dashboard", "--memory-limit", "0"],  # tasks keep to the budget; Dask would kill at a guess
         scheduler_options={"dashboard": False},
     )
+    # Asked first: Dask submits the jobs elsewhere, and would wait for ever for those that were refused.
+    asked = subprocess.run(["sbatch", "--test-only"], input=cluster.job_script(), capture_output=True, text=True)
+    if asked.returncode:
+        cluster.close()
+        said = asked.stderr.strip().removeprefix("sbatch: error: ").splitlines()
+        raise UserError(
+            f"--slurm_workers: SLURM would not take a worker ({said[0] if said else 'it gave no reason'}). Set what it "
+            "asks for by DASK_JOBQUEUE__SLURM__ACCOUNT, __QUEUE (the partition) or __WALLTIME, or lower --memory_budget."
+        )
     cluster.scale(jobs=n)
     return cluster

@@ -181,6 +181,11 @@ def mask_stream(seed: int, epoch: int) -> int:
     return stream_key(MASK_STREAM, seed, epoch)
 
 
+def masked_count(ratio: float, n_vars: int) -> int:
+    """How many genes "exactly a share `ratio`" are: rounded, and at least one."""
+    return max(1, round(ratio * n_vars))
+
+
 def thresholds(probability: np.ndarray) -> np.ndarray:
     """Turn mask probabilities into hash thresholds.
 

@@ -165,6 +165,20 @@ def test_a_conversion_has_slurm_start_its_workers(cluster: Cluster, tiny_h5ad: P
     assert made.obs.equals(expected.obs)
 
 
+def test_workers_that_slurm_would_not_take_end_the_conversion_before_it_begins(cluster: Cluster, tiny_h5ad: Path) -> None:
+    output = cluster.checkout / "refused.zarr"
+    done = subprocess.run(
+        [sys.executable, "-m", "sedd", "convert", str(tiny_h5ad), str(output), "--slurm_workers", "2"],
+        env={**cluster.environment, "DASK_JOBQUEUE__SLURM__QUEUE": "nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "SLURM would not take a worker" in done.stderr
+    assert "partition" in done.stderr
+    assert not list(cluster.checkout.glob("refused*"))
+
+
 @pytest.mark.parametrize("how", ["requeued", "preempted"])
 def test_a_job_stopped_half_way_ends_with_the_weights_of_one_that_was_not(
     how: str, cluster: Cluster, store: Path, undisturbed: Path

@@ -1,4 +1,4 @@
-"""What another reading of a cell would show, of which the rates behind its counts are known up to a gamma law."""
+"""Posterior predictive expectations: counts that are Poisson around a rate with a gamma posterior, so negative binomial."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REST, MOST = 1e-8, 50_000
 
 
 @numba.njit(cache=True, nogil=True)
-def _expected_log(shape: Any, rate: Any, scale: Any, out: Any) -> None:
+def _expected_log1p(shape: Any, rate: Any, scale: Any, out: Any) -> None:
     for row in range(shape.shape[0]):
         for gene in range(shape.shape[1]):
             a, b, c = shape[row, gene], rate[row, gene], scale[row]
@@ -36,12 +36,12 @@ def _expected_log(shape: Any, rate: Any, scale: Any, out: Any) -> None:
             out[row, gene] = total
 
 
-def expected_log(shape: np.ndarray, rate: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Expectation of `log1p(scale * n)`, n being Poisson around a rate that has a gamma law.
+def expected_log1p(shape: np.ndarray, rate: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Expectation of `log1p(scale * n)` of a negative binomial n: Poisson around a rate that has a gamma posterior.
 
     Parameters
     ----------
-    shape, rate : (B, n_vars) float64, positive, of the gamma law; its mean is `shape / rate`
+    shape, rate : (B, n_vars) float64, positive, of the gamma posterior; its mean is `shape / rate`
     scale : (B,) float64, of each row
 
     Returns
@@ -51,12 +51,12 @@ def expected_log(shape: np.ndarray, rate: np.ndarray, scale: np.ndarray) -> np.n
     Raises
     ------
     ValueError
-        If the arrays do not fit together or a law is not one.
+        If the arrays do not fit together or a shape or rate is not positive.
     """
     if shape.ndim != 2 or rate.shape != shape.shape or scale.shape != shape.shape[:1]:
         raise UserError(f"shapes {shape.shape}, {rate.shape} and {scale.shape} disagree; expected (B, n), (B, n) and (B,)")
     if not (np.all(shape > 0) and np.all(rate > 0) and np.all(scale >= 0)):
-        raise UserError("a gamma law needs a positive shape and rate; the scale must not be negative")
+        raise UserError("a gamma posterior needs a positive shape and rate; the scale must not be negative")
     out = np.empty(shape.shape)
-    _expected_log(shape.astype(np.float64), rate.astype(np.float64), scale.astype(np.float64), out)
+    _expected_log1p(shape.astype(np.float64), rate.astype(np.float64), scale.astype(np.float64), out)
     return out
