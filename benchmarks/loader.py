@@ -251,8 +251,11 @@ def windowed(store: str, seconds: float) -> dict[str, Any]:
     return {**rates, "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
 
-def shuffle_quality(store: str, batch: int = 64, n_batches: int = 400) -> dict[str, float]:
-    """Mean label entropy (bits) of batches, of the plan alone, for both ways of shuffling and for true random draws."""
+def shuffle_quality(store: str, batch: int = 64, n_batches: int = 2000) -> dict[str, float]:
+    """Mean label entropy (bits) of batches, of the plan alone, for both ways of shuffling and for true random draws.
+
+    "window, one of 8 ranks" is what one rank adds to steps of eight times the batch.
+    """
     from sedd.io.choose import encode_label
     from sedd.io.plan import EpochOrder
     from sedd.io.store import CellStore
@@ -266,8 +269,10 @@ def shuffle_quality(store: str, batch: int = 64, n_batches: int = 400) -> dict[s
             values.append(-(share[share > 0] * np.log2(share[share > 0])).sum())
         return float(np.mean(values))
 
-    take = min(codes.size // batch, n_batches) * batch
-    result = {mode: entropy(EpochOrder(codes.size, 0, 0, mode).ranks(np.arange(take))) for mode in ("window", "full")}
+    take, of_a_rank = (min(codes.size // batch // ranks, n_batches) * batch for ranks in (1, 8))
+    orders = {mode: EpochOrder(codes.size, 0, 0, mode) for mode in ("window", "full")}
+    result = {mode: entropy(order.ranks(np.arange(take))) for mode, order in orders.items()}
+    result["window, one of 8 ranks"] = entropy(orders["window"].ranks(np.arange(0, 8 * of_a_rank, 8)))
     result["random"] = entropy(np.random.default_rng(0).permutation(codes.size)[:take])
     return result
 
@@ -371,7 +376,10 @@ def main() -> None:
         "machine": machine(),
         "data": {"file": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds},
         "rates": {name: summarise(values) for name, values in rounds.items()},
-        "label_entropy_bits": shuffle_quality(str(store)),
+        "label_entropy_bits": {
+            one.name: {str(batch): shuffle_quality(str(one), batch) for batch in (64, 512)}
+            for one in filter(None, (store, args.large))
+        },
         "window_by_store": {name: summarise(values) for name, values in by_store.items()},
         "cold_epoch": cold_epoch(str(store)),
         "first_epoch_of_gzip": None if args.gzip is None else first_epoch_of_gzip(args.gzip),
