@@ -81,8 +81,11 @@ def load(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{path}: the checkpoint is damaged (checksum of {damaged}); use another one of the run.")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: holds objects that are not plain data and was not loaded ({reason[:200]}).") from error
+        # Not with torch's words: they advise to load it all the same.
+        raise UserError(
+            f"{path}: holds objects that are not plain data, which could run a program; nothing of it was loaded. Expected "
+            "a checkpoint written by sedd."
+        ) from error
     except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise

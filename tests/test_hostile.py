@@ -64,7 +64,9 @@ def test_a_checkpoint(
         ["export", str(run), str(tmp_path / "exported")],
         [*training, "--resume", str(path)],
     ):
-        assert "best.pt" in refused(target, arguments, capsys)
+        said = refused(target, arguments, capsys)
+        assert "best.pt" in said
+        assert "weights_only" not in said  # no advice to run it
     resumed = ["train", "--data_path", str(tiny_h5ad), "--checkpoint_dir", str(run), *TINY_FLAGS, "--num_epochs", "1"]
     assert main([*resumed, "--resume", "auto", "--overwrite"]) == 0  # passed over: there is no other
     assert not target.exists()
