@@ -58,7 +58,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SchedulerParameters=batch_sched_delay=1,sched_interval=5
+SchedulerParameters=batch_sched_delay=1,sched_interval=2
 GresTypes=gpu
 KillWait=60
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$one CPUs=8 RealMemory=200000 Gres=gpu:rtx_6000:1 State=UNKNOWN

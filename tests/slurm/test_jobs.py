@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 HERE = Path(__file__).parent
 CPU_JOB = ["--gres=none", "--mem-per-gpu=0", "--cpus-per-task=1"]
+EPOCHS = 300  # the controller takes seconds to preempt a job; 100 epochs are over in seven where cores are fast
 
 
 class Cluster:
@@ -116,8 +117,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         subprocess.run([HERE / "stop.sh", state], check=True)
 
 
-def train_flags(data: Path, directory: Path, epochs: int = 100) -> list[str]:
-    return ["--data_path", str(data), "--checkpoint_dir", str(directory), *TINY_FLAGS, "--num_epochs", str(epochs)]
+def train_flags(data: Path, directory: Path) -> list[str]:
+    return ["--data_path", str(data), "--checkpoint_dir", str(directory), *TINY_FLAGS, "--num_epochs", str(EPOCHS)]
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +227,11 @@ def test_two_nodes_train_together_and_survive_a_warning_and_a_preemption(cluster
     reference = cluster.checkout / "two-processes"
     config = ROOT / "configs" / "accelerate" / "cpu.yaml"
     launch = ["accelerate", "launch", "--config_file", str(config), "--num_processes", "2", "train.py"]
-    cluster.run(*launch, *train_flags(store, reference, epochs=100))
+    cluster.run(*launch, *train_flags(store, reference))
 
     directory = cluster.checkout / "two-nodes"
     options = [*CPU_JOB, "--partition=patient"]
-    job = cluster.sbatch("sb-multinode.sbatch", *train_flags(store, directory, epochs=100), options=options)
+    job = cluster.sbatch("sb-multinode.sbatch", *train_flags(store, directory), options=options)
     cluster.wait_for_step(job, directory, 30)
     assert cluster.facts(job)["NodeList"] == "n[1-2]"
     cluster.run("scancel", "--signal=USR1", "--batch", job)
