@@ -1,9 +1,11 @@
-"""Imputation, denoising, likelihood, generation and embedding of sedd and its peers, on the same cells and masks.
+r"""Imputation, denoising, likelihood, generation and embedding of sedd and its peers, on the same cells and masks.
 
     python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --peer_python PEERS/bin/python
     python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --export experiments/quality/pbmc3k_train.h5ad
     sedd train --data_path experiments/quality/pbmc3k_train.h5ad --config configs/quality.yaml --checkpoint_dir DIR
     python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --checkpoint DIR
+    python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --checkpoint DIR/final.pt --protocols generation --steps 128 \
+        --called "sedd, last epoch"
 
 The first line runs the peers (in an interpreter with scvi-tools and magic-impute), the others write the training cells,
 train sedd on them and score it; each writes its part of `benchmarks/results/quality_NAME.json` and leaves the rest. Cells are split 80/20 by `default_rng(0).permutation`, genes
@@ -22,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ from sedd import tasks
 from sedd.metrics.baselines import nb_cdf, nb_log_prob
 
 FRACTIONS = (15, 30, 50)
+N_DRAWS = 5  # of generated cells for each trained model
 PROTOCOLS = ["imputation", "likelihood", "denoising", "generation", "embedding"]
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "scVI NB": ("scvi", {"likelihood": "nb", "kl_warmup": 50, "modelled_library": True}),
@@ -265,33 +269,43 @@ def peer_records(task: Task, method: str, answers: Any) -> Iterator[Record]:
         yield score_embedding(task, method, answers["latent_train"], answers["latent_test"])
 
 
-def sedd_records(task: Task, checkpoint: Path, protocols: Sequence[str], n_masks: int) -> Iterator[Record]:
+def sedd_records(
+    task: Task, checkpoint: Path, protocols: Sequence[str], n_masks: int, *, called: str, steps: Sequence[int]
+) -> Iterator[Record]:
     """Score a model that was trained on the task's training cells."""
     model = quality_sedd.Pretrained.load(checkpoint)
     test = quality_sedd.aligned(model, task.test, task.genes)
     if "imputation" in protocols:
         for fraction, hidden in task.hidden.items():
             answers = quality_sedd.impute(model, test, hidden)
-            yield score_imputation(task, "sedd", fraction, answers.pop("mean"), **answers)
+            yield score_imputation(task, called, fraction, answers.pop("mean"), **answers)
     if "likelihood" in protocols:
         for told in (False, True) if model.model.config["condition_library"] else (False,):
             nats = quality_sedd.likelihood(model, test, n_masks, task.seed, told=told)
-            row = score_likelihood(task, "sedd, bound", nats, "the cell's total" if told else "nothing")
+            row = score_likelihood(task, f"{called}, bound", nats, "the cell's total" if told else "nothing")
             yield {**row, "masks_per_cell": n_masks}
     if "denoising" in protocols:
         kept = quality_sedd.aligned(model, task.kept[task.test_rows], task.genes)
         for method, denoised in quality_sedd.denoise(model, kept, task.seed).items():
-            yield score_denoising(task, method, denoised)
+            yield score_denoising(task, method.replace("sedd", called, 1), denoised)
     if "generation" in protocols:
         order = quality_sedd.gene_order(model, task.genes)
-        for steps in (32, 128, 512):
-            made = tasks.generate(model, task.test.shape[0], num_steps=steps, seed=task.seed, progress=False)
-            name = "sedd" if steps == 128 else f"sedd, {steps} steps"
-            yield score_generation(task, name, sparse.csr_array(made.X)[:, order])
+        for n_steps in steps:
+            name = called if n_steps == 128 else f"{called}, {n_steps} steps"
+            scores = [score_generation(task, name, cells[:, order]) for cells in draws(model, task, n_steps)]
+            numbers = [key for key, value in scores[0].items() if isinstance(value, float)]
+            yield {**scores[0], **{key: float(np.mean([s[key] for s in scores])) for key in numbers}, "draws": len(scores)}
     if "embedding" in protocols and task.labels is not None:
         train = quality_sedd.aligned(model, task.train, task.genes)
         states = [tasks.embed(model, cells, progress=False).obsm["X_sedd"] for cells in (train, test)]
-        yield score_embedding(task, "sedd", states[0], states[1])
+        yield score_embedding(task, called, states[0], states[1])
+
+
+def draws(model: quality_sedd.Pretrained, task: Task, n_steps: int) -> Iterator[sparse.csr_array]:
+    """Cells of a model, several times as many as are held out: two such draws differ by more than two models do."""
+    for k in range(N_DRAWS):
+        seed = task.seed * N_DRAWS + k
+        yield sparse.csr_array(tasks.generate(model, task.test.shape[0], num_steps=n_steps, seed=seed, progress=False).X)
 
 
 def recipe_records(task: Task, checkpoint: Path) -> Iterator[Record]:
@@ -358,6 +372,8 @@ def main() -> None:
     parser.add_argument("--recipe", action="store_true", help="the checkpoint is one of --objective masked, a peer")
     parser.add_argument("--protocols", nargs="+", default=PROTOCOLS, choices=PROTOCOLS, help="of sedd's score")
     parser.add_argument("--n_masks", type=int, default=64, help="masks per cell of sedd's bound")
+    parser.add_argument("--steps", type=int, nargs="+", default=[32, 128, 512], help="of sedd's sampler")
+    parser.add_argument("--called", default="sedd", help="name of the checkpoint in the tables")
     parser.add_argument("--export", type=Path, help="write the training cells on the panel to this .h5ad and stop")
     parser.add_argument("--work", type=Path, default=Path("experiments/quality"), help="where peers' answers are kept")
     parser.add_argument("--output", type=Path)
@@ -369,6 +385,9 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     work = args.work / args.name
     work.mkdir(parents=True, exist_ok=True)
+    scored = partial(
+        sedd_records, checkpoint=args.checkpoint, protocols=args.protocols, n_masks=args.n_masks, called=args.called, steps=args.steps
+    )
     for seed in args.seeds:
         task = prepare(args.data, args.n_genes, args.label, seed)
         head = {
@@ -382,7 +401,7 @@ def main() -> None:
         if args.checkpoint and args.recipe:
             jobs.append(("recipe", lambda: recipe_records(task, args.checkpoint)))  # noqa: B023
         elif args.checkpoint:
-            jobs.append(("sedd", lambda: sedd_records(task, args.checkpoint, args.protocols, args.n_masks)))  # noqa: B023
+            jobs.append(("sedd", lambda: scored(task)))  # noqa: B023
         for method in [] if args.checkpoint else args.methods:
             if method == "baselines":
                 jobs.append((method, lambda: baselines(task)))  # noqa: B023  (run within this iteration)

@@ -25,8 +25,8 @@ from .threads import Task, Threads
 from .window import RowReader, Rows, WholeStore, read_rows_elsewhere
 
 EPSILON = 1e-3  # of the default noise: the mask probability at time t is (1 - EPSILON) t
-_GROUP_ROWS = 1024  # small batches are filled several at a time: a task costs about as much as 20 cells
-_GROUP_BYTES = 32 << 20
+_GROUP_ROWS = 512  # small batches are filled several at a time: a task costs about as much as 20 cells
+_GROUP_BYTES = 16 << 20  # six groups are about: more than 100 MB of them are filled as slowly as memory takes them
 _FIRST_RUN, _RUN = 1024, 8192  # cells read at a time where nothing is read twice; the first few are small, to be quick
 _MIN_RUN = 4096  # windows of a rank of many are small: several are read by one task
 

@@ -155,26 +155,36 @@ class EpochOrder:
         return LANES * LANE_WINDOW if self.mode == "window" else 1
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def _swap(x: Any, shift: Any, keep: Any) -> Any:
+    """Swap neighbouring groups of `shift` bits; `keep` has the lower of each two groups."""
+    return ((x >> np.uint64(shift)) & np.uint64(keep)) | ((x & np.uint64(keep)) << np.uint64(shift))
+
+
 @numba.njit(cache=True, nogil=True)
 def _times(positions: Any, key: Any, out: Any) -> None:
+    # Loops over positions lie innermost: each bit's hash needs the bits below it, but positions do not need each other.
     masks = (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F, 0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF)
+    digits, low = np.empty(positions.shape[0], np.uint64), np.zeros(positions.shape[0], np.uint64)
     for i in range(positions.shape[0]):
         x = np.uint64(positions[i])
         # Pascal's matrix mod 2: bit i becomes the parity of the bits j of x for which the binary digits of j include i's.
         for step in range(6):
             keep = np.uint64(masks[step]) if step < 5 else np.uint64(0x00000000FFFFFFFF)
             x ^= (x >> (np.uint64(1) << np.uint64(step))) & keep
-        low = np.uint64(0)  # nested scrambling: whether a bit is flipped is a hash of the scrambled bits below it
-        for bit in range(_SCRAMBLED):
-            salt = mix64(key ^ (low | (np.uint64(1) << np.uint64(bit + 1))))
-            low |= (((x >> np.uint64(bit)) ^ salt) & np.uint64(1)) << np.uint64(bit)
-        above = np.uint64(_SCRAMBLED)
-        x = low | (((x >> above) ^ mix64(key + low)) << above)
-        reverse = np.uint64(0)
-        for _ in range(53):
-            reverse = (reverse << np.uint64(1)) | (x & np.uint64(1))
-            x >>= np.uint64(1)
-        out[i] = 1.0 - np.float64(reverse) * 2.0**-53
+        digits[i] = x
+    for bit in range(_SCRAMBLED):  # nested scrambling: whether a bit is flipped is a hash of the scrambled bits below it
+        mark = np.uint64(1) << np.uint64(bit + 1)
+        for i in range(positions.shape[0]):
+            salt = mix64(key ^ (low[i] | mark))
+            low[i] |= (((digits[i] >> np.uint64(bit)) ^ salt) & np.uint64(1)) << np.uint64(bit)
+    above = np.uint64(_SCRAMBLED)
+    for i in range(positions.shape[0]):
+        x = low[i] | (((digits[i] >> above) ^ mix64(key + low[i])) << above)
+        for step in range(5):
+            x = _swap(x, 1 << step, masks[step])
+        x = (x >> np.uint64(32)) | (x << np.uint64(32))  # the bits of x, backwards
+        out[i] = 1.0 - np.float64(x >> np.uint64(11)) * 2.0**-53
 
 
 def noise_times(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
