@@ -25,8 +25,8 @@ from .threads import Task, Threads
 from .window import RowReader, Rows, WholeStore, read_rows_elsewhere
 
 EPSILON = 1e-3  # of the default noise: the mask probability at time t is (1 - EPSILON) t
-_GROUP_ROWS = 512  # small batches are filled several at a time: a task costs about as much as 20 cells
-_GROUP_BYTES = 16 << 20  # six groups are about: more than 100 MB of them are filled as slowly as memory takes them
+_GROUP_ROWS = 4096  # small batches are filled several at a time: a task costs about as much as 20 cells
+_GROUP_BYTES = 12 << 20  # where six groups take more than 60 MB, they are filled as slowly as memory takes them
 _FIRST_RUN, _RUN = 1024, 8192  # cells read at a time where nothing is read twice; the first few are small, to be quick
 _MIN_RUN = 4096  # windows of a rank of many are small: several are read by one task
 
@@ -134,6 +134,10 @@ class Pipeline:
     def _batch_bytes(self, plan: RankPlan) -> int:
         per_gene = self.recipe.filler.dtype.itemsize + (self.recipe.mask is not None)
         return plan.batch_size * self.recipe.filler.n_panel * per_gene
+
+    def _csr_bytes(self, plan: RankPlan) -> int:
+        """Of an average batch, of all genes: indices and values have four bytes each."""
+        return 8 * plan.batch_size * self.reader.store.nnz // max(self.reader.store.n_obs, 1)
 
     def _cuts(self, plan: RankPlan, order: EpochOrder) -> Iterator[tuple[int, int]]:
         """Cut this rank's cells into reads, at the ends of the order's windows where they fit into memory."""
@@ -279,7 +283,7 @@ class Pipeline:
 
         Leaving the iterator drops what is queued. An exception in a thread is raised here.
         """
-        batch_bytes = max(self._batch_bytes(plan), 1)
+        batch_bytes = max(self._batch_bytes(plan) if form == "dense" else self._csr_bytes(plan), 1)
         per_group = max(1, min(_GROUP_ROWS // plan.batch_size, _GROUP_BYTES // batch_bytes))
         group = per_group * plan.batch_size
         groups_ahead = min(self.threads + 2, max(2, self.memory_budget // 4 // (batch_bytes * per_group)))
