@@ -284,9 +284,11 @@ class Pipeline:
         Leaving the iterator drops what is queued. An exception in a thread is raised here.
         """
         batch_bytes = max(self._batch_bytes(plan) if form == "dense" else self._csr_bytes(plan), 1)
-        per_group = max(1, min(_GROUP_ROWS // plan.batch_size, _GROUP_BYTES // batch_bytes))
+        room = self.memory_budget // 4
+        group_bytes = min(_GROUP_BYTES, room // (self.threads + 2))
+        per_group = max(1, min(_GROUP_ROWS // plan.batch_size, group_bytes // batch_bytes))
         group = per_group * plan.batch_size
-        groups_ahead = min(self.threads + 2, max(2, self.memory_budget // 4 // (batch_bytes * per_group)))
+        groups_ahead = min(self.threads + 2, max(2, room // (batch_bytes * per_group)))
         cuts = self._cuts(plan, order)
         runs: deque[_Run] = deque()
         pending: deque[Task[list[dict[str, Any]]]] = deque()
