@@ -26,6 +26,7 @@ from .window import RowReader, Rows, WholeStore, read_rows_elsewhere
 
 EPSILON = 1e-3  # of the default noise: the mask probability at time t is (1 - EPSILON) t
 _GROUP_ROWS = 4096  # small batches are filled several at a time: a task costs about as much as 20 cells
+_FIRST_GROUP_ROWS = 128  # so that the first batch of an epoch is there soon
 _GROUP_BYTES = 12 << 20  # where six groups take more than 60 MB, they are filled as slowly as memory takes them
 _FIRST_RUN, _RUN = 1024, 8192  # cells read at a time where nothing is read twice; the first few are small, to be quick
 _MIN_RUN = 4096  # windows of a rank of many are small: several are read by one task
@@ -288,6 +289,7 @@ class Pipeline:
         group_bytes = min(_GROUP_BYTES, room // (self.threads + 2))
         per_group = max(1, min(_GROUP_ROWS // plan.batch_size, group_bytes // batch_bytes))
         group = per_group * plan.batch_size
+        size = max(1, _FIRST_GROUP_ROWS // plan.batch_size) * plan.batch_size  # doubled until it is a whole group's
         groups_ahead = min(self.threads + 2, max(2, room // (batch_bytes * per_group)))
         cuts = self._cuts(plan, order)
         runs: deque[_Run] = deque()
@@ -307,7 +309,7 @@ class Pipeline:
         try:
             while True:
                 while asked < plan.n_mine and len(pending) < groups_ahead:
-                    stop = min(asked + group, plan.n_mine)
+                    stop, size = min(asked + min(size, group), plan.n_mine), 2 * size
                     while read_to < stop:
                         read_more()
                     needed = [run for run in runs if run.low < stop and run.high > asked]
