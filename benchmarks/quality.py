@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -270,7 +269,7 @@ def peer_records(task: Task, method: str, answers: Any) -> Iterator[Record]:
 
 
 def sedd_records(
-    task: Task, checkpoint: Path, protocols: Sequence[str], n_masks: int, *, called: str, steps: Sequence[int]
+    task: Task, checkpoint: Path, protocols: Sequence[str], n_masks: int, steps: Sequence[int]
 ) -> Iterator[Record]:
     """Score a model that was trained on the task's training cells."""
     model = quality_sedd.Pretrained.load(checkpoint)
@@ -278,27 +277,27 @@ def sedd_records(
     if "imputation" in protocols:
         for fraction, hidden in task.hidden.items():
             answers = quality_sedd.impute(model, test, hidden)
-            yield score_imputation(task, called, fraction, answers.pop("mean"), **answers)
+            yield score_imputation(task, "sedd", fraction, answers.pop("mean"), **answers)
     if "likelihood" in protocols:
         for told in (False, True) if model.model.config["condition_library"] else (False,):
             nats = quality_sedd.likelihood(model, test, n_masks, task.seed, told=told)
-            row = score_likelihood(task, f"{called}, bound", nats, "the cell's total" if told else "nothing")
+            row = score_likelihood(task, "sedd, bound", nats, "the cell's total" if told else "nothing")
             yield {**row, "masks_per_cell": n_masks}
     if "denoising" in protocols:
         kept = quality_sedd.aligned(model, task.kept[task.test_rows], task.genes)
         for method, denoised in quality_sedd.denoise(model, kept, task.seed).items():
-            yield score_denoising(task, method.replace("sedd", called, 1), denoised)
+            yield score_denoising(task, method, denoised)
     if "generation" in protocols:
         order = quality_sedd.gene_order(model, task.genes)
         for n_steps in steps:
-            name = called if n_steps == 128 else f"{called}, {n_steps} steps"
+            name = "sedd" if n_steps == 128 else f"sedd, {n_steps} steps"
             scores = [score_generation(task, name, cells[:, order]) for cells in draws(model, task, n_steps)]
             numbers = [key for key, value in scores[0].items() if isinstance(value, float)]
             yield {**scores[0], **{key: float(np.mean([s[key] for s in scores])) for key in numbers}, "draws": len(scores)}
     if "embedding" in protocols and task.labels is not None:
         train = quality_sedd.aligned(model, task.train, task.genes)
         states = [tasks.embed(model, cells, progress=False).obsm["X_sedd"] for cells in (train, test)]
-        yield score_embedding(task, called, states[0], states[1])
+        yield score_embedding(task, "sedd", states[0], states[1])
 
 
 def draws(model: quality_sedd.Pretrained, task: Task, n_steps: int) -> Iterator[sparse.csr_array]:
@@ -385,9 +384,11 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     work = args.work / args.name
     work.mkdir(parents=True, exist_ok=True)
-    scored = partial(
-        sedd_records, checkpoint=args.checkpoint, protocols=args.protocols, n_masks=args.n_masks, called=args.called, steps=args.steps
-    )
+
+    def scored(task: Task) -> Iterator[Record]:
+        for record in sedd_records(task, args.checkpoint, args.protocols, args.n_masks, args.steps):
+            yield {**record, "method": args.called + record["method"].removeprefix("sedd")}
+
     for seed in args.seeds:
         task = prepare(args.data, args.n_genes, args.label, seed)
         head = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import numpy as np
 
 MASK32 = (1 << 32) - 1
@@ -77,3 +79,15 @@ def quantile_tokens(counts: np.ndarray, n_bins: int) -> np.ndarray:
             edges = np.quantile(values[present].astype(np.float64), np.linspace(0, 1, n_bins - 1))
             out[row, present] = np.digitize(values[present], edges)
     return out
+
+
+def noise_time(seed: int, epoch: int, position: int) -> float:
+    """Second coordinate of Sobol's sequence: Pascal's matrix, 20 scrambled digits, one flip for the rest, from 1 downwards."""
+    key = stream_key(0x6E6F6973, seed, epoch)
+    ones = [j for j in range(64) if position >> j & 1]
+    digits = sum((sum(comb(j, i) for j in ones) % 2) << i for i in range(64))
+    low = 0
+    for bit in range(20):
+        low |= ((digits >> bit ^ mix64(key ^ (low | 1 << (bit + 1)))) & 1) << bit
+    digits = low | ((digits >> 20 ^ mix64(key + low)) << 20)
+    return 1 - sum((digits >> i & 1) * 2.0 ** -(i + 1) for i in range(53))

@@ -132,13 +132,11 @@ class Pipeline:
             )
         return most
 
-    def _batch_bytes(self, plan: RankPlan) -> int:
+    def _batch_bytes(self, plan: RankPlan, form: str = "dense") -> int:
+        if form == "csr":  # of an average batch, of all genes: indices and values have four bytes each
+            return 8 * plan.batch_size * self.reader.store.nnz // max(self.reader.store.n_obs, 1)
         per_gene = self.recipe.filler.dtype.itemsize + (self.recipe.mask is not None)
         return plan.batch_size * self.recipe.filler.n_panel * per_gene
-
-    def _csr_bytes(self, plan: RankPlan) -> int:
-        """Of an average batch, of all genes: indices and values have four bytes each."""
-        return 8 * plan.batch_size * self.reader.store.nnz // max(self.reader.store.n_obs, 1)
 
     def _cuts(self, plan: RankPlan, order: EpochOrder) -> Iterator[tuple[int, int]]:
         """Cut this rank's cells into reads, at the ends of the order's windows where they fit into memory."""
@@ -284,7 +282,7 @@ class Pipeline:
 
         Leaving the iterator drops what is queued. An exception in a thread is raised here.
         """
-        batch_bytes = max(self._batch_bytes(plan) if form == "dense" else self._csr_bytes(plan), 1)
+        batch_bytes = max(self._batch_bytes(plan, form), 1)
         room = self.memory_budget // 4
         group_bytes = min(_GROUP_BYTES, room // (self.threads + 2))
         per_group = max(1, min(_GROUP_ROWS // plan.batch_size, group_bytes // batch_bytes))

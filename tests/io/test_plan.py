@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -109,6 +110,17 @@ def test_every_aligned_run_of_positions_has_one_time_per_stratum_on_every_rank()
         for rank, block in itertools.product(range(world), (0, 5)):
             t = noise_times(9, epoch, rank + world * np.arange(block * size, (block + 1) * size))
             assert sorted(np.ceil(t * size).astype(int)) == list(range(1, size + 1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 1000),
+    positions=st.lists(st.integers(0, 2**62), min_size=1, max_size=40),
+)
+def test_times_are_those_of_the_plain_definition(seed: int, epoch: int, positions: list[int]) -> None:
+    expected = [naive.noise_time(seed, epoch, position) for position in positions]
+    assert noise_times(seed, epoch, np.array(positions)).tolist() == expected
 
 
 def test_times_are_uniform_and_new_in_every_epoch() -> None:

@@ -176,7 +176,7 @@ def test_workers_that_slurm_would_not_take_end_the_conversion_before_it_begins(c
     )
     assert done.returncode == 2
     assert "SLURM would not take a worker" in done.stderr
-    assert "partition" in done.stderr
+    assert "invalid partition specified: nowhere" in done.stderr  # in the words of SLURM
     assert not list(cluster.checkout.glob("refused*"))
 
 
