@@ -30,13 +30,13 @@ from quality import Task, prepare
 from sampling import NOISE
 
 from sedd import metrics as m
-from sedd.ema import EMA
+from sedd.binning import Binning, smoothed_log_shares
 from sedd.graph import AbsorbingGraph
-from sedd.kernels.discretize import Binning, smoothed_log_shares
 from sedd.likelihood import Likelihood, nelbo
 from sedd.loss import diffusion_loss
 from sedd.model import SEDDTransformer
 from sedd.noise import stratified_times
+from sedd.training.ema import EMA
 
 DESIGNS: dict[str, dict[str, Any]] = {
     "latent": {"attention": "latent", "num_latents": 1},

@@ -19,10 +19,10 @@ import numcodecs
 import numpy as np
 from convert import machine
 
-from sedd.io import pack
+from sedd.io.conversion import counts as pack
+from sedd.io.format.codec import keep_freed_memory
+from sedd.io.format.shards import CHUNK
 from sedd.io.h5ad import H5ad
-from sedd.io.native import keep_freed_memory
-from sedd.io.shards import CHUNK
 
 CANDIDATES = {
     "none": None,

@@ -36,7 +36,7 @@ COPY = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import h5py, zarr
-from sedd.io.shards import CHUNK, create_vector, shard_length
+from sedd.io.format.shards import CHUNK, create_vector, shard_length
 with h5py.File(sys.argv[1]) as h5:
     group = zarr.open_group(sys.argv[2], mode="w", zarr_format=3)
     for name in ("data", "indices", "indptr"):

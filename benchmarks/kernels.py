@@ -22,7 +22,7 @@ import scipy.sparse as sp
 import torch
 from machine import machine
 
-from sedd.kernels.discretize import Binning
+from sedd.binning import Binning
 from sedd.kernels.gather import gather_rows, row_pointers
 from sedd.kernels.mask import exact_mask, random_mask, random_mask_torch
 from sedd.kernels.tokens import MaskRule, RowFiller
@@ -32,7 +32,7 @@ N_CELLS, N_GENES, DENSITY = 512, 20_000, 0.068
 
 FIRST_CALL = """
 import time, numpy as np
-from sedd.kernels.discretize import Binning
+from sedd.binning import Binning
 from sedd.kernels.tokens import MaskRule, RowFiller
 filler = RowFiller(9, genes=None, binning=Binning("counts", 5, None, np.arange(5)), max_count=9)
 began = time.process_time()

@@ -55,9 +55,9 @@ def measure(options: dict[str, Any], form: str, seconds: float) -> dict[str, flo
 
 def limits(store: str, seconds: float) -> dict[str, dict[str, float]]:
     """What two threads do of each part of the work alone, and of all of it one after the other."""
+    from sedd.binning import Binning
+    from sedd.io.loading.rows import RowReader
     from sedd.io.store import CellStore
-    from sedd.io.window import RowReader
-    from sedd.kernels.discretize import Binning
     from sedd.kernels.mask import random_mask
     from sedd.kernels.tokens import RowFiller
 
@@ -256,7 +256,7 @@ def shuffle_quality(store: str, batch: int = 64, n_batches: int = 2000) -> dict[
 
     "window, one of 8 ranks" is what one rank adds to steps of eight times the batch.
     """
-    from sedd.io.choose import encode_label
+    from sedd.io.loading.selection import encode_label
     from sedd.io.plan import EpochOrder
     from sedd.io.store import CellStore
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from sedd import prediction, tasks
+from sedd import tasks
 from sedd.errors import UserError
-from sedd.evaluation import within_nats
+from sedd.evaluation.evaluate import within_nats
+from sedd.inference import posterior
+from sedd.inference.pretrained import Pretrained
 from sedd.likelihood import CellBatch, nelbo
-from sedd.pretrained import Pretrained
 from sedd.sampling import AnalyticSampler
 
 
@@ -35,7 +36,7 @@ def batches(
 ) -> Iterator[tuple[int, int, Any, Any]]:
     """Tokens of successive cells in the task's gene order: (lo, hi, tokens, context)."""
     cells = tasks.open_cells(model, adata, "all", None)
-    for lo, hi, _, tokens, context in prediction.batches(model, cells, batch_size, "quality", False, whole=whole):
+    for lo, hi, _, tokens, context in posterior.batches(model, cells, batch_size, "quality", False, whole=whole):
         yield lo, hi, tokens, context
 
 

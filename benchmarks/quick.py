@@ -25,10 +25,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
-from sedd import report_figures as figures
-from sedd.cells import Cells, read_anndata
-from sedd.evaluation import evaluate
-from sedd.pretrained import Pretrained
+from sedd.evaluation.evaluate import evaluate
+from sedd.inference.cells import Cells, read_anndata
+from sedd.inference.pretrained import Pretrained
+from sedd.report.page import figures
 from sedd.tasks import open_cells
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,14 +29,14 @@ from machine import processor
 from quality import Task, prepare
 
 from sedd import metrics as m
-from sedd.ema import EMA
+from sedd.binning import Binning, smoothed_log_shares
 from sedd.graph import AbsorbingGraph
-from sedd.kernels.discretize import Binning, smoothed_log_shares
 from sedd.likelihood import nelbo
 from sedd.loss import diffusion_loss
 from sedd.model import SEDDTransformer
 from sedd.noise import LogLinearNoise, stratified_times
 from sedd.sampling import make_sampler
+from sedd.training.ema import EMA
 
 NOISE = LogLinearNoise()
 Record = dict[str, Any]

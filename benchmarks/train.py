@@ -77,7 +77,7 @@ def train(args: argparse.Namespace) -> Record:
     """Run the trainer with a bar that counts, until it has seen enough steps."""
     from sedd import trainer
     from sedd.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-    from sedd.progress import Progress
+    from sedd.training.logs import Progress
 
     full = args.contest == "loop_full"
     warmup, steps = n_steps(args, slow=full)
@@ -161,7 +161,7 @@ def plain(args: argparse.Namespace) -> Record:
 
     from sedd.config import MODEL_SIZES, DataConfig, RunConfig, TrainConfig
     from sedd.io.loader import CellLoader
-    from sedd.panel import prepare_panel
+    from sedd.training.run_data import prepare_panel
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -16,10 +16,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 
 from sedd.errors import UserError, warn_user
-from sedd.sharding import whole
+from sedd.training.parallel import whole
 
 FORMAT = 1
 _NUMBERED = re.compile(r"(epoch|step)_(\d+)\.pt$")
@@ -205,3 +207,19 @@ def snapshot(value: Any, *, keep: bool = True) -> Any:
     if isinstance(value, list | tuple):
         return [snapshot(v, keep=keep) for v in value]
     return value
+
+
+def pack_histogram(histogram: sp.csr_array) -> dict[str, Any]:
+    """A sparse integer matrix as tensors, for a checkpoint."""
+    return {
+        "shape": list(histogram.shape),
+        "indptr": torch.from_numpy(histogram.indptr.astype(np.int64)),
+        "indices": torch.from_numpy(histogram.indices.astype(np.int32)),
+        "data": torch.from_numpy(histogram.data.astype(np.int64)),
+    }
+
+
+def unpack_histogram(packed: dict[str, Any]) -> sp.csr_array:
+    """The inverse of `pack_histogram`."""
+    parts = tuple(packed[name].numpy() for name in ("data", "indices", "indptr"))
+    return sp.csr_array(parts, shape=tuple(packed["shape"]))

@@ -21,7 +21,7 @@ from sedd import __version__
 from sedd.commands import COMMANDS
 from sedd.config import TrainConfig, config_file_arguments, environment_arguments
 from sedd.errors import SeddWarning, UserError
-from sedd.signals import EXIT_INTERRUPTED, TrainingInterrupted, follow_launcher, report_status
+from sedd.training.stopping import EXIT_INTERRUPTED, TrainingInterrupted, follow_launcher, report_status
 
 _TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 

@@ -92,7 +92,7 @@ class Info:
 
             print(format_facts(describe(str(path))))
             return 0
-        from sedd.pretrained import Pretrained
+        from sedd.inference.pretrained import Pretrained
 
         print(Pretrained.load(path, device="cpu").describe())
         return 0
@@ -358,7 +358,7 @@ class Evaluate:
         directory = Path(self.output)
         for name in ("metrics.json", "steps.json", "report.html"):
             check_output(str(directory / name), self.overwrite)
-        from sedd.evaluation import evaluate
+        from sedd.evaluation.evaluate import evaluate
         from sedd.metrics import metrics_table, steps_table
 
         names = (
@@ -397,7 +397,7 @@ class Runs:
 
     def run(self) -> int:
         """Print the table."""
-        from sedd.runs import runs_table
+        from sedd.training.directory import runs_table
 
         print(runs_table(self.directory))
         return 0
@@ -416,7 +416,7 @@ class Export:
 
     def run(self) -> int:
         """Export and say where."""
-        from sedd.pretrained import Pretrained
+        from sedd.inference.pretrained import Pretrained
 
         model = Pretrained.load(self.checkpoint, device="cpu")
         written = model.push_to_hub(self.directory, overwrite=self.overwrite)
@@ -471,7 +471,7 @@ def format_facts(facts: dict[str, Any], indent: str = "") -> str:
 
 def check_output(path: str, overwrite: bool, resume: bool = False) -> None:
     """Refuse an output that exists or was begun, and a directory that cannot be written, before any work is done."""
-    from sedd.pieces import partial_folder
+    from sedd.inference.output_parts import partial_folder
 
     if not is_main():  # the main process may have begun already
         return

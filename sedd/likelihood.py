@@ -17,9 +17,9 @@ import torch
 from scipy.special import log_ndtr, stdtrit
 from torch import Tensor, nn
 
-from sedd.draws import random_subsets, uniforms
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, check_states
+from sedd.kernels.random_bits import random_subsets, uniforms
 from sedd.loss import hide, score_entropy
 from sedd.noise import Noise
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd.draws import uniforms
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, UniformGraph, check_states
+from sedd.kernels.random_bits import uniforms
 from sedd.noise import Noise
 
 ORDERS = ("random", "confidence")

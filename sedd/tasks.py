@@ -16,17 +16,17 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from sedd import __version__, prediction
-from sedd.cells import Cells, cells_of_split, opened, read_anndata
+from sedd import __version__
+from sedd.binning import COUNT_KINDS, smoothed_log_shares
 from sedd.errors import UserError
-from sedd.gene_vectors import read_gene_vectors
-from sedd.identity import identity
-from sedd.kernels.discretize import COUNT_KINDS, smoothed_log_shares
+from sedd.inference import posterior
+from sedd.inference.cells import Cells, cells_of_split, opened, read_anndata
+from sedd.inference.output_file import assemble, attach
+from sedd.inference.output_parts import identity, open_pieces
+from sedd.inference.posterior import batches, spans_of_batches
+from sedd.inference.pretrained import Pretrained
 from sedd.kernels.mask import exact_mask
-from sedd.pieces import open_pieces
-from sedd.prediction import batches, spans_of_batches
-from sedd.pretrained import Pretrained
-from sedd.results import assemble, attach
+from sedd.nn.gene_vectors import read_gene_vectors
 from sedd.sampling import make_sampler
 
 Data: TypeAlias = ad.AnnData | str | Path
@@ -120,19 +120,19 @@ def impute(
                 if count:
                     hidden |= exact_mask(seed, 0, here, len(named), count)
                 if zeros:
-                    found = prediction.cross_predict(model, tokens, context, here, folds, 1, seed)
+                    found = posterior.cross_predict(model, tokens, context, here, folds, 1, seed)
                     mean, std = found.mean, found.std
                     hidden = counts == 0
                 else:
-                    mean, std = prediction.predict(model, tokens, hidden, context)
+                    mean, std = posterior.predict(model, tokens, hidden, context)
                 layers: dict[str, np.ndarray] = {"sedd_std": np.where(hidden, std, 0).astype(np.float32)}
-                drawn = prediction.Moments()
+                drawn = posterior.Moments()
                 for k in range(num_samples):
                     if zeros:
-                        values = prediction.cross_draw(model, reverse, tokens, context, here, folds, k, seed)
+                        values = posterior.cross_draw(model, reverse, tokens, context, here, folds, k, seed)
                     else:
-                        at = prediction.sample_seed(seed, k)
-                        values = prediction.draw(model, reverse, tokens, hidden, context, here, at)
+                        at = posterior.sample_seed(seed, k)
+                        values = posterior.draw(model, reverse, tokens, hidden, context, here, at)
                     layers[f"sedd_sample_{k}"] = np.where(hidden, values, counts)
                     drawn.add(layers[f"sedd_sample_{k}"])
                 if num_samples:
@@ -174,7 +174,7 @@ def denoise(
     rounds, folds
         More rounds average more random visible subsets; more folds show more of the cell each time.
     own_counts
-        Whether an entry's own count has a say in it (`sedd.prediction.Posterior.with_own_counts`), or the other genes
+        Whether an entry's own count has a say in it (`sedd.inference.posterior.Posterior.with_own_counts`), or the other genes
         alone. It has none where a bin is not a count (`--binning linear`, `log` or `quantile`).
     log1p
         Also give the posterior predictive mean of `log1p(CP10k)`: what to compare cells by on that scale, where
@@ -190,7 +190,7 @@ def denoise(
     """
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
-    prediction.check_folds(folds, rounds)
+    posterior.check_folds(folds, rounds)
     own_counts = own_counts and model.binning.kind in COUNT_KINDS
     reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
     with opened(data, layer or model.state["args"]["layer"]) as adata:
@@ -209,15 +209,15 @@ def denoise(
         with open_pieces(output, made_from, resume=resume, **size) as pieces:
             for lo, hi, counts, tokens, context in batches(model, source, batch_size, "denoise", progress, pieces):
                 here = source.indices[lo:hi]
-                found = prediction.cross_predict(model, tokens, context, here, folds, rounds, seed)
+                found = posterior.cross_predict(model, tokens, context, here, folds, rounds, seed)
                 mean, std = found.with_own_counts(counts) if own_counts else (found.mean, found.std)
                 layers = {"sedd_std": std.astype(np.float32)}
                 if log1p:
                     log = found.log1p_with_own_counts(counts) if own_counts else found.log1p
                     layers["sedd_log1p"] = log.astype(np.float32)
-                drawn = prediction.Moments()
+                drawn = posterior.Moments()
                 for k in range(num_samples):
-                    drawn.add(prediction.cross_draw(model, reverse, tokens, context, here, folds, k, seed))
+                    drawn.add(posterior.cross_draw(model, reverse, tokens, context, here, folds, k, seed))
                 if num_samples:
                     layers |= {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
                 pieces.add(lo, X=mean.astype(np.float32), counts=counts, **layers)

@@ -21,25 +21,23 @@ from tqdm import tqdm
 
 from sedd import checkpoint
 from sedd.config import TrainConfig
-from sedd.devices import make_accelerator, parameter_groups
-from sedd.ema import EMA
 from sedd.errors import UserError
-from sedd.failures import explained
 from sedd.graph import make_graph
-from sedd.io.loader import Batch, CellLoader
-from sedd.kernels.mask import stream_key
+from sedd.io.loader import CellLoader
+from sedd.io.loading.batch import Batch
+from sedd.kernels.random_bits import stream_key
 from sedd.loss import diffusion_loss
-from sedd.masking import device_masks, drop_conditions
 from sedd.model import SEDDTransformer
 from sedd.noise import make_noise
-from sedd.panel import Panel, prepare_panel
-from sedd.progress import Progress
-from sedd.run_directory import RunDirectory
-from sedd.sharding import divide_like, divide_optimizer_state, whole
-from sedd.signals import StopRequest, TrainingInterrupted
-from sedd.tracking import Tracker, resolve_logger
-from sedd.trial import describe, largest_batch
-from sedd.validation import Validator
+from sedd.training.directory import RunDirectory
+from sedd.training.ema import EMA
+from sedd.training.failures import describe, explained, largest_batch
+from sedd.training.logs import Progress, Tracker, resolve_logger
+from sedd.training.masking import device_masks, drop_conditions
+from sedd.training.parallel import divide_like, divide_optimizer_state, make_accelerator, parameter_groups, whole
+from sedd.training.run_data import Panel, prepare_panel
+from sedd.training.stopping import StopRequest, TrainingInterrupted
+from sedd.training.validation import Validator
 
 _TIMES = ("seconds", "wait")  # of the sums over an epoch
 

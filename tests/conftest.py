@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import torch
 from accelerate.state import AcceleratorState
 
-from sedd.pretrained import Pretrained
+from sedd.inference.pretrained import Pretrained
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import sedd.evaluation  # noqa: F401
+import sedd.evaluation.evaluate  # noqa: F401
 from sedd import cli, trainer
 
 

@@ -18,8 +18,8 @@ from sedd import checkpoint
 from sedd.cli import main
 from sedd.errors import UserError
 from sedd.graph import UniformGraph
+from sedd.inference.pretrained import Pretrained
 from sedd.noise import GeometricNoise
-from sedd.pretrained import Pretrained
 from sedd.tasks import denoise, embed, generate, impute
 
 JOINT = Joint.random(3, 4, seed=3, sharpness=2.5)

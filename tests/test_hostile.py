@@ -16,8 +16,8 @@ from conftest import TINY_FLAGS
 
 from sedd import checkpoint
 from sedd.cli import main
+from sedd.inference.pretrained import Pretrained
 from sedd.io.convert import convert
-from sedd.pretrained import Pretrained
 
 
 class Payload:

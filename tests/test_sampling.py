@@ -12,9 +12,9 @@ from scipy.stats import binomtest, chisquare
 from torch import Tensor
 from toy import ExactModel, ExactNetwork, Joint
 
-from sedd.draws import uniforms
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
+from sedd.kernels.random_bits import uniforms
 from sedd.model import SEDDTransformer
 from sedd.noise import GeometricNoise, LogLinearNoise, make_noise
 from sedd.sampling import AnalyticSampler, EulerSampler, Sampler, draw, make_sampler

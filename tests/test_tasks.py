@@ -16,10 +16,10 @@ from scipy.stats import geom
 
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
-from sedd.evaluation import evaluate
+from sedd.evaluation.evaluate import evaluate
+from sedd.inference.pretrained import Pretrained
 from sedd.likelihood import CellBatch, nelbo
 from sedd.metrics import CountBaselines
-from sedd.pretrained import Pretrained
 from sedd.tasks import add_genes, denoise, embed, generate, impute, open_cells
 
 

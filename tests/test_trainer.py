@@ -346,7 +346,7 @@ def test_gene_vectors_are_matched_by_name_and_used(tiny_h5ad: Path, tmp_path: Pa
     names = [f"gene{i}" for i in range(60)][::-1]
     np.savez(tmp_path / "vectors.npz", genes=np.array(names), vectors=rng.normal(size=(60, 7)).astype(np.float32))
     assert train(tiny_h5ad, tmp_path / "run", "--gene_embeddings", str(tmp_path / "vectors.npz")) == 0
-    from sedd.pretrained import Pretrained
+    from sedd.inference.pretrained import Pretrained
 
     model = Pretrained.load(tmp_path / "run")
     assert sum(p.numel() for p in model.model.parameters()) > 0

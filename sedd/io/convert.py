@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from sedd.errors import UserError
 from sedd.io import remote
+from sedd.io.conversion.job import DEFAULT_CODEC, Job
 from sedd.io.files import parse_bytes
-from sedd.io.job import DEFAULT_CODEC, Job
 
 if TYPE_CHECKING:
     from sedd.io.store import CellStore
@@ -57,7 +57,7 @@ def convert(
     genes : keep only these, in this order; a list, or a file with one a line
     shuffle : permute all cells of all inputs; `obs["sedd_cell"]` keeps where each was
     seed : of the permutation
-    codec : one of `sedd.io.shards.CODECS`
+    codec : one of `sedd.io.format.shards.CODECS`
     memory_budget : of all workers together, "1GiB" or bytes
     workers : threads, by default one per core
     scheduler : address of a Dask scheduler whose workers see the same files

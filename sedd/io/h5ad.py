@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from sedd.errors import UserError
-from sedd.io import hdf5
+from sedd.io.conversion.hdf5 import Reader
 from sedd.io.remote import filesystem
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Matrix:
 
     def __init__(self, path: str, node: h5py.Group | h5py.Dataset, name: str, fd: int | None) -> None:
         self.path, self.name = path, name
-        self.data: hdf5.Reader
+        self.data: Reader
         self.nnz: int | None
         if isinstance(node, h5py.Dataset):
             self._open_dense(node, fd)
@@ -90,10 +90,10 @@ class Matrix:
                 f"{self.path}: {self.name} has {self.nnz} values but {self.indices.shape[0]} indices. Copy it again."
             )
 
-    def _reader(self, node: h5py.Dataset, fd: int | None) -> hdf5.Reader:
+    def _reader(self, node: h5py.Dataset, fd: int | None) -> Reader:
         if node.dtype.kind not in "iufb":
             raise UserError(f"{self.path}: {self.name} holds {node.dtype}, expected numbers.")
-        return hdf5.Reader(node, fd)
+        return Reader(node, fd)
 
     @property
     def n_major(self) -> int:

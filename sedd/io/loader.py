@@ -7,57 +7,23 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import UserError, warn_user
-from ..kernels.discretize import Binning
-from ..kernels.mask import masked_count
-from ..kernels.tokens import RowFiller
-from .adapters import CSRBatch, TorchDataset
-from .choose import cumulative_weights, encode_label, find_genes, make_split, parse_bytes
-from .pipeline import Pipeline, Recipe
-from .plan import FULL_SHUFFLE_BYTES, CellList, EpochOrder, RankPlan, Split
-from .stats import histogram
-from .store import CellStore
-from .window import RowReader, WholeStore
-
-
-@dataclass
-class Batch:
-    """Cells as a model takes them.
-
-    Attributes
-    ----------
-    tokens : (B, n_vars) uint8 or uint16 tensor (float32 with `dtype="float32"`)
-        Clean tokens: the mask is not applied.
-    masked : (B, n_vars) bool tensor or None
-        Genes to hide.
-    t : (B,) float32 tensor
-        Noise time in (0, 1].
-    cell : (B,) int64 tensor
-        Row of each cell in the store.
-    labels : dict of (B,) int64 tensors
-        Codes into `CellLoader.label_categories`; -1 where the label is missing.
-    library : (B,) float32 tensor
-        Sum of each cell's counts over the panel.
-    valid : (B,) bool tensor or None
-        False for cells that only fill up the last step; None when there is no padding.
-    """
-
-    tokens: torch.Tensor
-    masked: torch.Tensor | None
-    t: torch.Tensor
-    cell: torch.Tensor
-    labels: dict[str, torch.Tensor]
-    library: torch.Tensor
-    valid: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return int(self.cell.shape[0])
+from sedd.binning import Binning
+from sedd.errors import UserError, warn_user
+from sedd.io.format.histogram import histogram
+from sedd.io.loading.batch import Batch, CSRBatch
+from sedd.io.loading.pipeline import Pipeline, Recipe
+from sedd.io.loading.rows import RowReader, WholeStore
+from sedd.io.loading.selection import cumulative_weights, encode_label, find_genes, make_split, parse_bytes
+from sedd.io.loading.torch_dataset import TorchDataset
+from sedd.io.plan import FULL_SHUFFLE_BYTES, CellList, EpochOrder, RankPlan, Split
+from sedd.io.store import CellStore
+from sedd.kernels.mask import masked_count
+from sedd.kernels.tokens import RowFiller
 
 
 class CellLoader:

@@ -13,9 +13,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from ..errors import UserError
-from ..kernels.mask import GOLDEN64, mix64, stream_key
-from .split import CellList, Split, split_cells
+from sedd.errors import UserError
+from sedd.io.loading.split import CellList, Split, split_cells
+from sedd.kernels.random_bits import GOLDEN64, mix64, stream_key
 
 __all__ = ["CellList", "EpochOrder", "RankPlan", "Split", "noise_times", "permute", "split_cells", "weighted_ranks"]
 

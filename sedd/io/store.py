@@ -18,9 +18,9 @@ import zarr
 from scipy import sparse
 
 from sedd.errors import UserError
-from sedd.io.fastread import ChunkReader
+from sedd.io.format.reader import ChunkReader
+from sedd.io.format.tally import cell_hashes
 from sedd.io.remote import file_sizes
-from sedd.io.tally import cell_hashes
 
 FORMAT = 1
 """Version of what is under `uns["sedd"]`."""

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from sedd.errors import UserError
-from sedd.io import pack
-from sedd.io.fastread import ChunkReader
+from sedd.io.conversion.counts import clean_rows
+from sedd.io.conversion.genes import match_genes, unique_names
+from sedd.io.conversion.runner import TaskRunner
 from sedd.io.files import fingerprint
-from sedd.io.genes import match_genes, unique_names
+from sedd.io.format.reader import ChunkReader
+from sedd.io.format.tally import cell_hashes
 from sedd.io.h5ad import H5ad, Matrix
-from sedd.io.run import TaskRunner
 from sedd.io.store import CellStore, forget, span_hashes
-from sedd.io.tally import cell_hashes
 
 BLOCK = 1 << 22
 """Entries compared at once."""
@@ -142,7 +142,7 @@ def _input_hashes(matrix: Matrix, genes: np.ndarray | None, store: CellStore, ru
         else:
             indptr, indices, raw = matrix.read_rows(lo, hi)
         values = raw.astype(np.float32) if not store.is_counts else np.rint(raw.astype(np.float64)).astype(np.uint32)
-        indptr, indices, values, _ = pack.clean_rows(indptr, indices, values, store.n_vars, genes)
+        indptr, indices, values, _ = clean_rows(indptr, indices, values, store.n_vars, genes)
         return cell_hashes(indptr, indices, values)
 
     spans = matrix.spans(BLOCK)

@@ -7,8 +7,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from ..errors import UserError
-from .rows import choose, fetch, inside
+from sedd.errors import UserError
+from sedd.kernels.rows import choose, fetch, inside
 
 
 @numba.njit(cache=True, nogil=True)

@@ -22,56 +22,12 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from ..errors import UserError
+from sedd.errors import UserError
+from sedd.kernels.random_bits import cell_key, cell_keys, shift_right, stream_key
 
-GOLDEN64 = 0x9E3779B97F4A7C15
-_MIX_A, _MIX_B = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _LOW_A, _LOW_B = 0x21F0AAAD, 0xD35A2D97
-_U64 = (1 << 64) - 1
 _BUCKET_SHIFT = 21
 BUCKETS = 1 << (32 - _BUCKET_SHIFT)  # 2,048: their counts stay in the L1 cache
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def mix64(x: Any) -> Any:
-    """Mix 64 bits (the finaliser of splitmix64): a bijection in which every input bit reaches every output bit."""
-    x = np.uint64(x)
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(_MIX_A)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(_MIX_B)
-    return x ^ (x >> np.uint64(31))
-
-
-def mix64_int(x: int) -> int:
-    """Mix 64 bits as `mix64` does, on a Python integer."""
-    x &= _U64
-    x = ((x ^ (x >> 30)) * _MIX_A) & _U64
-    x = ((x ^ (x >> 27)) * _MIX_B) & _U64
-    return x ^ (x >> 31)
-
-
-def stream_key(*words: int) -> int:
-    """Fold integers into one 64-bit key.
-
-    Parameters
-    ----------
-    *words : int
-        Whatever names the stream: a seed, an epoch, a constant per purpose. The order matters.
-
-    Returns
-    -------
-    key : int in [0, 2**64)
-    """
-    key = 0
-    for word in words:
-        key = mix64_int((key + GOLDEN64) ^ mix64_int(word))
-    return key
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _cell_key(stream: Any, cell: Any) -> Any:
-    return mix64(np.uint64(stream) + np.uint64(cell) * np.uint64(GOLDEN64))
 
 
 @intrinsic
@@ -104,7 +60,7 @@ def mask_row(stream: Any, cell: Any, threshold: Any, out: Any) -> None:
     if threshold == np.uint64(0):
         out[:] = False
         return
-    key = _cell_key(stream, cell)
+    key = cell_key(stream, cell)
     low = np.uint32(key & np.uint64(0xFFFFFFFF))
     high = np.uint32(key >> np.uint64(32))
     last = np.uint32(threshold - np.uint64(1))  # `<= last` and not `< threshold`: 2**32 does not fit in 32 bits
@@ -126,7 +82,7 @@ def exact_row(stream: Any, cell: Any, count: Any, hashes: Any, buckets: Any, out
     if count <= 0:
         out[:] = False
         return
-    key = _cell_key(stream, cell)
+    key = cell_key(stream, cell)
     low = np.uint32(key & np.uint64(0xFFFFFFFF))
     high = np.uint32(key >> np.uint64(32))
     for gene in range(n_vars):
@@ -291,21 +247,10 @@ def exact_mask(
     return out
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts arithmetically: clear the copies of the sign
-
-
 def _hashes_torch(seed: int, epoch: int, cells: torch.Tensor, n_vars: int) -> torch.Tensor:
     """Hash every gene of every cell: (B, n_vars) int64 in [0, 2**32); int64 products wrap as uint64 ones do."""
-    key = cells.to(torch.int64) * _signed(GOLDEN64) + _signed(mask_stream(seed, epoch))
-    key = (key ^ _shift_right(key, 30)) * _signed(_MIX_A)
-    key = (key ^ _shift_right(key, 27)) * _signed(_MIX_B)
-    key = key ^ _shift_right(key, 31)
-    low, high = (key & 0xFFFFFFFF)[:, None], _shift_right(key, 32)[:, None]
+    key = cell_keys(mask_stream(seed, epoch), cells)
+    low, high = (key & 0xFFFFFFFF)[:, None], shift_right(key, 32)[:, None]
     x = (torch.arange(n_vars, device=cells.device) + low) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * _LOW_A) & 0xFFFFFFFF
     x = (((x ^ (x >> 15)) ^ high) * _LOW_B) & 0xFFFFFFFF

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numba
 import numpy as np
 
-from ..errors import UserError
-from .discretize import MAX_TABLE, Binning, digit, quantile_edges
-from .mask import BUCKETS, exact_row, mask_row, mask_stream, thresholds
-from .rows import BAD_INDEX, check_row, choose, fetch
+from sedd.errors import UserError
+from sedd.kernels.discretize import MAX_TABLE, digit, quantile_edges
+from sedd.kernels.mask import BUCKETS, exact_row, mask_row, mask_stream, thresholds
+from sedd.kernels.rows import BAD_INDEX, check_row, choose, fetch
 
 _EDGES, _QUANTILE, _VALUE = 0, 1, 2
 _NO_MASK, _RANDOM, _EXACT = 0, 1, 2
@@ -205,6 +205,24 @@ def panel_columns(n_store: int, genes: np.ndarray | None) -> np.ndarray:
     return columns
 
 
+class Bins(Protocol):
+    """What filling rows needs to know of a `sedd.binning.Binning`; its attributes of these names."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def n_bins(self) -> int: ...
+
+    @property
+    def edges(self) -> np.ndarray | None: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def table(self, max_count: int) -> np.ndarray: ...
+
+
 class RowFiller:
     """Fill dense rows from CSR rows: one binning, one panel, any number of calls and threads.
 
@@ -229,7 +247,7 @@ class RowFiller:
         n_store: int,
         *,
         genes: np.ndarray | None,
-        binning: Binning | None,
+        binning: Bins | None,
         max_count: int = 0,
         target_sum: float = 0.0,
         log1p: bool = False,
@@ -358,7 +376,7 @@ def rows_to_tokens(
     data: np.ndarray,
     *,
     n_vars: int,
-    binning: Binning | None,
+    binning: Bins | None,
     rows: np.ndarray | None = None,
     genes: np.ndarray | None = None,
     out: np.ndarray | None = None,

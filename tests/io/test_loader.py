@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from stores import N_OBS, N_VARS, counts, small_store
 
-from sedd.io.loader import Batch, CellLoader
+from sedd.binning import Binning, geometric_edges
+from sedd.io.loader import CellLoader
+from sedd.io.loading.batch import Batch
 from sedd.io.plan import Split, noise_times
-from sedd.kernels.discretize import Binning, geometric_edges
 from sedd.kernels.mask import exact_mask, random_mask, random_mask_torch
 from sedd.noise import LogLinearNoise
+from tests.io.stores import N_OBS, N_VARS, counts, small_store
 
 N_TRAIN = 2700
 

@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sedd.kernels.discretize import (
-    Binning,
-    bin_counts,
-    geometric_edges,
-    smoothed_log_shares,
-    token_dtype,
-    unbin_tokens,
-)
+from sedd.binning import Binning, geometric_edges, smoothed_log_shares
+from sedd.kernels.discretize import bin_counts, token_dtype, unbin_tokens
 
 
 def histogram(counts: np.ndarray) -> sp.csr_array:

@@ -7,7 +7,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedd.kernels.discretize import MAX_TABLE, Binning
+from sedd.binning import Binning
+from sedd.kernels.discretize import MAX_TABLE
 from sedd.kernels.gather import gather_rows, row_pointers
 from sedd.kernels.mask import exact_mask, random_mask
 from sedd.kernels.tokens import MaskRule, RowFiller, panel_columns, rows_to_tokens

@@ -1,0 +1,361 @@
+"""How good a model is on cells that it never saw: metrics beside baselines, and the report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from sedd import tasks
+from sedd.binning import COUNT_KINDS, Binning
+from sedd.errors import UserError
+from sedd.evaluation.step_curve import step_curve
+from sedd.inference.cells import Cells, obs_digest, read_anndata
+from sedd.inference.posterior import batches
+from sedd.inference.pretrained import Pretrained
+from sedd.kernels.mask import exact_mask
+from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
+from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
+from sedd.report.page import ReportData, write_report
+from sedd.sampling import make_sampler
+from sedd.training.directory import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes
+    ----------
+    metrics : {section: {metric: {"sedd": value, "baselines": {name: value}, ...}}}
+        Sections likelihood, imputation, generation; see `sedd.metrics.METRICS`.
+    report : Path or None
+        The page, if a directory was given.
+    notes : list of str
+        What was not measured, and why.
+    steps : list of dict
+        Generation metrics by number of sampling steps; see `sedd.evaluation.step_curve.step_curve`.
+    """
+
+    metrics: dict[str, Any]
+    report: Path | None = None
+    arrays: dict[str, Any] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+
+def evaluate(
+    model: Pretrained | str | Path,
+    data: tasks.Data,
+    *,
+    output: str | Path | None = None,
+    cells: str | None = None,
+    layer: str | None = None,
+    imputed: tasks.Data | None = None,
+    generated: tasks.Data | None = None,
+    hide: float | None = None,
+    n_masks: int = 32,
+    num_steps: int = 128,
+    steps: Sequence[int] = (1, 4, 16),
+    umap: bool = True,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure likelihood, imputation and generation on held-out cells, beside baselines learned on the training cells.
+
+    Parameters
+    ----------
+    model
+        A checkpoint, an experiment directory or a loaded model.
+    data
+        The data of the training run, whose validation cells are then used, or other cells on the same genes.
+    output
+        Directory for metrics.json, steps.json, report.html and its figures.
+    cells : {"val", "all"}, optional
+        Which cells to evaluate; "val" for the data of the training run, else "all".
+    layer
+        Take counts from this layer instead of X.
+    imputed
+        What `impute(..., hide=...)` made of the same cells; made here if not given.
+    generated
+        What `generate` made; as many cells as are held out are made here if not given.
+    hide
+        Share of genes to hide for imputation; the `mask_ratio` of the training run if not given.
+    n_masks
+        Masks per cell of the likelihood bound, stratified over the number of hidden genes.
+    steps
+        Fewer sampling steps to try, for the curve of quality against steps.
+    umap
+        Draw a UMAP as well, where `umap-learn` is installed.
+    num_steps, batch_size, seed, progress
+        As in `sedd.tasks.generate`.
+
+    Raises
+    ------
+    UserError
+        On bad input, before anything is written.
+    """
+    if any(number < 1 for number in steps):
+        raise UserError(f"--steps is {' '.join(map(str, steps))}; expected numbers of sampling steps, such as 1 4 16.")
+    model = Pretrained.load(model)
+    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
+    name = "the AnnData" if isinstance(data, ad.AnnData) else str(data)
+    own = obs_digest(adata.obs_names) == model.state["data"]["obs_digest"]
+    part = cells or ("val" if own else "all")
+    held_out = tasks.open_cells(model, adata, part, layer, name)
+    train = _training_cells(model, adata if own else None, name)
+    counts, train_counts = _matrix(held_out), _matrix(train)
+    hidden = None
+    if model.knows_masks:
+        hide = hide if hide is not None else model.config.model.mask_ratio
+        hidden = _hidden_entries(model, held_out, imputed, hide, seed)
+    if generated is None:  # what cannot be drawn with is said before hours of measuring
+        make_sampler("analytic", model.model, model.graph, model.noise, num_steps=num_steps, batch_size=batch_size)
+
+    likelihood, nats = _likelihood(model, held_out, counts, train_counts, n_masks, batch_size, seed, progress)
+    metrics: dict[str, Any] = {"likelihood": likelihood}
+    arrays: dict[str, Any] = {"nats": nats}
+    notes = []
+    if model.categories:
+        told = ", ".join(model.categories)
+        notes.append(f"The NELBO and the imputation are given each cell's {told}; the baselines are told nothing of it.")
+    if hidden is not None:
+        metrics["imputation"], entries = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
+        arrays.update(entries)
+    else:
+        notes.append("Imputation was not measured: the uniform graph, which the model was trained with, hides no genes.")
+    if generated is None:
+        made = tasks.generate(
+            model, max(len(held_out), 4), num_steps=num_steps, batch_size=batch_size, seed=seed, progress=progress
+        )
+    else:
+        made = generated if isinstance(generated, ad.AnnData) else read_anndata(generated)
+    fake = _matrix(Cells(made, model.genes, real=True, name="the generated cells"))
+    metrics["generation"] = generation_table(fake, counts, train_counts, seed=seed)
+    curve = (
+        step_curve(model, made, counts, train_counts, steps, batch_size=batch_size, seed=seed, progress=progress)
+        if steps
+        else []
+    )
+    found = Evaluation(metrics=metrics, arrays=arrays, notes=notes, steps=curve)
+    if output is None:
+        return found
+    return replace(
+        found, report=_write(model, found, (counts, fake, train_counts), held_out, made, name, umap, Path(output))
+    )
+
+
+def _training_cells(model: Pretrained, own: ad.AnnData | None, name: str) -> Cells:
+    """The cells that the model was trained on, for the baselines."""
+    args = model.state["args"]
+    adata = own
+    if adata is None:
+        path = args["data_path"]
+        if not Path(path).exists():
+            raise UserError(
+                f"{name}: is not the data of the training run, and that ({path}) is not there any more; the baselines are "
+                "learned on its training cells. Put it back, or evaluate on the data of the training run."
+            )
+        adata, name = read_anndata(path), path
+    return tasks.open_cells(model, adata, "train", None, name)
+
+
+def _matrix(cells: Cells) -> sp.csr_matrix:
+    step = 1024
+    blocks = [sp.csr_matrix(cells.counts(lo, min(lo + step, len(cells)))) for lo in range(0, len(cells), step)]
+    return sp.vstack(blocks, format="csr")
+
+
+def _top(model: Pretrained, counts: sp.csr_matrix) -> int | None:
+    """The last bin where it stands for "this many or more", as it does once a count has no bin of its own."""
+    kind, n_bins = model.binning.kind, model.binning.n_bins
+    return n_bins - 1 if kind == "counts" or (kind == "identity" and counts.max() >= n_bins) else None
+
+
+def _tokens(model: Pretrained, counts: sp.csr_matrix) -> np.ndarray:
+    return model.binning.tokens(counts.toarray())
+
+
+def within_nats(binning: Binning, counts: sp.csr_matrix) -> np.ndarray:
+    """What tells the counts of each cell from others in their bins, (n_cells,) nats; beside a bound on the tokens."""
+    log_p = counts.astype(np.float64)  # zeros have a bin of their own, so only the others count
+    log_p.data = -binning.within(counts.data)[0]
+    return np.asarray(log_p.sum(1)).ravel()
+
+
+def _likelihood(
+    model: Pretrained,
+    cells: Cells,
+    counts: sp.csr_matrix,
+    train: sp.csr_matrix,
+    n_masks: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The bound and the baselines: on counts, or on tokens where bins are not of whole numbers."""
+    names = torch.from_numpy(cells.indices)
+    given = (
+        CellBatch(tokens, context["condition"], context["library"], names[lo:hi])
+        for lo, hi, _, tokens, context in batches(model, cells, batch_size, "likelihood", progress, whole=True)
+    )
+    per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
+    of_counts = model.binning.kind in COUNT_KINDS
+    if of_counts:
+        per_cell = per_cell + within_nats(model.binning, counts)
+    given_total = per_cell
+    totals = np.asarray(counts.sum(1)).ravel()
+    if model.model.config["condition_library"]:  # a function of the counts: paid for, p(x) is comparable again
+        per_cell = given_total + LibraryPrior.fit(np.asarray(train.sum(1)).ravel()).nats(totals)
+    top = _top(model, counts)
+    if of_counts:
+        baselines = CountBaselines.fit(train)
+        rows = likelihood_table(baselines, per_cell, counts, top=top)
+        if model.model.config["condition_library"]:
+            scaled = baselines.log_probs(
+                np.arange(counts.shape[1])[None, :], counts.toarray().astype(np.int64), totals[:, None], top
+            )["NB, library-scaled"]
+            rows["nats_per_cell_given_total"] = {
+                "sedd": float(given_total.mean()),
+                "ci": confidence_interval(given_total),
+                "baselines": {"NB, library-scaled": -float(scaled.sum(1).mean())},
+            }
+    else:
+        baselines = CountBaselines.fit(sp.csr_matrix(_tokens(model, train)))
+        rows = likelihood_table(baselines, per_cell, sp.csr_matrix(_tokens(model, counts)))
+        for row in rows.values():  # a count law says nothing about bins
+            row["baselines"] = {"gene marginals": row["baselines"]["gene marginals"]}
+    return rows, per_cell
+
+
+def _hidden_entries(model: Pretrained, cells: Cells, imputed: tasks.Data | None, hide: float, seed: int) -> np.ndarray:
+    """Which entries were hidden, (n_cells, n_vars) bool."""
+    if imputed is None:
+        if not 0 < hide < 1:
+            raise UserError(f"--hide is {hide}; expected a share between 0 and 1, such as 0.15.")
+        hidden = exact_mask(seed, 0, cells.indices, len(model.genes), max(1, round(hide * len(model.genes))))
+    else:
+        made = imputed if isinstance(imputed, ad.AnnData) else read_anndata(imputed)
+        if "sedd_hidden" not in made.layers or list(made.obs_names) != list(cells.obs.index):
+            raise UserError(
+                f"--imputed: was not made from these {len(cells)} cells by `sedd impute --hide`; expected the same cells "
+                "in the same order and the layer sedd_hidden. Leave --imputed out to have it made here."
+            )
+        layer = made.layers["sedd_hidden"]
+        hidden = np.asarray(layer.toarray() if sp.issparse(layer) else layer).astype(bool)
+    hidden[:, cells.missing] = False  # shown to nobody: there is no truth to compare with
+    if not hidden.any():
+        raise UserError("no entry is hidden, so there is nothing to recover; pass --hide 0.15.")
+    return hidden
+
+
+@torch.no_grad()
+def _imputation(
+    model: Pretrained, cells: Cells, counts: sp.csr_matrix, train: sp.csr_matrix, hidden: np.ndarray, batch_size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Recovery of the hidden entries, and (true, mean, cdf) of each for the figures."""
+    values = model.decode_values
+    means, log_probs, belows = [], [], []
+    for lo, hi, _, tokens, context in batches(model, cells, batch_size, "imputation", False):
+        mask = torch.from_numpy(hidden[lo:hi] | cells.missing).to(tokens.device)
+        readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
+        rows, genes = torch.from_numpy(hidden[lo:hi]).to(tokens.device).nonzero(as_tuple=True)
+        for part in torch.arange(len(rows), device=rows.device).split(1 << 15):
+            log_mu = model.model.log_mu(readout, rows[part], genes[part]).double()
+            true = tokens[rows[part], genes[part]][:, None]
+            cdf = log_mu.exp().cumsum(1)
+            at = (cdf / cdf[:, -1:]).gather(1, true)[:, 0]
+            log_prob = log_mu.gather(1, true)[:, 0]
+            means.append((log_mu.exp() @ values.double()).cpu().numpy())
+            log_probs.append(log_prob.cpu().numpy())
+            belows.append((at - log_prob.exp()).clamp_min(0).cpu().numpy())
+    cell, gene = np.nonzero(hidden)
+    true_counts = np.asarray(counts[cell, gene]).ravel()
+    baselines = CountBaselines.fit(train)
+    library = visible_library(counts, hidden, baselines.share)[cell]
+    mean, log_p, below = np.concatenate(means), np.concatenate(log_probs), np.concatenate(belows)
+    of_counts = model.binning.kind in COUNT_KINDS
+    if of_counts:  # from the law of the token to that of the count
+        log_within, below_within = model.binning.within(true_counts)
+        below, log_p = below + np.exp(log_p) * below_within, log_p + log_within
+    upto = np.minimum(below + np.exp(log_p), 1.0)
+    table = recovery_table(
+        baselines,
+        gene=gene,
+        true=true_counts.astype(np.int64) if of_counts else true_counts,
+        predicted=mean,
+        log_prob=log_p if of_counts else None,
+        cdf_below=below if of_counts else None,
+        cdf=upto if of_counts else None,
+        library=library,
+        top=_top(model, counts),
+    )
+    return table, {"hidden_true": true_counts, "hidden_mean": mean, "hidden_cdf_below": below, "hidden_cdf": upto}
+
+
+def _write(
+    model: Pretrained,
+    found: Evaluation,
+    matrices: tuple[sp.csr_matrix, sp.csr_matrix, sp.csr_matrix],
+    held_out: Cells,
+    made: ad.AnnData,
+    name: str,
+    umap: bool,
+    output: Path,
+) -> Path:
+    output.mkdir(parents=True, exist_ok=True)
+    args = model.state["args"]
+    real, fake, train = matrices
+    settings = {
+        "Data": {
+            "data": name,
+            "held-out cells": real.shape[0],
+            "training cells": train.shape[0],
+            "genes": real.shape[1],
+        },
+        "Model": {k: args[k] for k in ("attention", "head", "hidden_dim", "num_layers", "num_latents", "objective")}
+        | {"graph": model.config.model.graph, "noise": model.config.model.noise},
+        "Training": {k: args[k] for k in ("batch_size", "learning_rate", "ema_decay", "num_bins", "binning", "seed")},
+        "Run": {"checkpoint": str(model.path), "epochs": model.state["epoch"], "machine": platform.machine()},
+    }
+    column = next((c for c in model.categories if c in held_out.obs), None)
+    report = write_report(
+        output / "report.html",
+        ReportData(
+            title=f"A diffusion model of {Path(name).stem}",
+            history=model.state["history"],
+            metrics=found.metrics,
+            settings=settings,
+            notes=found.notes,
+            steps=found.steps,
+            real=real,
+            generated=fake,
+            reference=train,
+            real_labels=held_out.obs[column].astype(str).to_numpy() if column and column in made.obs else None,
+            generated_labels=made.obs[column].astype(str).to_numpy() if column and column in made.obs else None,
+            **{k: v for k, v in found.arrays.items() if k.startswith("hidden_")},
+        ),
+        umap=umap,
+    )
+    write_json(output / "metrics.json", plain(found.metrics))
+    write_json(output / "steps.json", plain(found.steps))
+    return Path(report)
+
+
+def plain(value: Any) -> Any:
+    """Nested containers of numbers as JSON has them; what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,320 @@
+"""What a task makes, piece by piece: kept in memory, or in a folder beside the output, where several processes put theirs
+and from which a run that was stopped goes on.
+
+A piece is a run of whole batches. Which cells a batch holds depends on nothing but the number of cells, so the pieces of
+two processes, or of a first and a second run, are bit for bit those of a single one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+
+from sedd import __version__
+from sedd.errors import UserError
+from sedd.inference.cells import obs_digest
+from sedd.inference.pretrained import Pretrained
+from sedd.io.files import fingerprint, new_file, only_writer, save_arrays
+from sedd.processes import Processes
+
+_VALUES = 1 << 22  # in a layer of a piece, at most
+_CELLS = 2048  # in a piece, at most
+_PIECES = 64  # of a short task, so that several processes have something to do and little is done again
+
+
+def is_mostly_full(block: Any) -> bool:
+    """Whether a matrix of which this is a part is kept dense: where most entries are not zero that is smaller."""
+    nnz = block.nnz if sp.issparse(block) else np.count_nonzero(block)
+    return bool(nnz > 0.5 * np.prod(block.shape))
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Check the number of cells that go through the network together.
+
+    Raises
+    ------
+    UserError
+        If it is no number of cells.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch_size is {batch_size}; expected at least 1.")
+
+
+def partial_folder(output: str | Path) -> Path:
+    """Where the pieces of an output are until it is complete."""
+    return Path(f"{output}.partial")
+
+
+class Pieces(ABC):
+    """Blocks of successive cells; a context manager that drops or keeps what was not finished.
+
+    Attributes
+    ----------
+    spans : list of (lo, hi)
+        The runs of cells that are still to be made by this process.
+    done : int
+        How many cells of its share are made already.
+    writes : bool
+        Whether this process writes the result.
+    """
+
+    spans: list[tuple[int, int]]
+    done: int = 0
+    writes: bool = True
+
+    @abstractmethod
+    def add(self, lo: int, **blocks: Any) -> None:
+        """Take in the cells from `lo` on: named matrices of equal length, dense or sparse."""
+
+    def complete(self) -> None:  # noqa: B027, one process has nothing to wait for
+        """Go on when every process has made its own."""
+
+    @abstractmethod
+    def all(self) -> Iterator[dict[str, Any]]:
+        """Blocks of all cells in their order, once they are complete; for the process that writes."""
+
+    def __enter__(self) -> Pieces:
+        return self
+
+    @abstractmethod
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Leave."""
+
+
+class PiecesInMemory(Pieces):
+    """All blocks of one process.
+
+    Parameters
+    ----------
+    n_obs
+        How many cells there will be.
+    """
+
+    def __init__(self, n_obs: int) -> None:
+        self.spans = [(0, n_obs)]
+        self._blocks: list[dict[str, Any]] = []
+
+    def add(self, lo: int, **blocks: Any) -> None:
+        """Take in the next cells."""
+        self._blocks.append({k: v if is_mostly_full(v) else sp.csr_matrix(v) for k, v in blocks.items()})
+
+    def all(self) -> Iterator[dict[str, Any]]:
+        """Blocks of all cells."""
+        yield from self._blocks
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._blocks.clear()
+
+
+class PiecesInFolder(Pieces):
+    """Pieces as files in `OUTPUT.partial`, each whole or not there.
+
+    Parameters
+    ----------
+    output
+        What they become part of.
+    identity
+        What determines the result, as JSON; a run is gone on with only if it is the same.
+    n_obs, n_vars
+        Size of the result.
+    batch_size
+        Of the network.
+    resume
+        Use pieces that are there.
+    """
+
+    def __init__(
+        self, output: Path, identity: dict[str, Any], *, n_obs: int, n_vars: int, batch_size: int, resume: bool
+    ) -> None:
+        self._output, self._identity, self._resume = output, identity, resume
+        self._folder = partial_folder(output)
+        self._processes = Processes.here()
+        wanted = min(_CELLS, _VALUES // max(1, n_vars), -(-n_obs // _PIECES))
+        size = max(1, wanted // batch_size) * batch_size
+        self._size, self._n_obs = size, n_obs
+        self._all = [(lo, min(lo + size, n_obs)) for lo in range(0, n_obs, size)]
+        self.writes = self._processes.index == 0
+        self._waiting: list[dict[str, Any]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Pieces:
+        if self.writes:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            self._stack.enter_context(only_writer(str(self._folder), output=str(self._output), wait=False))
+            with self._stack:  # let go of the lock if the folder is not what it should be
+                self._prepare()
+                self._stack = self._stack.pop_all()
+        self._processes.wait()
+        mine = [self._all[i] for i in self._processes.share(len(self._all))]
+        self.spans = [span for span in mine if not self._path(span[0]).exists()]
+        self.done = sum(hi - lo for lo, hi in mine) - sum(hi - lo for lo, hi in self.spans)
+        return self
+
+    def _prepare(self) -> None:
+        """Begin, or check that what is there can be gone on with."""
+        plan = self._folder / "task.json"
+        if self._resume and plan.exists():
+            before = json.loads(plan.read_text())
+            changed = [name for name, value in self._identity.items() if before.get(name) != value]
+            if changed:
+                raise UserError(
+                    f"{self._folder}: cannot be resumed, for it was begun with other {', '.join(changed)}. Repeat the command that "
+                    "began it, or pass --overwrite without --resume to start again."
+                )
+            return
+        self._clear()
+        with new_file(str(plan)) as file:
+            file.write(json.dumps(self._identity, indent=1).encode())
+
+    def _path(self, lo: int) -> Path:
+        return self._folder / f"{lo:012d}.npz"
+
+    def add(self, lo: int, **blocks: Any) -> None:
+        """Take in the cells from `lo` on; the file is written when its last cells are there."""
+        self._waiting.append(blocks)
+        start = lo // self._size * self._size
+        if lo + next(iter(blocks.values())).shape[0] < min(start + self._size, self._n_obs):
+            return
+        arrays: dict[str, np.ndarray] = {}
+        for name in blocks:
+            parts = [one[name] for one in self._waiting]
+            if all(map(is_mostly_full, parts)):
+                arrays[name] = np.concatenate([p.toarray() if sp.issparse(p) else p for p in parts])
+            else:
+                csr = sp.vstack([sp.csr_matrix(p) for p in parts], format="csr")
+                fields = {"data": csr.data, "indices": csr.indices, "indptr": csr.indptr, "shape": np.array(csr.shape)}
+                arrays.update({f"{name}/{field}": value for field, value in fields.items()})
+        save_arrays(str(self._path(start)), **arrays)
+        self._waiting.clear()
+
+    def complete(self) -> None:
+        """Wait for the other processes."""
+        self._processes.wait()
+
+    def all(self) -> Iterator[dict[str, Any]]:
+        """Blocks of all cells."""
+        for lo, _ in self._all:
+            with np.load(self._path(lo), allow_pickle=False) as arrays:
+                names = dict.fromkeys(name.partition("/")[0] for name in arrays.files)
+                yield {name: _matrix(arrays, name) for name in names}
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Drop the pieces when they are no longer needed or no good, let go of the lock, and wait for the process that writes."""
+        keep = kind is not None and not issubclass(kind, UserError) and any(self._folder.glob("*.npz"))
+        if self.writes:
+            if not keep:
+                self._clear()
+            self._stack.close()
+        if kind is None:
+            self._processes.wait()
+        elif keep and issubclass(kind, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted; go on with --resume, or delete {self._folder}") from None
+        elif keep and isinstance(error, OSError):
+            raise OSError(
+                f"{self._output}: is not complete ({error.strerror or error}). What is done so far is in {self._folder}: make "
+                "room and go on with --resume, or delete it."
+            ) from error
+
+    def _clear(self) -> None:
+        """Remove all but the lock."""
+        for path in self._folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                os.unlink(path)
+
+
+def _matrix(arrays: Any, name: str) -> Any:
+    if name in arrays:
+        return arrays[name]
+    data, indices, indptr, shape = (arrays[f"{name}/{field}"] for field in ("data", "indices", "indptr", "shape"))
+    return sp.csr_matrix((data, indices, indptr), shape=tuple(shape))
+
+
+def open_pieces(
+    output: str | Path | None, identity: dict[str, Any], *, n_obs: int, n_vars: int, batch_size: int, resume: bool
+) -> Pieces:
+    """Pieces in memory, or in a folder beside `output`.
+
+    Parameters
+    ----------
+    output
+        Where the result will be, or None for memory, where each process makes everything.
+    identity, n_obs, n_vars, batch_size, resume
+        As `PiecesInFolder`.
+
+    Raises
+    ------
+    UserError
+        If there is nothing to resume from, or the name of the output does not end in .h5ad or .zarr.
+    """
+    check_batch_size(batch_size)
+    if output is None:
+        if resume:
+            raise UserError("resume goes on with an output that was begun; give its name as output.")
+        return PiecesInMemory(n_obs)
+    path = Path(output)
+    if path.suffix not in (".h5ad", ".zarr"):
+        raise UserError(f"{output}: a result is an .h5ad file or a .zarr store; expected a name that ends so.")
+    return PiecesInFolder(path, identity, n_obs=n_obs, n_vars=n_vars, batch_size=batch_size, resume=resume)
+
+
+_METADATA = ("zarr.json", ".zmetadata", ".zgroup")  # of a store; rewritten whenever the store is
+
+
+def identity(
+    model: Pretrained, data: ad.AnnData | str | Path | None, output: str | Path | None, resume: bool, **settings: Any
+) -> dict[str, Any]:
+    """Name what a result is made from; empty when the result stays in memory, where nothing is gone on with.
+
+    Parameters
+    ----------
+    model, data
+        As a task gets them; None where the task takes no cells.
+    output, resume
+        Where the result goes, and whether it was begun.
+    settings
+        What was asked for, as JSON has it.
+
+    Raises
+    ------
+    UserError
+        If a result is to be gone on with and its cells are not in a file, so that nobody knows whether they are the same.
+    """
+    if output is None:
+        return {}
+    if resume and isinstance(data, ad.AnnData):
+        raise UserError("resume needs the cells in a file, to know that they are those it was begun with; give a path.")
+    named = {f"--{name}": value for name, value in settings.items()}
+    return {"version": __version__, "model": _model(model), "data": _data(data), **named}
+
+
+def _model(model: Pretrained) -> str:
+    digest = hashlib.blake2b("\0".join(map(str, model.genes)).encode(), digest_size=16)
+    for name, tensor in model.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _data(data: ad.AnnData | str | Path | None) -> str | None:
+    if data is None:
+        return None
+    if isinstance(data, ad.AnnData):
+        return obs_digest(data.obs_names)
+    path = Path(data)
+    if path.is_dir():
+        path = next((path / name for name in _METADATA if (path / name).exists()), path)
+    return None if not path.is_file() else fingerprint(str(path))

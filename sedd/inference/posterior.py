@@ -1,0 +1,277 @@
+"""Batches of cells through a model: posterior means and joint draws of the genes that are hidden."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sedd.errors import UserError, warn_user
+from sedd.inference.cells import Cells
+from sedd.inference.expected_log1p import expected_log1p
+from sedd.inference.output_parts import Pieces, check_batch_size
+from sedd.inference.pretrained import Pretrained
+from sedd.kernels.mask import exact_mask
+from sedd.processes import is_main, launched
+from sedd.sampling import AnalyticSampler, EulerSampler
+
+_AT_A_TIME = 1 << 15  # entries whose distributions exist at a time
+_DRAWN = 1 << 20  # rounds from here on are the partitions of joint draws, those below of posterior means
+
+
+def spans_of_batches(
+    spans: list[tuple[int, int]], batch_size: int, task: str, progress: bool, done: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Cut runs of cells into batches, under a bar of cells with the time left; a log gets a line every 20 seconds.
+
+    Parameters
+    ----------
+    spans
+        The runs (lo, hi).
+    done
+        How many cells were made before.
+    """
+    check_batch_size(batch_size)
+    quiet = 0.5 if sys.stderr.isatty() else 20.0
+    total = done + sum(hi - lo for lo, hi in spans)
+    shown = progress and is_main()
+    task += f", the share of one of {launched()} processes" if launched() > 1 else ""
+    with tqdm(
+        total=total, initial=done, desc=task, unit="cell", disable=not shown, mininterval=quiet, dynamic_ncols=True
+    ) as bar:
+        for start, end in spans:
+            for lo in range(start, end, batch_size):
+                hi = min(lo + batch_size, end)
+                yield lo, hi
+                bar.update(hi - lo)
+
+
+def batches(
+    model: Pretrained,
+    source: Cells,
+    batch_size: int,
+    task: str,
+    progress: bool,
+    pieces: Pieces | None = None,
+    *,
+    whole: bool = False,
+) -> Iterator[tuple[int, int, np.ndarray, torch.Tensor, dict[str, Any]]]:
+    """Successive cells: (lo, hi, counts, tokens, {"condition", "library"}); those that `pieces` lack, or all.
+
+    A model that takes totals is told them only if cells are seen `whole`: where entries are hidden, the total would give
+    their sum away.
+    """
+    warned = False
+    spans, done = ([(0, len(source))], 0) if pieces is None else (pieces.spans, pieces.done)
+    for lo, hi in spans_of_batches(spans, batch_size, task, progress, done):
+        counts = source.counts(lo, hi)
+        if not warned and model.binning.kind == "identity" and counts.max(initial=0) >= model.binning.n_bins:
+            warn_user(
+                f"{source.name}: has counts up to {counts.max():.0f} or more; the model has a bin for each count up to "
+                f"{model.binning.n_bins - 1}, which larger ones share. Train with a larger --num_bins to tell them apart."
+            )
+            warned = True
+        tokens = torch.from_numpy(model.binning.tokens(counts).astype(np.int64)).to(model.device)
+        context: dict[str, Any] = {"condition": None, "library": None}
+        if model.categories:
+            columns = [
+                model.condition_codes(name, source.obs[name].to_numpy(object)[lo:hi])
+                if name in source.obs
+                else np.zeros(hi - lo, np.int64)
+                for name in model.categories
+            ]
+            context["condition"] = torch.from_numpy(np.stack(columns, 1)).to(model.device)
+        if model.model.config["condition_library"]:
+            total = np.log(np.maximum(counts.sum(1), 1)).astype(np.float32)
+            # With genes missing the total over the panel is not known.
+            total[:] = total if whole and not source.missing.any() else np.nan
+            context["library"] = torch.from_numpy(total).to(model.device)
+        yield lo, hi, counts, tokens, context
+
+
+@torch.no_grad()
+def predict(
+    model: Pretrained, tokens: torch.Tensor, hidden: np.ndarray, context: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior mean and standard deviation of the hidden entries given the others, in one forward pass."""
+    mask = torch.from_numpy(hidden).to(tokens.device)
+    shown = tokens.masked_fill(mask, model.binning.n_bins)
+    mean, var = model.model.expectation(shown, model.sigma(mask), model.decode_values, **context)
+    return mean.cpu().numpy(), var.clamp_min(0).sqrt().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What the other genes of a cell say of every entry, each (B, n_vars) float64.
+
+    Attributes
+    ----------
+    mean, std
+        Of the count.
+    zero
+        Probability that the count is 0.
+    log1p
+        Mean of `log1p(10,000 count / total)`, the total being that of the cell as observed.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    zero: np.ndarray
+    log1p: np.ndarray
+
+    def with_own_counts(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the rates behind the counts, given the other genes and the count itself.
+
+        Parameters
+        ----------
+        counts : (B, n_vars)
+        """
+        shape, rate = self._rate_posterior(counts)
+        return shape / rate, np.sqrt(shape) / rate
+
+    def log1p_with_own_counts(self, counts: np.ndarray) -> np.ndarray:
+        """Posterior predictive mean of `log1p(10,000 n / total)`: n would be counted in the same cells at the same depth once more.
+
+        Parameters
+        ----------
+        counts : (B, n_vars)
+        """
+        return expected_log1p(*self._rate_posterior(counts), 1e4 / np.maximum(counts.sum(axis=1), 1))
+
+    def _rate_posterior(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shape and rate of the gamma posterior of the rate behind each count.
+
+        An entry is taken as Poisson around a rate that the other genes leave uncertain, a gamma law. Its mean is the
+        predicted one and its shape the one for which the count is 0 as often as predicted: the variance would depend on
+        the far tail, where a predicted distribution is least sure. The observed count then updates it in closed form.
+        """
+        mean = np.maximum(self.mean, 1e-12)
+        low, high = np.full(mean.shape, 1e-4), np.full(mean.shape, 1e6)
+        for _ in range(36):  # to 1e-9 of the logarithm
+            shape = np.sqrt(low * high)
+            below = np.exp(-shape * np.log1p(mean / shape)) < self.zero
+            low, high = np.where(below, low, shape), np.where(below, shape, high)
+        return shape + counts, 1 + shape / mean
+
+
+@torch.no_grad()
+def cross_predict(
+    model: Pretrained,
+    tokens: torch.Tensor,
+    context: dict[str, Any],
+    cells: np.ndarray,
+    folds: int,
+    rounds: int,
+    seed: int,
+) -> Posterior:
+    """The posterior of every entry, each predicted while hidden with a random 1/folds of its cell, averaged over rounds."""
+    check_folds(folds, rounds)
+    values = model.decode_values.double()
+    logs = torch.log1p(1e4 * values / values[tokens].sum(1).clamp_min(1)[:, None])
+    first, second, zero, log = (np.zeros(tokens.shape) for _ in range(4))
+    for round_ in range(rounds):
+        fold = _folds(seed, round_, cells, tokens.shape[1], folds)
+        for k in range(folds):
+            mask = torch.from_numpy(fold == k).to(tokens.device)
+            readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
+            where = mask.nonzero(as_tuple=True)
+            for part in torch.arange(len(where[0]), device=tokens.device).split(_AT_A_TIME):
+                rows, genes = where[0][part], where[1][part]
+                p = model.model.log_mu(readout, rows, genes).double().exp()
+                at = (rows.cpu().numpy(), genes.cpu().numpy())
+                first[at] += (p @ values).cpu().numpy()
+                second[at] += (p @ values.square()).cpu().numpy()
+                zero[at] += p[:, 0].cpu().numpy()
+                log[at] += (p * logs[rows]).sum(1).cpu().numpy()
+    mean = first / rounds
+    std = np.sqrt(np.maximum(second / rounds - mean**2, 0))
+    return Posterior(mean, std, zero / rounds, log / rounds)
+
+
+def draw(
+    model: Pretrained,
+    sampler: AnalyticSampler | EulerSampler,
+    tokens: torch.Tensor,
+    hidden: np.ndarray,
+    context: dict[str, Any],
+    cells: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """One joint draw of the hidden entries given the others, decoded to counts, (B, n_vars)."""
+    masked = tokens.masked_fill(torch.from_numpy(hidden).to(tokens.device), model.binning.n_bins)
+    return model.binning.decode(sampler.sample(masked, seed=seed, cells=cells, **context).cpu().numpy())
+
+
+def cross_draw(
+    model: Pretrained,
+    sampler: AnalyticSampler | EulerSampler,
+    tokens: torch.Tensor,
+    context: dict[str, Any],
+    cells: np.ndarray,
+    folds: int,
+    k: int,
+    seed: int,
+) -> np.ndarray:
+    """The k-th draw of every entry, the parts of a random partition drawn jointly one after the other, (B, n_vars)."""
+    check_folds(folds, 1)
+    fold = _folds(seed, _DRAWN + k, cells, tokens.shape[1], folds)
+    out = np.zeros(tokens.shape, np.float32)
+    for part in range(folds):
+        hidden = fold == part
+        drawn = draw(model, sampler, tokens, hidden, context, cells, sample_seed(seed, k * folds + part))
+        out[hidden] = drawn[hidden]
+    return out
+
+
+def check_folds(folds: int, rounds: int) -> None:
+    """Check the partitions of a cell's genes.
+
+    Raises
+    ------
+    UserError
+        If there are fewer than 2 folds or no round.
+    """
+    if folds < 2 or rounds < 1:
+        raise UserError(f"folds is {folds} and rounds {rounds}; expected at least 2 folds and 1 round.")
+
+
+def _folds(seed: int, round_: int, cells: np.ndarray, n_vars: int, folds: int) -> np.ndarray:
+    """A random partition of each cell's genes into `folds` parts of equal size, (B, n_vars)."""
+    fold = np.zeros((len(cells), n_vars), np.int64)
+    for k in range(1, folds):  # nested: the k * n / folds smallest hashes of a cell are the parts 0 .. k-1
+        fold += ~exact_mask(seed, round_, cells, n_vars, k * n_vars // folds)
+    return fold
+
+
+def sample_seed(seed: int, k: int) -> int:
+    """The seed of the k-th of several draws of the same cells."""
+    return seed + 1_000_003 * (k + 1)
+
+
+class Moments:
+    """Mean and spread of draws that are seen one at a time."""
+
+    def __init__(self) -> None:
+        self.n, self._mean, self._second = 0, np.zeros(()), np.zeros(())
+
+    def add(self, values: np.ndarray) -> None:
+        """Take in another draw (Welford's update, which does not cancel)."""
+        self.n += 1
+        before = values - self._mean
+        self._mean = self._mean + before / self.n
+        self._second = self._second + before * (values - self._mean)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of the draws."""
+        return self._mean
+
+    @property
+    def std(self) -> np.ndarray:
+        """Their standard deviation, 0 for a single one."""
+        return np.sqrt(self._second / max(1, self.n))

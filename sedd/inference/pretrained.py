@@ -1,0 +1,237 @@
+"""A trained model as its users meet it: the averaged weights with the genes, the binning and the split that belong to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from sedd import checkpoint
+from sedd.binning import Binning
+from sedd.config import TrainConfig
+from sedd.errors import UserError
+from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
+from sedd.inference.export import is_export, read_export, write_export
+from sedd.model import SEDDTransformer
+from sedd.noise import Noise, make_noise
+from sedd.processes import default_device
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model ready to use.
+
+    Attributes
+    ----------
+    path
+        The checkpoint it came from.
+    model
+        On its device, in evaluation mode, with the averaged weights when there are any.
+    genes : (n_vars,) str
+        The panel, in the order of the model's genes.
+    binning
+        How counts become tokens and back.
+    noise, graph
+        The forward process that the model was trained for.
+    categories
+        For each condition column its labels; label k is condition k + 1.
+    histogram : (n_vars, n_bins) int64
+        How many training cells have each token of each gene.
+    libraries : (q,) float32
+        Quantiles of the training cells' total counts over the panel.
+    state
+        The rest of the checkpoint.
+    """
+
+    path: Path
+    model: SEDDTransformer
+    genes: np.ndarray
+    binning: Binning
+    noise: Noise
+    graph: AbsorbingGraph | UniformGraph
+    categories: dict[str, list[str]]
+    histogram: sp.csr_array
+    libraries: np.ndarray
+    state: dict[str, Any]
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings of the run."""
+        return TrainConfig.from_flat(self.state["args"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def decode_values(self) -> torch.Tensor:
+        """What each token decodes to, (n_bins,) float32."""
+        return torch.as_tensor(self.binning.values, dtype=torch.float32, device=self.device)
+
+    @classmethod
+    def load(cls, path: Pretrained | str | Path, *, device: str | torch.device | None = None) -> Pretrained:
+        """Read the checkpoint that `path` names (`sedd.checkpoint.find`), or an exported model.
+
+        Parameters
+        ----------
+        path
+            A checkpoint, an experiment directory, that of an exported model, or a loaded model, which is returned as it is.
+        device
+            Where to put the model; this process's GPU if there is one.
+
+        Raises
+        ------
+        UserError
+            If there is no checkpoint, or it is damaged.
+        """
+        if isinstance(path, Pretrained):
+            return path
+        if is_export(path):
+            return cls._of(Path(path), read_export(path), device)
+        file = checkpoint.find(path)
+        return cls._of(file, checkpoint.load(file), device)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
+        """Read a model that `push_to_hub` wrote into a local directory; nothing in it is executed.
+
+        Parameters
+        ----------
+        directory
+            Of the exported model.
+        device
+            Where to put the model; this process's GPU if there is one.
+
+        Raises
+        ------
+        UserError
+            If a file is missing or damaged.
+        """
+        if not Path(directory).is_dir():
+            raise UserError(f"{directory}: no such directory; expected one that `sedd export` or push_to_hub made.")
+        return cls._of(Path(directory), read_export(directory), device)
+
+    def push_to_hub(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the model into a local directory that can be handed on: safetensors, settings, panel and a card.
+
+        Parameters
+        ----------
+        directory
+            Where to.
+        overwrite
+            Replace an exported model that is there.
+
+        Raises
+        ------
+        UserError
+            If the directory exists and is not to be replaced, or if genes were added to the model.
+        """
+        if list(self.genes) != list(self.state["genes"]):
+            raise UserError(f"{self.path}: genes were added to this model; export it as it was trained and add them after loading.")
+        return write_export(
+            self.state,
+            self.model.state_dict(),
+            directory,
+            source=self.path,
+            n_parameters=sum(p.numel() for p in self.model.parameters()),
+            overwrite=overwrite,
+        )
+
+    @classmethod
+    def _of(cls, file: Path, state: dict[str, Any], device: str | torch.device | None) -> Pretrained:
+        model = SEDDTransformer(**state["model_config"])
+        averaged = state["ema"]
+        try:
+            model.load_state_dict(state["model"])
+            if averaged is not None:
+                model.load_state_dict(averaged["average"], strict=False)
+        except RuntimeError as error:
+            raise UserError(f"{file}: the weights do not fit the model it describes ({str(error).splitlines()[0]}).") from error
+        device = device or default_device()
+        binning = Binning.from_dict(state["binning"])
+        return cls(
+            path=file,
+            model=model.to(device).eval(),
+            genes=np.array(state["genes"], dtype=object),
+            binning=binning,
+            noise=make_noise(state["args"]["noise"]),
+            graph=make_graph(state["args"].get("graph", "absorbing"), binning.n_bins),
+            categories=state["categories"],
+            histogram=checkpoint.unpack_histogram(state["histogram"]),
+            libraries=state["libraries"].numpy(),
+            state=state,
+        )
+
+    @property
+    def knows_masks(self) -> bool:
+        """Whether it was trained to predict hidden genes, as under the absorbing graph."""
+        return isinstance(self.graph, AbsorbingGraph)
+
+    def check_knows_masks(self, wanted: str) -> None:
+        """Check that the model predicts hidden genes.
+
+        Parameters
+        ----------
+        wanted
+            What needs it, as the beginning of a sentence.
+
+        Raises
+        ------
+        UserError
+            If it was trained with the uniform graph.
+        """
+        if not self.knows_masks:
+            raise UserError(
+                f"{wanted} needs a model that predicts hidden genes, and {self.path} was trained with --graph uniform, which "
+                "hides none; expected one trained with --graph absorbing."
+            )
+
+    def sigma(self, masked: torch.Tensor) -> torch.Tensor:
+        """The noise level at which the given share of genes is masked, (B,), for cells masked like `masked` (B, n_vars)."""
+        return self.noise.sigma_at(masked.double().mean(1)).float()
+
+    def describe(self) -> str:
+        """A few lines for people: what it is, what it was trained on, how well it does."""
+        state, model = self.state, self.model.config
+        data, split = state["data"], state["split"]
+        history = state["history"]
+        last = history[-1] if history else None
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        lines = [
+            f"checkpoint  {self.path} (epoch {state['epoch']}, step {state['step']})",
+            f"model       {model['attention']} attention, {model['hidden_dim']} wide, {model['num_layers']} layers, "
+            f"{model['num_heads']} heads, {model['head']} head; {n_parameters:,} parameters",
+            f"genes       {len(self.genes)}: {', '.join(self.genes[:5])}, ...",
+            f"bins        {self.binning.n_bins} ({self.binning.kind})",
+            f"diffusion   {self.config.model.graph} graph, {self.config.model.noise} noise, {self.config.model.objective}",
+            f"data        {data['path']}: {data['n_obs']} cells, {split['n_train']} trained on, {split['n_val']} held out",
+        ]
+        for column, labels in self.categories.items():
+            lines.append(f"condition   {column}: {', '.join(labels)}")
+        if last is not None:
+            lines.append(f"validation  {last['val_nelbo']:.1f} nats per cell after epoch {last['epoch']}")
+        return "\n".join(lines)
+
+    def condition_codes(self, column: str, labels: np.ndarray) -> np.ndarray:
+        """Labels of a condition column as the model's codes, (n,) int64; missing ones are 0.
+
+        Raises
+        ------
+        UserError
+            If a label was not there in training; the known ones are listed.
+        """
+        known = self.categories[column]
+        index = {label: k + 1 for k, label in enumerate(known)}
+        codes = np.zeros(len(labels), np.int64)
+        for i, label in enumerate(labels):
+            if label is None or label != label:
+                continue
+            if str(label) not in index:
+                raise UserError(f"{column}={label!r} was not there in training; known: {', '.join(map(repr, known))}.")
+            codes[i] = index[str(label)]
+        return codes

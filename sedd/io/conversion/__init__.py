@@ -1,0 +1,1 @@
+"""Files to shards: read, check, narrow, count and publish a store."""

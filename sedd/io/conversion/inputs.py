@@ -1,0 +1,270 @@
+"""What a conversion does, and its inputs held open: entries are read, checked and narrowed here.
+
+A conversion has a folder, `OUTPUT.zarr.partial`, that holds its `Plan` and everything done so far. Its tasks are functions of
+(folder, number), so that a Dask worker anywhere needs nothing else; each makes one result file, which appears by one rename: what
+exists is complete, and a conversion that was killed goes on with what does not exist yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sedd.errors import NotCountsError, UserError
+from sedd.io.conversion.counts import Counts, first_disorder, index_dtype, to_counts
+from sedd.io.files import new_file
+from sedd.io.format.codec import keep_freed_memory
+from sedd.io.h5ad import H5ad, Matrix
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion does, as written to `plan.json`.
+
+    Attributes
+    ----------
+    sources : (path, layer, raw) of each input
+    fingerprints : of the inputs
+    settings : everything else that the result depends on
+    n_obs, n_vars : cells and genes of the store
+    direct : whether shards come straight from the input
+    narrow : the type to try first for counts
+    block : stored values that a task may hold
+    spans : stretches of input that are spilled, (source, first, last) in rows, or in columns for CSC; none when direct
+    step : cells in a part of the spill
+    offsets : number of the first cell of each source, all cells counted in input order
+    entries : number of the first entry of each source and, last, of all entries taken; for CSR input only
+    """
+
+    sources: tuple[tuple[str, str | None, bool], ...]
+    fingerprints: tuple[str, ...]
+    settings: dict[str, Any]
+    n_obs: int
+    n_vars: int
+    direct: bool
+    narrow: str
+    block: int
+    spans: tuple[tuple[int, int, int], ...]
+    step: int
+    offsets: tuple[int, ...]
+    entries: tuple[int, ...]
+
+    def save(self, folder: str) -> None:
+        """Write `plan.json`."""
+        with new_file(f"{folder}/plan.json") as file:
+            file.write(json.dumps(asdict(self)).encode())
+
+    @property
+    def n_parts(self) -> int:
+        """Parts of the spill: runs of `step` consecutive cells of the store."""
+        return -(-self.n_obs // self.step)
+
+
+def load_plan(folder: str) -> Plan:
+    """Read `plan.json`, once while it stays as it is: a Dask worker may see several conversions to one output."""
+    return _load_plan(folder, _stamp(folder))
+
+
+def _stamp(folder: str) -> tuple[int, int]:
+    stat = os.stat(f"{folder}/plan.json")
+    return stat.st_mtime_ns, stat.st_ino
+
+
+@lru_cache(maxsize=4)
+def _load_plan(folder: str, _: tuple[int, int]) -> Plan:
+    with open(f"{folder}/plan.json") as file:
+        raw: dict[str, Any] = json.load(file)
+    for key in ("sources", "spans"):
+        raw[key] = [tuple(item) for item in raw[key]]
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    return Plan(**fields)
+
+
+class Source(NamedTuple):
+    """An input held open, the new numbers of its genes (None: unchanged) and the places of its cells in the store (None: in order)."""
+
+    file: H5ad
+    matrix: Matrix
+    genes: np.ndarray | None
+    places: np.ndarray | None
+
+
+def open_source(folder: str, number: int) -> Source:
+    """Open input `number`, once for all tasks of this process."""
+    return _open_source(folder, number, _stamp(folder))
+
+
+@lru_cache(maxsize=64)
+def _open_source(folder: str, number: int, _: tuple[int, int]) -> Source:
+    plan = load_plan(folder)
+    keep_freed_memory()
+    path, layer, raw = plan.sources[number]
+    file = H5ad(path)
+    matrix = file.matrix(layer, raw)
+    genes, places = f"{folder}/genes-{number}.npy", f"{folder}/places.npy"
+    first = plan.offsets[number]
+    return Source(
+        file,
+        matrix,
+        np.load(genes) if os.path.exists(genes) else None,
+        np.load(places)[first : first + matrix.shape[0]] if os.path.exists(places) else None,
+    )
+
+
+def forget() -> None:
+    """Drop what `load_plan` and `open_source` hold."""
+    _load_plan.cache_clear()
+    _open_source.cache_clear()
+
+
+class Block(NamedTuple):
+    """Rows of CSR input in narrow types; `untidy` when entries are zero, out of order or repeated."""
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    rounded: int
+    untidy: bool
+
+
+def read_rows(folder: str, src: Source, lo: int, hi: int) -> Block:
+    """Read rows `lo:hi` of CSR input, checking and narrowing each piece while it is in the processor's cache."""
+    plan, matrix = load_plan(folder), src.matrix
+    start, stop = int(matrix.indptr[lo]), int(matrix.indptr[hi])
+    indptr = matrix.indptr[lo : hi + 1] - start
+    indices = np.empty(stop - start, index_dtype(matrix.shape[1]))
+    for at, raw in matrix.pieces("indices", start, stop):
+        indices[at : at + raw.size] = check_indices(src, raw, lo, indptr, at)
+    narrow = np.dtype(plan.narrow)
+    values = np.empty(stop - start, np.float32 if plan.settings["values"] == "real" else narrow)
+    rounded = n_zero = 0
+    for at, raw in matrix.pieces("data", start, stop):
+        piece = take_values(plan, src, raw, narrow, lambda k, at=at: (row_of(indptr, at + k) + lo, int(indices[at + k])))  # type: ignore[misc]
+        narrow = piece.values.dtype
+        if narrow != values.dtype:
+            values = values.astype(narrow)
+        values[at : at + raw.size] = piece.values
+        rounded, n_zero = rounded + piece.n_rounded, n_zero + piece.n_zero
+    return Block(indptr, indices, values, rounded, n_zero > 0 or first_disorder(indptr, indices) >= 0)
+
+
+def row_of(indptr: np.ndarray, k: int) -> int:
+    """Row that holds entry `k`."""
+    return int(np.searchsorted(indptr, k, side="right")) - 1
+
+
+def check_indices(src: Source, indices: np.ndarray, lo: int, indptr: np.ndarray, first: int = 0) -> np.ndarray:
+    """Minor indices in the narrowest type, all of them in range.
+
+    `lo` is the first row (column of CSC) of the block, `first` the place of the indices in it.
+    """
+    axis, limit = ("cells", src.matrix.shape[0]) if src.matrix.layout == "csc" else ("genes", src.matrix.shape[1])
+    if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < limit):
+        at = int(np.argmax((indices < 0) | (indices >= limit)))
+        major = "gene" if src.matrix.layout == "csc" else "cell"
+        raise UserError(
+            f"{src.matrix.path}: {src.matrix.name}/indices holds {indices[at]} at {major} {lo + row_of(indptr, first + at)}, "
+            f"but there are {limit} {axis}. The file is damaged: copy or write it again."
+        )
+    return indices.astype(index_dtype(limit), copy=False)
+
+
+def take_values(
+    plan: Plan, src: Source, raw: np.ndarray, narrow: np.dtype[Any], place_of: Callable[[int], tuple[int, int]]
+) -> Counts:
+    """Counts in type `narrow` or a wider one, or float32 real values.
+
+    Raises
+    ------
+    UserError
+        At the first value that is no count; `place_of` maps its position to (cell, gene).
+    """
+    if plan.settings["values"] == "real":
+        values = raw.astype(np.float32, copy=False)
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise UserError(explain(src.file, src.matrix, raw, int(np.argmin(finite)), place_of))
+        return Counts(values, int((values == 0).sum()), 0, -1)
+    counts = to_counts(raw, narrow)
+    if counts.bad >= 0:
+        raise NotCountsError(explain(src.file, src.matrix, raw, counts.bad, place_of))
+    return counts
+
+
+SAMPLE = 1 << 16
+"""Values looked at to tell counts from the rest."""
+
+
+def explain(
+    file: H5ad, matrix: Matrix, values: np.ndarray, bad: int, place_of: Callable[[int], tuple[int, int]]
+) -> str:
+    """The error message for `values[bad]`, which is no count.
+
+    Parameters
+    ----------
+    values : (nnz,) a block of the matrix as stored
+    place_of : maps a position in `values` to (cell, gene)
+    """
+    value = float(values[bad])
+    cell, gene = place_of(bad)
+    first = f"first: {value:.6g} at cell {cell} ({file.name('obs', cell)}), gene {file.gene_name(matrix, gene)}"
+    head = f"{file.path}: {matrix.name} has"
+    if not np.isfinite(value):
+        what = "NaN" if np.isnan(value) else "infinite"
+        return f"{head} {what} values ({first}). Drop or replace them, for instance with np.nan_to_num."
+    if value > np.iinfo(np.uint32).max:
+        return f"{head} values too large for counts ({first}; the limit is {np.iinfo(np.uint32).max})."
+    fractions = bool((values != np.rint(values)).any())
+    if value < 0 and not fractions:
+        return f"{head} negative values ({first}); counts are >= 0. {_way_out(file, matrix)}"
+    kind = "negative" if value < 0 else "non-integer"
+    return f"{head} {kind} values ({first}); {looks_like(values)}. {_way_out(file, matrix)}"
+
+
+def looks_like(values: np.ndarray) -> str:
+    """A guess at what was done to counts to give these values."""
+    sample = values[:SAMPLE].astype(np.float64)
+    sample = sample[np.isfinite(sample)]
+    if sample.size and sample.min() < 0:
+        return "it looks scaled (z-scores)"
+    if sample.size and sample.max() < 20:
+        return "it looks log-normalised"
+    return "it looks normalised, without a logarithm"
+
+
+def holds_counts(matrix: Matrix) -> bool:
+    """Whether the first stored values of a matrix are all counts."""
+    if matrix.layout == "dense":
+        rows = max(1, SAMPLE // max(1, matrix.shape[1]))
+        values = matrix.read_dense(0, min(rows, matrix.shape[0])).reshape(-1)
+    else:
+        values = matrix.data.read(0, min(SAMPLE, matrix.nnz or 0))
+    return values.size > 0 and to_counts(values, np.dtype(np.uint32)).bad < 0
+
+
+def _way_out(file: H5ad, matrix: Matrix) -> str:
+    """Name the matrices of the file that do hold counts."""
+    places = [(f"--layer {name}", name, False) for name in file.layers] + ([("--raw", None, True)] if file.has_raw else [])
+    if matrix.name != "X" and "X" in file.h5:
+        places.append(("X (no --layer)", None, False))
+    good = []
+    for flag, layer, raw in places:
+        try:
+            other = file.matrix(layer, raw)
+            if other.name != matrix.name and holds_counts(other):
+                good.append(flag)
+        except ValueError:  # a damaged layer is no way out
+            continue
+    if good:
+        return f"Pass {' or '.join(good)}, which holds counts; {_REAL}."
+    listed = ", ".join(file.layers) or "none"
+    return f"Pass --layer with the counts (layers: {listed}; none of them looks like counts); {_REAL}."
+
+
+_REAL = "or keep real values, by --values real of sedd convert or --binning log of sedd train"

@@ -1,0 +1,189 @@
+"""Deal entries of the input out to the parts of the store, through files of bounded size.
+
+Cells that are shuffled, genes that are matched, and input that is dense, CSC or untidy take this road. A *part* is a run of
+consecutive cells of the store. `scatter_window` reads one stretch of input and writes its entries sorted by part (the *spill*);
+`gather_part` reads what all windows hold for one part.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import numpy as np
+
+from sedd.io.conversion.counts import (
+    clean_rows,
+    count_dtype,
+    deal_columns,
+    dense_rows,
+    first_disorder,
+    gather_rows,
+    index_dtype,
+    place_runs,
+)
+from sedd.io.conversion.inputs import Plan, check_indices, load_plan, open_source, read_rows, row_of, take_values
+from sedd.io.files import new_file, save_arrays
+
+ALIGN = 8
+"""Every array of a piece begins at a multiple of this many bytes."""
+
+
+def window_path(folder: str, number: int) -> str:
+    """Stem of the files of window `number`: `.npz` (written last) and `.bin`."""
+    return f"{folder}/spill/{number:06d}"
+
+
+def scatter_window(folder: str, number: int) -> None:
+    """Deal the entries of one stretch of input out to the parts they belong to."""
+    plan = load_plan(folder)
+    source, lo, hi = plan.spans[number]
+    columns = open_source(folder, source).matrix.layout == "csc"
+    rows, lengths, indices, values, row_cuts, entry_cuts, notes = (_scatter_columns if columns else _scatter_rows)(
+        plan, folder, source, lo, hi
+    )
+    if values.dtype.kind != "f":
+        notes["largest"] = int(values.max()) if values.size else 0
+        values = values.astype(count_dtype(notes["largest"]), copy=False)
+    stem = window_path(folder, number)
+    with new_file(f"{stem}.bin") as file:
+        for part in range(plan.n_parts):
+            r, e = slice(*row_cuts[part : part + 2]), slice(*entry_cuts[part : part + 2])
+            for array in (rows[r], lengths[r], values[e], indices[e]):
+                file.write(memoryview(array).cast("B") if array.size else b"")
+                file.write(b"\0" * (-array.nbytes % ALIGN))
+    save_arrays(f"{stem}.npz", row_cuts=row_cuts, entry_cuts=entry_cuts, dtype=values.dtype.str, runs=lengths.size > 0, **notes)
+
+
+def _scatter_rows(plan: Plan, folder: str, source: int, lo: int, hi: int):  # type: ignore[no-untyped-def]
+    """Rows of CSR or dense input: each goes whole to one part."""
+    src = open_source(folder, source)
+    if src.matrix.layout == "dense":
+        indptr, raw_indices, raw_values = dense_rows(src.matrix.read_dense(lo, hi))
+        indices = check_indices(src, raw_indices, lo, indptr)
+        narrow = np.dtype(plan.narrow)
+        counts = take_values(plan, src, raw_values, narrow, lambda k: (row_of(indptr, k) + lo, int(indices[k])))
+        values, rounded, untidy = counts.values, counts.n_rounded, counts.n_zero > 0
+        del raw_indices, raw_values
+    else:
+        indptr, indices, values, rounded, untidy = read_rows(folder, src, lo, hi)
+    summed = 0
+    if src.genes is not None or untidy:
+        indptr, indices, values, summed = clean_rows(indptr, indices, values, plan.n_vars, src.genes)
+    places = src.places[lo:hi] if src.places is not None else np.arange(lo, hi) + plan.offsets[source]
+    order = np.argsort(places, kind="stable")
+    lengths, (indices, values) = gather_rows(indptr, order, indices, values)
+    row_cuts = np.searchsorted(places[order] // plan.step, np.arange(plan.n_parts + 1))
+    entry_cuts = np.concatenate([[0], np.cumsum(lengths)])[row_cuts]
+    local = (places[order] % plan.step).astype(np.uint32)
+    return local, lengths.astype(np.uint32), indices, values, row_cuts, entry_cuts, {"rounded": rounded, "summed": summed}
+
+
+def _scatter_columns(plan: Plan, folder: str, source: int, lo: int, hi: int):  # type: ignore[no-untyped-def]
+    """Columns of CSC input: each entry finds its part by itself."""
+    src = open_source(folder, source)
+    indptr, raw_rows, raw_values = src.matrix.read_major(lo, hi)
+    rows = check_indices(src, raw_rows, lo, indptr)
+    counts = take_values(plan, src, raw_values, np.dtype(plan.narrow), lambda k: (int(rows[k]), row_of(indptr, k) + lo))
+    values, rounded = counts.values, counts.n_rounded
+    del raw_rows, raw_values, counts
+    summed = 0
+    if first_disorder(indptr, rows) >= 0:
+        indptr, rows, values, summed = clean_rows(indptr, rows, values, src.matrix.shape[0], None)
+    genes = np.arange(lo, hi, dtype=np.int32) if src.genes is None else src.genes[lo:hi]
+    cuts, local, indices, values = deal_columns(
+        indptr, rows, values, genes, src.places, plan.offsets[source], plan.step, plan.n_parts, index_dtype(plan.n_vars)
+    )
+    return local, np.empty(0, np.uint32), indices, values, cuts, cuts, {"rounded": rounded, "summed": summed}
+
+
+def index_windows(folder: str) -> dict[str, int]:
+    """Collect the tables of all windows, once all are written, into files that tasks map.
+
+    Returns
+    -------
+    notes : how many values were "rounded", and entries "summed"
+    """
+    plan = load_plan(folder)
+    cuts = np.zeros((len(plan.spans), plan.n_parts + 1, 2), np.int64)
+    kinds = np.zeros(len(plan.spans), np.dtype([("dtype", "U4"), ("runs", np.bool_), ("largest", np.int64)]))
+    notes = {"rounded": 0, "summed": 0}
+    for window in range(len(plan.spans)):
+        with np.load(f"{window_path(folder, window)}.npz") as meta:
+            cuts[window, :, 0], cuts[window, :, 1] = meta["row_cuts"], meta["entry_cuts"]
+            kinds[window] = str(meta["dtype"]), bool(meta["runs"]), int(meta["largest"]) if "largest" in meta else 0
+            notes["rounded"] += int(meta["rounded"])
+            notes["summed"] += int(meta["summed"])
+    entries = np.diff(cuts[:, :, 1], axis=1).sum(axis=0)
+    for name, table in (("cuts", cuts), ("kinds", kinds), ("first", np.concatenate([[0], np.cumsum(entries)]))):
+        with new_file(f"{folder}/spill/{name}.npy") as file:
+            np.save(file, table)
+    return notes
+
+
+def _tables(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    stat = os.stat(f"{folder}/spill/first.npy")
+    return _load_tables(f"{folder}/spill", (stat.st_mtime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=2)
+def _load_tables(folder: str, _: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.load(f"{folder}/cuts.npy", mmap_mode="r"), np.load(f"{folder}/kinds.npy"), np.load(f"{folder}/first.npy")
+
+
+def first_entries(folder: str) -> np.ndarray:
+    """(n_parts + 1,) int64, place in the store of each part's first entry."""
+    return _tables(folder)[2]
+
+
+def value_dtype(folder: str) -> np.dtype:
+    """The narrowest type that holds all values of the spill."""
+    if load_plan(folder).settings["values"] == "real":
+        return np.dtype(np.float32)
+    return count_dtype(int(_tables(folder)[1]["largest"].max()))
+
+
+def forget() -> None:
+    """Drop what `read_piece` holds."""
+    _load_tables.cache_clear()
+
+
+def read_piece(folder: str, window: int, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `window` holds for `part`: local rows, lengths of their runs (empty: one entry each), indices, values."""
+    cuts, kinds, _ = _tables(folder)
+    table = np.asarray(cuts[window, : part + 2])
+    n_rows, n_entries = np.diff(table, axis=0).T
+    index = index_dtype(load_plan(folder).n_vars)
+    value = np.dtype(str(kinds[window]["dtype"]))
+    runs = bool(kinds[window]["runs"])
+    widths = (4 * n_rows, 4 * n_rows * runs, value.itemsize * n_entries, index.itemsize * n_entries)
+    sizes = np.stack([-(-width // ALIGN) * ALIGN for width in widths])
+    raw = np.fromfile(f"{window_path(folder, window)}.bin", np.uint8, int(sizes[:, part].sum()), offset=int(sizes[:, :part].sum()))
+    starts = np.cumsum(sizes[:, part]) - sizes[:, part]
+    counts = (n_rows[part], n_rows[part] * runs, n_entries[part], n_entries[part])
+    dtypes = (np.dtype(np.uint32), np.dtype(np.uint32), value, index)
+    rows, lengths, values, indices = (
+        raw[start : start + count * dtype.itemsize].view(dtype)
+        for start, count, dtype in zip(starts, counts, dtypes, strict=True)
+    )
+    return rows, lengths, indices, values
+
+
+def gather_part(folder: str, number: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Put part `number` together from what the windows hold for it: tidy CSR, `indptr` from 0, values as `dtype`."""
+    plan = load_plan(folder)
+    n_rows = min(plan.step, plan.n_obs - number * plan.step)
+    pieces = [read_piece(folder, window, number) for window in range(len(plan.spans))]
+    counts = np.zeros(n_rows, np.int64)
+    for rows, lengths, _, _ in pieces:
+        counts += np.bincount(rows, lengths if lengths.size else None, n_rows).astype(np.int64)
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    indices, values = np.empty(indptr[-1], index_dtype(plan.n_vars)), np.empty(indptr[-1], dtype)
+    cursor = indptr[:-1].copy()
+    for rows, lengths, own_indices, own_values in pieces:
+        place_runs(cursor, rows, lengths, (own_indices, own_values), (indices, values))
+    del pieces
+    if first_disorder(indptr, indices) >= 0:  # columns whose genes changed order
+        indptr, indices, wide, _ = clean_rows(indptr, indices, values, plan.n_vars, None)
+        values = wide.astype(dtype)
+    return indptr, indices, values

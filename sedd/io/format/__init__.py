@@ -1,0 +1,1 @@
+"""The bytes of a store: its shards, their codec, and the statistics kept beside them."""

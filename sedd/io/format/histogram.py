@@ -1,0 +1,156 @@
+"""Histograms of counts, and what follows from them: variable genes without a second look at the cells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import sparse
+from tqdm import tqdm
+
+from sedd.errors import UserError
+from sedd.io.conversion.counts import gather_rows
+from sedd.io.format.tally import SMALL, tally
+
+if TYPE_CHECKING:
+    from sedd.io.store import CellStore
+
+BLOCK = 1 << 22
+"""Stored values read at once."""
+
+
+def histogram(store: CellStore, cells: np.ndarray | None = None, progress: bool = False) -> sparse.csr_array:
+    """Count histogram of each gene over some cells; zeros are column 0.
+
+    Parameters
+    ----------
+    store : a store of counts
+    cells : (n,) int64, ascending; None for all cells, which costs no read
+    progress : show a bar
+
+    Returns
+    -------
+    hist : (n_vars, max_value + 1) int64; `hist[g, v]` cells have `v` counts of gene `g`
+    """
+    whole = store.gene_histogram()
+    if cells is None:
+        return whole
+    cells = np.asarray(cells, np.int64)
+    if cells.size and (cells[0] < 0 or cells[-1] >= store.n_obs or (np.diff(cells) <= 0).any()):
+        raise UserError(f"cells must ascend within 0..{store.n_obs - 1}.")
+    chosen = np.zeros(store.n_obs, bool)
+    chosen[cells] = True
+    subtract = cells.size > store.n_obs // 2
+    counted = _tally_cells(store, ~chosen if subtract else chosen, progress)
+    if subtract:
+        rest = (whole[:, 1:] - counted).tocsr()
+        rest.eliminate_zeros()
+        counted = sparse.csr_array(rest)
+    return with_zeros(counted, cells.size)
+
+
+def with_zeros(nonzero: sparse.csr_array, n_cells: int) -> sparse.csr_array:
+    """Put the column of zeros in front of the histogram of non-zeros, whose rows then sum to `n_cells`."""
+    zeros = n_cells - np.asarray(nonzero.sum(axis=1)).reshape(-1)
+    return sparse.csr_array(sparse.hstack([sparse.csr_array(zeros[:, None]), nonzero], format="csr"), dtype=np.int64)
+
+
+class KeyCounter:
+    """Adds up histograms given as the keys and numbers of a `Tally`.
+
+    The many small counts are added in a dense table, the few large ones kept as a list and merged now and then.
+    """
+
+    def __init__(self, n_vars: int) -> None:
+        self.n_vars = n_vars
+        self._table = np.zeros(n_vars * SMALL, np.int64)
+        self._rare: list[tuple[np.ndarray, np.ndarray]] = []
+        self._n_rare = 0
+
+    def add(self, keys: np.ndarray, numbers: np.ndarray) -> None:
+        """Add one histogram, whose keys are all different."""
+        count = keys & 0xFFFFFFFF
+        small = count < SMALL
+        self._table[(keys[small] >> 32) * SMALL + count[small]] += numbers[small]
+        self._rare.append((keys[~small], numbers[~small]))
+        self._n_rare += self._rare[-1][0].size
+        if self._n_rare > 1 << 22:
+            self._merge()
+
+    def _merge(self) -> None:
+        keys, where = np.unique(np.concatenate([keys for keys, _ in self._rare]), return_inverse=True)
+        numbers = np.bincount(where, np.concatenate([numbers for _, numbers in self._rare]), keys.size)
+        self._rare = [(keys, numbers.astype(np.int64))]  # exact: bincount adds in float64, the numbers are below 2**53
+        self._n_rare = keys.size // 2  # so that merging stays rare when there is much that does not merge
+
+    def histogram(self, largest: int) -> sparse.csr_array:
+        """Histogram of non-zeros `(n_vars, largest)`; column `v - 1` is count `v`."""
+        place = np.flatnonzero(self._table)
+        genes, counts = place // SMALL, place % SMALL
+        rare = np.concatenate([keys for keys, _ in self._rare]) if self._rare else np.empty(0, np.int64)
+        numbers = [self._table[place], *(numbers for _, numbers in self._rare)]
+        rows, columns = np.concatenate([genes, rare >> 32]), np.concatenate([counts, rare & 0xFFFFFFFF]) - 1
+        shape = (self.n_vars, max(1, largest))
+        return sparse.csr_array((np.concatenate(numbers), (rows, columns)), shape=shape, dtype=np.int64)
+
+
+def _tally_cells(store: CellStore, chosen: np.ndarray, progress: bool) -> sparse.csr_array:
+    """Histogram of the non-zeros of the chosen cells, reading only the blocks that hold some."""
+    counter = KeyCounter(store.n_vars)
+    bar = tqdm(store.spans(BLOCK), desc="histogram", unit="block", disable=not progress)
+    for lo, hi in bar:
+        wanted = np.flatnonzero(chosen[lo:hi])
+        if not wanted.size:
+            continue
+        lo, hi, wanted = lo + int(wanted[0]), lo + int(wanted[-1]) + 1, wanted - wanted[0]
+        indptr, indices, values = store.read_rows(lo, hi)
+        lengths, (indices, values) = gather_rows(indptr, wanted, indices, values)
+        block = tally(np.concatenate([[0], np.cumsum(lengths)]), indices, values, store.n_vars)
+        counter.add(block.keys, block.numbers)
+    return counter.histogram(int(store.max_value))
+
+
+def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:
+    """The `n_top` most variable genes, as scanpy's `highly_variable_genes(flavor="seurat_v3")` chooses them.
+
+    The standardised variance needs only how often each gene has each count, so no cell is read.
+
+    Parameters
+    ----------
+    hist : (n_vars, V) from `histogram`
+    n_obs : cells counted in it
+    n_top : genes wanted; genes seen in fewer than 3 cells are passed over
+
+    Returns
+    -------
+    genes : (<= n_top,) int64, ascending
+    """
+    try:
+        from skmisc.loess import loess
+    except ImportError as error:
+        raise UserError("choosing variable genes needs scikit-misc: pip install 'sedd[scanpy]'.") from error
+    if n_top < 1:
+        raise UserError(f"the number of genes to choose must be positive, not {n_top}.")
+    hist = sparse.csr_array(hist)
+    counts = np.arange(hist.shape[1], dtype=np.float64)
+    total, squares = hist @ counts, hist @ counts**2
+    mean = total / n_obs
+    variance = (squares - total * mean) / max(1, n_obs - 1)
+    seen = n_obs - np.asarray(hist[:, [0]].sum(axis=1)).reshape(-1)
+    usable = np.flatnonzero(seen >= 3)
+    varying = usable[variance[usable] > 0]
+    if varying.size <= n_top:
+        return np.sort(varying).astype(np.int64)
+    x, y = np.log10(mean[varying]), np.log10(variance[varying])
+    model = loess(x, y, span=0.3, degree=2)
+    model.fit()
+    deviation = np.sqrt(10**model.outputs.fitted_values)
+    limit = deviation * np.sqrt(n_obs) + mean[varying]
+    rows = hist[varying].tocoo()
+    clipped = np.minimum(rows.col, limit[rows.row]) * rows.data
+    clipped_sum = np.bincount(rows.row, clipped, varying.size)
+    clipped_squares = np.bincount(rows.row, clipped * np.minimum(rows.col, limit[rows.row]), varying.size)
+    score = n_obs * mean[varying] ** 2 + clipped_squares - 2 * clipped_sum * mean[varying]
+    score /= (n_obs - 1) * deviation**2
+    order = np.argsort(-score, kind="stable")[:n_top]
+    return np.sort(varying[order]).astype(np.int64)

@@ -1,0 +1,249 @@
+"""Chosen inner chunks of a one-dimensional Zarr array, decoded into memory that the caller owns.
+
+On a local file system the shards are read directly: index, `pread`, checksum, codec. Everything else (an object store, a
+codec that is not known here) goes through zarr-python, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.storage import LocalStore
+
+from sedd.errors import UserError
+from sedd.io.format.codec import ABSENT, BAD_CHECKSUM, BLOSC, RAW, ZSTD, available, decode_chunks
+
+_SCRATCH = 4 << 20  # encoded bytes held before they are decoded: small enough to be still in the cache
+_INDEXES_KEPT = 512  # shard indexes in memory, 64 KB each
+
+
+class ChunkReader:
+    """Reads chunks of `chunk` values of a one-dimensional array.
+
+    Parameters
+    ----------
+    array : zarr.Array
+        One-dimensional.
+    name : str
+        What errors call the array.
+    direct : bool
+        Read shards directly where that is possible; False goes through zarr-python.
+
+    Attributes
+    ----------
+    chunk : int
+        Values of a chunk.
+    direct : bool
+        Whether shards are read directly.
+    bytes_read : int
+        Encoded bytes read so far, shard indexes included; only counted when reading directly.
+    """
+
+    def __init__(self, array: zarr.Array, *, name: str, direct: bool = True) -> None:
+        self.array = array
+        self.name = name
+        self.dtype = np.dtype(array.dtype)
+        self.size = int(array.shape[0])
+        self.chunk = int(array.chunks[0])
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._indexes: dict[int, np.ndarray] = {}
+        layout = _direct_layout(array) if direct and available() else None
+        self.direct = layout is not None
+        if layout is not None:
+            self._folder, self._slots, self._codec, self._checked = layout
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks in the array."""
+        return -(-self.size // self.chunk)
+
+    def read(self, chunks: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
+        """Decode `chunks` into `out`.
+
+        Parameters
+        ----------
+        chunks : (k,) int64, increasing
+        out : (m,) of the array's dtype
+        targets : (k,) int64, the element of `out` at which each chunk begins
+
+        Raises
+        ------
+        UserError
+            If a shard is missing, truncated or damaged; names the file and the chunk.
+        """
+        if chunks.size == 0:
+            return
+        if not self.direct:
+            self._read_general(chunks, out, targets)
+            return
+        shards = chunks // self._slots
+        edges = np.flatnonzero(np.diff(shards)) + 1
+        for low, high in zip(np.r_[0, edges], np.r_[edges, chunks.size], strict=True):
+            self._read_shard(int(shards[low]), chunks[low:high] % self._slots, out, targets[low:high])
+
+    def _read_general(self, chunks: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
+        edges = np.flatnonzero((np.diff(chunks) != 1) | (np.diff(targets) != self.chunk)) + 1
+        for low, high in zip(np.r_[0, edges], np.r_[edges, chunks.size], strict=True):
+            start = int(chunks[low]) * self.chunk
+            stop = min((int(chunks[high - 1]) + 1) * self.chunk, self.size)
+            try:
+                values = np.asarray(self.array[start:stop])
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                raise UserError(
+                    f"{self.name}: values {start} to {stop} cannot be read ({error}); {_WAY_OUT}"
+                ) from error
+            out[int(targets[low]) : int(targets[low]) + values.size] = values
+
+    def _read_shard(self, shard: int, slots: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
+        path = self._folder / str(shard)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise UserError(f"{self.name}: shard {path} is missing; {_WAY_OUT}") from None
+        except OSError as error:
+            raise UserError(f"{self.name}: shard {path} cannot be opened ({error.strerror}); {_WAY_OUT}") from error
+        try:
+            index = self._indexes.get(shard)
+            if index is None:
+                index = self._read_index(descriptor, path)
+                if len(self._indexes) >= _INDEXES_KEPT:
+                    self._indexes.clear()
+                self._indexes[shard] = index
+            places = index[slots]
+            absent = places[:, 0] == ABSENT
+            lengths = np.where(absent, np.uint64(0), places[:, 1]).astype(np.int64)
+            offsets = np.where(absent, np.uint64(0), places[:, 0]).astype(np.int64)
+            for low, high in _groups(lengths):
+                self._read_group(
+                    descriptor, path, shard, slots[low:high], offsets[low:high], lengths[low:high], absent[low:high],
+                    out, targets[low:high],
+                )  # fmt: skip
+        finally:
+            os.close(descriptor)
+
+    def _read_group(
+        self, descriptor: int, path: Path, shard: int, slots: np.ndarray, offsets: np.ndarray, lengths: np.ndarray,
+        absent: np.ndarray, out: np.ndarray, targets: np.ndarray,
+    ) -> None:  # fmt: skip
+        total = int(lengths.sum())
+        scratch = self._scratch(total)
+        starts = np.cumsum(lengths) - lengths
+        breaks = np.flatnonzero(offsets[1:] != (offsets + lengths)[:-1]) + 1  # chunks that follow each other: one read
+        for low, high in zip(np.r_[0, breaks], np.r_[breaks, slots.size], strict=True):
+            length = int(lengths[low:high].sum())
+            if length:
+                _pread(descriptor, scratch[int(starts[low]) : int(starts[low]) + length], int(offsets[low]), path)
+        with self._lock:
+            self.bytes_read += total
+        bad, code = decode_chunks(
+            scratch,
+            starts,
+            np.where(absent, -1, lengths),
+            codec=self._codec,
+            checked=self._checked,
+            out=out.view(np.uint8),
+            targets=targets * self.dtype.itemsize,
+            size=self.chunk * self.dtype.itemsize,
+        )
+        if bad >= 0:
+            what = "the checksum is wrong" if code == BAD_CHECKSUM else "the compressed bytes are damaged"
+            chunk = shard * self._slots + int(slots[bad])
+            raise UserError(f"{self.name}: chunk {chunk} in shard {path}: {what}; {_WAY_OUT}")
+
+    def _scratch(self, size: int) -> np.ndarray:
+        scratch: np.ndarray | None = getattr(self._local, "scratch", None)
+        if scratch is None or scratch.size < size:
+            scratch = np.empty(max(size, _SCRATCH), np.uint8)
+            self._local.scratch = scratch
+        return scratch
+
+    def _read_index(self, descriptor: int, path: Path) -> np.ndarray:
+        size = 16 * self._slots + 4
+        raw = np.empty(size, np.uint8)
+        _pread(descriptor, raw, os.fstat(descriptor).st_size - size, path)
+        body = raw[:-4].tobytes()
+        if struct.pack("<I", google_crc32c.value(body)) != raw[-4:].tobytes():
+            raise UserError(f"{self.name}: shard {path}: the checksum of its index is wrong; {_WAY_OUT}")
+        with self._lock:
+            self.bytes_read += size
+        return np.frombuffer(body, "<u8").reshape(-1, 2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"array": self.array, "name": self.name, "direct": self.direct}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["array"], name=state["name"], direct=state["direct"])  # type: ignore[misc]
+
+
+_WAY_OUT = "run `sedd verify` on the store and convert it again"
+
+
+def _pread(descriptor: int, buffer: np.ndarray, offset: int, path: Path) -> None:
+    view = memoryview(buffer)  # type: ignore[arg-type]
+    done = os.preadv(descriptor, [view], offset) if offset >= 0 else 0
+    while 0 < done < len(view):
+        more = os.preadv(descriptor, [view[done:]], offset + done)
+        if more == 0:
+            break
+        done += more
+    if done < len(view):
+        raise UserError(f"shard {path} is truncated: {len(view)} bytes expected at byte {offset}; {_WAY_OUT}")
+
+
+def _groups(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Cut chunks into runs of about `_SCRATCH` encoded bytes."""
+    which = (np.cumsum(lengths) - lengths) // _SCRATCH
+    edges = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), lengths.size]
+    return list(pairwise(edges))
+
+
+def _direct_layout(array: zarr.Array) -> tuple[Path, int, int, bool] | None:
+    """Folder of the shards, chunks a shard, codec and whether a crc32c follows; None if zarr-python has to read it."""
+    meta: Any = array.metadata
+    if not isinstance(array.store, LocalStore) or meta.zarr_format != 3 or len(array.shape) != 1:
+        return None
+    codecs = tuple(meta.codecs)
+    if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec) or meta.fill_value != 0:
+        return None
+    sharding = codecs[0]
+    index = tuple(sharding.index_codecs)
+    if str(getattr(sharding.index_location, "value", sharding.index_location)) != "end" or len(index) != 2:
+        return None
+    if not (_is_little(index[0]) and isinstance(index[1], Crc32cCodec)):
+        return None
+    chain = list(sharding.codecs)
+    if not chain or not _is_little(chain.pop(0), array.dtype.itemsize):
+        return None
+    checked = bool(chain) and isinstance(chain[-1], Crc32cCodec)
+    if checked:
+        chain.pop()
+    codec = RAW
+    if chain and isinstance(chain[0], BloscCodec):
+        codec = BLOSC
+    elif chain and isinstance(chain[0], ZstdCodec):
+        codec = ZSTD
+    if len(chain) != (0 if codec == RAW else 1):
+        return None
+    key = meta.chunk_key_encoding
+    if key.name != "default" or key.separator != "/":
+        return None
+    folder = Path(array.store.root) / array.path / "c"
+    assert array.shards is not None
+    return folder, int(array.shards[0]) // int(array.chunks[0]), codec, checked
+
+
+def _is_little(codec: Any, itemsize: int = 8) -> bool:
+    if not isinstance(codec, BytesCodec):
+        return False
+    return itemsize == 1 or str(getattr(codec.endian, "value", codec.endian)) == "little"

@@ -1,0 +1,205 @@
+"""The bytes of a store's arrays: inner chunks, shards, codecs.
+
+A vector of the store is a sharded Zarr v3 array. Its metadata is written by zarr-python; its shards are written here,
+because zarr-python spends longer on each small chunk than the codec does. An inner chunk holds `CHUNK` entries,
+compressed and followed by its crc32c; a shard file holds up to `SHARD // CHUNK` of them and ends in an index of their places.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import google_crc32c
+import numcodecs
+import numpy as np
+
+from sedd.errors import UserError
+from sedd.io.format.codec import BLOSC, available, decode_chunks, encode_chunks
+
+if TYPE_CHECKING:
+    import zarr
+
+CHUNK = 1 << 14
+"""Entries in an inner chunk: a random block of 64 cells needs five or six, and wastes at most two."""
+
+SHARD = 1 << 26
+"""Entries in a shard at most: a million cells of 1,400 genes make 21 shards an array."""
+
+LEAST_SHARD, SHARDS = 1 << 22, 16
+"""An array of fewer entries gets smaller shards, more than half of `SHARDS` of them, so that all workers have one to make."""
+
+CODECS: dict[str, tuple[str, int, dict[str, str]] | None] = {
+    "lz4": ("lz4", 5, {"data": "bitshuffle", "indices": "shuffle", "indptr": "shuffle"}),
+    "zstd": ("zstd", 1, {"data": "shuffle", "indices": "shuffle", "indptr": "shuffle"}),
+    "none": None,
+}
+"""Name -> Blosc compressor, level and the filter of each array. Chosen by `benchmarks/codecs.py`: small counts gain from shuffled
+bits with lz4, which looks for whole bytes that repeat; gene indices do not, and whole bytes are shuffled back in half the
+time. zstd gains nothing from higher levels but costs twice the time."""
+
+_FILTERS = {"shuffle": numcodecs.Blosc.SHUFFLE, "bitshuffle": numcodecs.Blosc.BITSHUFFLE}
+
+_ABSENT = (1 << 64) - 1
+
+
+def check_codec(codec: str) -> str:
+    """Return `codec` if it is one of `CODECS`."""
+    if codec not in CODECS:
+        raise UserError(f"there is no codec {codec!r}; choose one of {', '.join(CODECS)}.")
+    return codec
+
+
+class Encoder:
+    """Encodes inner chunks of one dtype: compressed bytes and their crc32c.
+
+    Parameters
+    ----------
+    name : of the array in X, "data", "indices" or "indptr"
+    dtype : of the array, little-endian numbers
+    codec : a name of `CODECS`
+    """
+
+    def __init__(self, name: str, dtype: np.dtype[Any], codec: str) -> None:
+        self.dtype = np.dtype(dtype)
+        setting = CODECS[check_codec(codec)]
+        self._blosc = setting and numcodecs.Blosc(setting[0], setting[1], _FILTERS[setting[2][name]], 0)
+
+    def encode(self, values: np.ndarray) -> bytes:
+        """Encode up to `CHUNK` values; a short last chunk is filled with zeros, as Zarr wants."""
+        chunk = np.ascontiguousarray(values, self.dtype)
+        if chunk.size < CHUNK:
+            chunk = np.concatenate([chunk, np.zeros(CHUNK - chunk.size, self.dtype)])
+        body = bytes(self._blosc.encode(chunk)) if self._blosc else chunk.tobytes()
+        return body + struct.pack("<I", google_crc32c.value(body))
+
+    def encode_all(self, values: np.ndarray) -> tuple[bytes | memoryview, np.ndarray]:
+        """Encode whole chunks: their bytes one after the other, and the size of each."""
+        if self._blosc is None or not available():
+            chunks = [self.encode(values[k : k + CHUNK]) for k in range(0, values.size, CHUNK)]
+            return b"".join(chunks), np.array([len(chunk) for chunk in chunks], np.int64)
+        blosc = self._blosc
+        raw = np.ascontiguousarray(values, self.dtype).view(np.uint8)
+        encoded, sizes = encode_chunks(
+            raw, CHUNK * self.dtype.itemsize, self.dtype.itemsize, blosc.cname, blosc.clevel, blosc.shuffle
+        )
+        return memoryview(encoded), sizes  # type: ignore[arg-type]
+
+    def decode(self, encoded: bytes | memoryview) -> np.ndarray:
+        """The `CHUNK` values of an encoded inner chunk.
+
+        Raises
+        ------
+        ValueError
+            If the checksum or the compressed bytes are wrong.
+        """
+        body = bytes(encoded[:-4])
+        if len(encoded) < 5 or struct.pack("<I", google_crc32c.value(body)) != bytes(encoded[-4:]):
+            raise ValueError("the checksum is wrong")
+        plain = self._blosc.decode(body) if self._blosc else body
+        return np.frombuffer(plain, self.dtype)
+
+
+    def decode_all(self, encoded: bytes, sizes: np.ndarray) -> np.ndarray:
+        """The values of encoded chunks that lie one after the other."""
+        ends = np.cumsum(sizes)
+        if self._blosc is None or not available():
+            return np.concatenate([self.decode(encoded[end - size : end]) for end, size in zip(ends, sizes, strict=True)])
+        n_bytes = CHUNK * self.dtype.itemsize
+        out = np.empty(sizes.size * n_bytes, np.uint8)
+        bad, _ = decode_chunks(
+            np.frombuffer(encoded, np.uint8), ends - sizes, sizes, codec=BLOSC, checked=True, out=out,
+            targets=np.arange(sizes.size) * n_bytes, size=n_bytes,
+        )  # fmt: skip
+        if bad >= 0:
+            raise ValueError("a checksum is wrong")
+        return out.view(self.dtype)
+
+
+def create_vector(group: zarr.Group, name: str, n: int, dtype: np.dtype[Any], codec: str) -> zarr.Array:
+    """Write the metadata of a sharded vector of `n` entries; its shards are put beside it."""
+    from zarr.codecs import BloscCodec, Crc32cCodec  # importing zarr takes longer than converting 10,000 cells
+
+    setting = CODECS[check_codec(codec)]
+    dtype = np.dtype(dtype)
+    blosc = [BloscCodec(typesize=dtype.itemsize, cname=setting[0], clevel=setting[1], shuffle=setting[2][name])] if setting else []
+    return group.create_array(
+        name,
+        shape=(n,),
+        chunks=(CHUNK,),
+        shards=(shard_length(n),),
+        dtype=dtype,
+        compressors=[*blosc, Crc32cCodec()],
+        fill_value=0,
+    )
+
+
+def shard_length(n: int) -> int:
+    """Entries a shard of an array of `n` entries is declared to hold."""
+    length = LEAST_SHARD
+    while length < SHARD and length * SHARDS < n:
+        length *= 2
+    return min(length, max(1, -(-n // CHUNK)) * CHUNK)
+
+
+def n_shards(n: int) -> int:
+    """Number of shard files of an array of `n` entries."""
+    return -(-n // shard_length(n))
+
+
+class Pen:
+    """Writes one shard file from values that come in portions of any size.
+
+    Parameters
+    ----------
+    file : to write
+    encoder : of the array
+    slots : inner chunks the shard has room for, `shard_length(n) // CHUNK`
+    """
+
+    def __init__(self, file: BinaryIO, encoder: Encoder, slots: int) -> None:
+        self.file, self._encoder, self._slots = file, encoder, slots
+        self._begun = np.empty(0, encoder.dtype)
+        self._sizes = [np.empty(0, np.int64)]
+
+    def write(self, values: np.ndarray) -> None:
+        """Append values; whole chunks are encoded now."""
+        if self._begun.size:
+            missing = CHUNK - self._begun.size
+            self._begun, values = np.concatenate([self._begun, values[:missing]]), values[missing:]
+            if self._begun.size < CHUNK:
+                return
+            self._encode(self._begun)
+        whole = values.size // CHUNK * CHUNK
+        self._encode(values[:whole])
+        self._begun = values[whole:].copy()
+
+    def _encode(self, values: np.ndarray) -> None:
+        encoded, sizes = self._encoder.encode_all(values)
+        self.file.write(encoded)
+        self._sizes.append(sizes)
+
+    def finish(self) -> None:
+        """Write the last chunk and the index of the chunks."""
+        if self._begun.size:
+            chunk = self._encoder.encode(self._begun)
+            self.file.write(chunk)
+            self._sizes.append(np.array([len(chunk)]))
+        sizes = np.concatenate(self._sizes).astype(np.uint64)
+        index = np.full((self._slots, 2), _ABSENT, np.uint64)
+        index[: sizes.size] = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1)
+        tail = index.astype("<u8").tobytes()
+        self.file.write(tail + struct.pack("<I", google_crc32c.value(tail)))
+        self.file.flush()
+
+
+def read_shard(path: str, encoder: Encoder, slots: int, n: int, chunks: int = 64) -> Iterator[np.ndarray]:
+    """The first `n` values of a shard file that a `Pen` wrote, some chunks at a time."""
+    with open(path, "rb") as file:
+        file.seek(-(slots * 16 + 4), 2)
+        sizes = np.frombuffer(file.read(slots * 16), "<u8").reshape(-1, 2)[: -(-n // CHUNK), 1].astype(np.int64)
+        file.seek(0)
+        for first in range(0, sizes.size, chunks):
+            own = sizes[first : first + chunks]
+            yield encoder.decode_all(file.read(int(own.sum())), own)[: n - first * CHUNK]

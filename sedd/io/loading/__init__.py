@@ -1,0 +1,1 @@
+"""A store to batches: which cells, in what order, in which memory, on which threads."""

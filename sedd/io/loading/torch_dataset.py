@@ -1,0 +1,55 @@
+"""A loader behind PyTorch's `DataLoader`, for programs that were written against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from sedd.io.loading.batch import Batch
+
+
+class Loader(Protocol):
+    """What the dataset needs of a loader."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch."""
+
+    def part(self, index: int, parts: int) -> AbstractContextManager[Loader]:
+        """The loader that takes the `index`-th of `parts` equal shares of this one's cells."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class TorchDataset(IterableDataset[Any]):
+    """A loader as a dataset of whole batches: give it to `DataLoader(dataset, batch_size=None)`.
+
+    The loader has threads of its own, so `num_workers=0` is the fast way. With workers, each is a rank of its own: together
+    they give every cell of this rank once, in an order that depends on their number.
+
+    Parameters
+    ----------
+    loader : CellLoader
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch."""
+        self.loader.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        if worker is None:
+            yield from self.loader
+            return
+        with self.loader.part(worker.id, worker.num_workers) as mine:
+            yield from mine

@@ -1,0 +1,1 @@
+"""What one training run needs: data, masks, validation, averages, logs, stopping, several processes."""

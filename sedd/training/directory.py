@@ -1,0 +1,170 @@
+"""The directory of a run: who may write into it, its settings, its curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from sedd.checkpoint import numbered_checkpoints
+from sedd.errors import UserError
+
+_FILES = ("best.pt", "final.pt", "args.json", "history.json", "metrics.jsonl")
+
+
+class RunDirectory:
+    """Files of a training run under `path`. Nothing is made before `create`.
+
+    Parameters
+    ----------
+    path
+        The experiment directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def files(self) -> list[Path]:
+        """The files of a run that are there."""
+        named = [self.path / name for name in _FILES if (self.path / name).exists()]
+        return named + numbered_checkpoints(self.path)
+
+    def check_free(self) -> None:
+        """Refuse a directory that holds a run.
+
+        Raises
+        ------
+        UserError
+            If it does, or if `path` is not a directory.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; expected a directory for --checkpoint_dir.")
+        if self.files():
+            raise UserError(
+                f"{self.path}: holds a run already ({', '.join(p.name for p in self.files()[:4])}). Pass --resume auto to "
+                "continue it, --overwrite to start anew, or another --checkpoint_dir."
+            )
+
+    def create(self, settings: dict[str, Any], *, fresh: bool) -> None:
+        """Make the directory and write args.json; with `fresh`, delete the files of an earlier run (and only those)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for path in self.files():
+                path.unlink()
+        write_json(self.path / "args.json", settings)
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Replace history.json, one entry an epoch."""
+        write_json(self.path / "history.json", history)
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl past `step`, which a continued run will write again."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):  # the last line of a run that was killed can be cut off
+                continue
+        _write_whole(path, "".join(kept))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under its name only when complete. Not-a-number is an error: it is not JSON."""
+    _write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+_TOLD = ("model", "attention", "genes", "batch_size", "learning_rate", "seed")
+_HEADER = ["run", "state", "epochs", "step", "best nats/cell", "at", "cells/s", "model", "attention", "genes", "batch", "lr", "seed"]
+_QUIET_S = 120  # a run at work writes a line about every second, but none while it validates
+
+
+def runs_table(directory: str | Path) -> str:
+    """One line for each experiment under `directory`, at any depth.
+
+    Returns
+    -------
+    text
+        A table. The state of a run is `done`, `at work` (it wrote in the last two minutes) or `stopped`; the bound is the best
+        one over its epochs, and `at` is the epoch that had it.
+
+    Raises
+    ------
+    UserError
+        If there is no such directory, or no experiment in it.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such directory; expected one that holds experiment directories.")
+    rows = [_row(path.parent, root) for path in sorted(root.rglob("args.json"))]
+    if not rows:
+        raise UserError(f"{root}: holds no experiment (no args.json in any directory); train a model first.")
+    widths = [max(len(row[i]) for row in [_HEADER, *rows]) for i in range(len(_HEADER))]
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in [_HEADER, *rows])
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(run: Path, root: Path) -> list[str]:
+    told: dict[str, Any] = _read(run / "args.json", {})
+    history: list[dict[str, Any]] = _read(run / "history.json", [])
+    best = min(history, key=lambda entry: entry["val_nelbo"], default=None)
+    last = _last_line(run / "metrics.jsonl")
+    speed = last.get("cells_per_s", history[-1]["cells_per_s"] if history else None)
+    return [
+        "." if run == root else str(run.relative_to(root)),
+        _state(run),
+        f"{len(history)}/{told.get('num_epochs', '?')}",
+        str(last.get("step", "-")),
+        *(["-", "-"] if best is None else [f"{best['val_nelbo']:.1f}", str(best["epoch"])]),
+        "-" if speed is None else f"{speed:.0f}",
+        *[str(told.get(name, "?")) for name in _TOLD],
+    ]
+
+
+def _state(run: Path) -> str:
+    written = {name: (run / name).stat().st_mtime for name in ("final.pt", "metrics.jsonl") if (run / name).exists()}
+    curves = written.get("metrics.jsonl", (run / "args.json").stat().st_mtime)
+    if written.get("final.pt", 0.0) >= curves:  # it is the last thing that a run writes
+        return "done"
+    return "at work" if time.time() - curves < _QUIET_S else "stopped"
+
+
+def _read(path: Path, default: Any) -> Any:
+    """The JSON of a file, or `default` where it is not there or damaged: one bad run does not hide the others."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return default
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of a file of JSON lines, which a run may be writing."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines[-2:]):
+        try:
+            return dict(json.loads(line))
+        except ValueError:
+            continue
+    return {}

@@ -1,0 +1,80 @@
+"""What a training step hides: genes, by the loader's threads or on the GPU with the same bits, and what a model is conditioned on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sedd.config import TrainConfig
+from sedd.io.loading.batch import Batch
+from sedd.kernels.mask import exact_mask_torch, masked_count, random_mask_torch
+from sedd.noise import Noise
+
+
+@dataclass(frozen=True)
+class DeviceMasks:
+    """Draws the masks that the loader would have drawn.
+
+    Attributes
+    ----------
+    objective
+        "score_entropy" hides each gene with the mask probability of the cell's time, "masked" exactly
+        a share `mask_ratio` of them.
+    mask_ratio, noise, seed
+        Of the run.
+    """
+
+    objective: str
+    mask_ratio: float
+    noise: Noise
+    seed: int
+
+    def draw(self, batch: Batch, epoch: int, device: torch.device) -> Tensor:
+        """Masks of a batch, (B, n_vars) bool on `device`."""
+        n_vars = batch.tokens.shape[1]
+        cells = batch.cell.to(device, non_blocking=True)
+        if self.objective == "masked":
+            return exact_mask_torch(self.seed, epoch, cells, n_vars, masked_count(self.mask_ratio, n_vars))
+        # Of the few times of a batch on the CPU, as the loader does: a GPU may round them differently.
+        probability = self.noise.mask_probability(batch.t)
+        return random_mask_torch(self.seed, epoch, cells, n_vars, probability.to(device, non_blocking=True))
+
+
+def device_masks(config: TrainConfig, device: torch.device, noise: Noise) -> DeviceMasks | None:
+    """What draws a run's masks beside the network on `device`; None if the loader does, or the graph needs none.
+
+    By itself a run has them drawn on a GPU, where that halves what has to be copied to it. On a CPU the loader's kernel is the
+    faster one (`benchmarks/train.py`).
+    """
+    asked = config.data.masks_on
+    if config.model.graph == "uniform" or asked == "loader" or (asked == "auto" and device.type != "cuda"):
+        return None
+    return DeviceMasks(config.model.objective, config.model.mask_ratio, noise, config.run.seed)
+
+
+def drop_conditions(condition: Tensor | None, library: Tensor | None, share: float) -> tuple[Tensor | None, Tensor | None]:
+    """Hide labels and totals of a random `share` of the cells, so that the model also learns to do without.
+
+    Parameters
+    ----------
+    condition : (B, n_labels) int64 or None, 0 for unknown
+    library : (B,) or None, NaN for unknown
+    share
+        Of the cells to which both are hidden; each is hidden to the same share of the others as well, as each without the
+        other is asked for too.
+    """
+    if condition is None and library is None:
+        return None, None
+    some = condition if condition is not None else library
+    assert some is not None
+    hidden = torch.rand(len(some), device=some.device) < share
+    labels, total = hidden, hidden
+    if condition is not None and library is not None:
+        labels, total = hidden | (torch.rand((2, len(hidden)), device=hidden.device) < share)
+    return (
+        None if condition is None else condition.masked_fill(labels[:, None], 0),
+        None if library is None else library.masked_fill(total, math.nan),
+    )

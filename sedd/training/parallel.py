@@ -1,0 +1,98 @@
+"""What a training step needs to know of devices and processes."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor
+
+from sedd.errors import UserError
+
+_COLLECTIVE_TIMEOUT = timedelta(hours=24)  # the other ranks wait for the first while it converts a file
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """The processes and the precision of a run, as `accelerate launch` or a plain start set them up."""
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16 needs a GPU, and there is none; use bf16 or no.")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    divided = several and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if divided and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise UserError(
+            f"the launcher asks for FSDP version {version}; expected fsdp_version: 2, as in configs/accelerate/fsdp.yaml."
+        )
+    accelerator = Accelerator(
+        # Accelerate takes processes without GPUs for single ones unless it is told that they are meant to use the CPU.
+        cpu=several and not torch.cuda.is_available(),
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+            # Buffers never change, and gradients need no copy of their own to be sent from.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    if divided:
+        _divide_weights(accelerator)
+    return accelerator
+
+
+def _divide_weights(accelerator: Accelerator) -> None:
+    """Set up FSDP as a run needs it."""
+    state = accelerator.state
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate divides on GPUs only; torch can on CPUs
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        # Where accelerate itself keeps the type: it copies the first into the second whenever it looks at its state.
+        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    # Accelerate would round the inputs of every block, noise levels included; autocast rounds what may be rounded.
+    state.fsdp_plugin.mixed_precision_policy = None
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices; none on biases, norms and embeddings of single genes."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def divide_like(value: Tensor, like: Tensor) -> Tensor:
+    """This process's part of `value`, divided as `like` is; `value` itself if that is whole.
+
+    Parameters
+    ----------
+    value
+        The whole tensor, the same on every process.
+    like
+        A tensor of its shape.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    # Every process has read the same file: each keeps its part and nothing is sent.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def divide_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The `state_dict` of a checkpoint with its tensors divided as the parameters of `optimizer` are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    divided = {
+        i: {name: divide_like(v, parameters[i]) if isinstance(v, Tensor) else v for name, v in values.items()}
+        for i, values in state["state"].items()
+    }
+    return {**state, "state": divided}
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a divided tensor; one that is not divided as it is."""
+    full = getattr(value, "full_tensor", None)  # of a DTensor, whose module takes long to import
+    return value if full is None else full()

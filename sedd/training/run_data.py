@@ -1,0 +1,378 @@
+"""What a run is about: its cells, its genes and how their counts become tokens, all learned on training cells alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+
+from sedd.binning import Binning, smoothed_log_shares
+from sedd.checkpoint import pack_histogram, unpack_histogram
+from sedd.config import DataConfig, ModelConfig, TrainConfig
+from sedd.errors import NotCountsError, UserError, warn_user
+from sedd.inference.cells import obs_digest
+from sedd.io.convert import ensure_store
+from sedd.io.format.histogram import histogram, select_genes
+from sedd.io.loader import CellLoader
+from sedd.io.loading.batch import Batch
+from sedd.io.loading.selection import encode_label
+from sedd.io.plan import Split
+from sedd.io.store import CellStore
+from sedd.model import SEDDTransformer
+from sedd.nn.gene_vectors import read_gene_vectors
+
+_N_QUANTILES = 1001
+_MAX_CATEGORIES = 1000
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The data side of a run.
+
+    Attributes
+    ----------
+    store
+        The counts.
+    train_cells, val_cells
+        The split, described rather than listed.
+    genes : list of str
+        The panel.
+    binning
+        Its bins, fitted on the training cells.
+    histogram : (n_vars, n_bins) int64
+        How many training cells have each token of each gene.
+    categories
+        Labels of each condition column, in the order of their codes.
+    libraries : (q,) float32
+        Quantiles of the training cells' totals over the panel; empty unless the model is conditioned on them.
+    gene_vectors : (n_vars, d) float32 or None
+        Pretrained gene vectors.
+    """
+
+    store: CellStore
+    train_cells: Split
+    val_cells: Split
+    genes: list[str]
+    binning: Binning
+    histogram: sp.csr_array
+    categories: dict[str, list[str]]
+    libraries: np.ndarray
+    gene_vectors: np.ndarray | None = None
+
+    def build_model(self, config: ModelConfig) -> SEDDTransformer:
+        """A new model for this panel, its output started at the training marginals."""
+        assert config.hidden_dim is not None
+        assert config.num_layers is not None
+        assert config.num_heads is not None
+        return SEDDTransformer(
+            len(self.genes),
+            self.binning.n_bins,
+            hidden_dim=config.hidden_dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            dropout=config.dropout,
+            attention=config.attention,
+            num_latents=config.num_latents,
+            head=config.head,
+            log_marginals=torch.from_numpy(smoothed_log_shares(self.histogram.toarray().astype(np.float64), self.binning.falloff)),
+            bin_values=torch.from_numpy(self.binning.values),
+            condition_sizes=tuple(len(labels) for labels in self.categories.values()),
+            condition_library=config.condition_library_size,
+            gene_embeddings=None if self.gene_vectors is None else torch.from_numpy(self.gene_vectors),
+        )
+
+    def conditions(
+        self, batch: Batch, config: ModelConfig, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the model is told about the cells of a batch: label codes (B, columns) with 0 for missing, log totals (B,)."""
+        condition = library = None
+        if self.categories:
+            codes = torch.stack([batch.labels[name] for name in self.categories], 1)
+            condition = (codes + 1).to(device, non_blocking=True)
+        if config.condition_library_size:
+            library = batch.library.clamp_min(1).log().to(device, non_blocking=True)
+        return condition, library
+
+    def _var(self) -> dict[str, list[Any]]:
+        """What the data says about the genes, for the cells that the model makes: text and numbers, by column."""
+        rows = self.store.var.iloc[pd.Index(self.store.var_names).get_indexer(self.genes)]
+        plain = {}
+        for name, values in rows.items():
+            numeric = pd.api.types.is_numeric_dtype(values) and not values.isna().any()
+            plain[str(name)] = values.tolist() if numeric else values.astype(str).tolist()
+        return plain
+
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint that belongs to the data."""
+        split = self.train_cells
+        return {
+            "genes": list(self.genes),
+            "binning": self.binning.to_dict(),
+            "histogram": pack_histogram(self.histogram),
+            "categories": {name: list(labels) for name, labels in self.categories.items()},
+            "libraries": torch.from_numpy(self.libraries),
+            "var": self._var(),
+            "split": {
+                "n_obs": split.n_obs,
+                "val_fraction": split.val_fraction,
+                "seed": split.seed,
+                "limit": {"train": self.train_cells.limit, "val": self.val_cells.limit},
+                "n_train": self.train_cells.n_cells,
+                "n_val": self.val_cells.n_cells,
+            },
+            "data": {
+                "path": str(self.store.path),
+                "fingerprint": self.store.fingerprint,
+                "n_obs": self.store.n_obs,
+                "n_vars": self.store.n_vars,
+                "is_counts": bool(self.store.is_counts),
+                "obs_digest": obs_digest(self.store.obs.index),
+            },
+        }
+
+
+def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
+    """Open (or convert) the data and learn everything that training needs from the training cells.
+
+    Parameters
+    ----------
+    config
+        Of the run.
+    resumed
+        The checkpoint to continue from: its genes, binning and labels are then kept.
+
+    Raises
+    ------
+    UserError
+        On bad input; nothing is left behind but a converted store.
+    """
+    data = config.data
+    store = _open_store(data)
+    train, val = _split(config, store)
+    if resumed is not None:
+        return _resumed_panel(config, resumed, store, train, val)
+    hist = histogram(store, train.cells(), progress=store.n_obs > 100_000) if store.is_counts else None
+    genes = _choose_genes(data, store, hist, train.n_cells)
+    index = pd.Index(store.var_names).get_indexer(genes)
+    if hist is not None and data.binning != "quantile":
+        panel_hist = hist[index]
+        # The law of head nb is one of the bins' numbers, so these have to be counts.
+        kind = "counts" if data.binning == "auto" and config.model.head == "nb" else data.binning
+        binning = Binning.fit(kind, data.num_bins, hist=panel_hist)
+        tokens = binning.token_histogram(panel_hist)
+        _report_clipped(binning, panel_hist, data.num_bins)
+    else:
+        sample = _sample_values(store, train, genes)
+        binning = Binning.fit(data.binning, data.num_bins, values=sample)
+        tokens = _count_tokens(config, store, train, genes, binning)
+    never = int((np.asarray(tokens[:, [int(binning.tokens(np.zeros((1, 1)))[0, 0])]].sum(1)).ravel() == train.n_cells).sum())
+    if never:
+        warn_user(f"{never} of the {len(genes)} genes of the panel were never seen in the training cells; they are kept.")
+    vectors = None if config.model.gene_embeddings is None else read_gene_vectors(config.model.gene_embeddings, genes)
+    return Panel(
+        store=store,
+        train_cells=train,
+        val_cells=val,
+        genes=genes,
+        binning=binning,
+        histogram=tokens,
+        categories={column: _categories(store, column) for column in config.model.condition},
+        libraries=_libraries(config, store, train, genes, binning),
+        gene_vectors=vectors,
+    )
+
+
+def _open_store(data: DataConfig) -> CellStore:
+    """The store of the data: of counts if they are counts, of real values if the binning takes those."""
+    try:
+        return ensure_store(data.data_path, cache_dir=data.cache_dir, layer=data.layer)
+    except NotCountsError:
+        if data.binning not in ("linear", "log", "quantile"):
+            raise
+        return ensure_store(data.data_path, cache_dir=data.cache_dir, layer=data.layer, values="real")
+
+
+def _split(config: TrainConfig, store: CellStore) -> tuple[Split, Split]:
+    """Training and validation cells; a limit is shared between them in the same proportion."""
+    fraction, seed, limit = config.data.val_fraction, config.run.seed, config.data.limit_cells
+    n_val = None if limit is None else max(1, round(limit * fraction))
+    n_train = None if limit is None or n_val is None else max(1, limit - n_val)
+    train = Split(store.n_obs, fraction, seed, "train", n_train)
+    val = Split(store.n_obs, fraction, seed, "val", n_val)
+    for part in (train, val):
+        if part.n_cells == 0:
+            raise UserError(
+                f"{config.data.data_path}: {store.n_obs} cells with --val_fraction {fraction} leave no cell to "
+                f"{'train on' if part is train else 'validate with'}; expected at least one of each."
+            )
+    return train, val
+
+
+def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore, train: Split, val: Split) -> Panel:
+    lacking = sorted(set(state["genes"]) - set(store.var_names))
+    if lacking:
+        raise UserError(
+            f"--resume: the checkpoint was trained on {len(state['genes'])} genes, of which {len(lacking)} are not in "
+            f"{config.data.data_path} (first: {lacking[0]!r}); continue on the data it was trained on."
+        )
+    if store.fingerprint != state["data"]["fingerprint"]:
+        raise UserError(
+            f"--resume: {config.data.data_path} is not the data of the checkpoint ({store.n_obs} cells here, "
+            f"{state['data']['n_obs']} there, or other contents); continue on that, or start anew in another "
+            "--checkpoint_dir."
+        )
+    given = (train.val_fraction, train.seed, train.limit)
+    kept = (state["split"]["val_fraction"], state["split"]["seed"], state["split"]["limit"]["train"])
+    if given != kept:
+        raise UserError(
+            f"--resume: the checkpoint's split has (val_fraction, seed, cells) {kept}, the settings say {given}; "
+            "continue with the settings of args.json."
+        )
+    data = config.data
+    wanted = state["genes"]
+    if data.genes != state["args"]["genes"]:
+        hist = histogram(store, train.cells()) if store.is_counts else None
+        wanted = _choose_genes(data, store, hist, train.n_cells)
+    if wanted != state["genes"]:
+        raise UserError(
+            f"--resume: the checkpoint was trained on {len(state['genes'])} other genes than the {len(wanted)} of --genes "
+            f"{data.genes}; pass --genes {state['args']['genes']} as then, or start anew in another --checkpoint_dir."
+        )
+    if (data.binning, data.num_bins) != (state["args"]["binning"], state["args"]["num_bins"]):
+        raise UserError(
+            f"--resume: the checkpoint has --binning {state['args']['binning']} --num_bins {state['args']['num_bins']}, the "
+            f"settings say {data.binning} {data.num_bins}; continue with those or start anew in another --checkpoint_dir."
+        )
+    vectors = None
+    if config.model.gene_embeddings is not None:
+        vectors = read_gene_vectors(config.model.gene_embeddings, wanted)
+    return Panel(
+        store=store,
+        train_cells=train,
+        val_cells=val,
+        genes=wanted,
+        binning=Binning.from_dict(state["binning"]),
+        histogram=unpack_histogram(state["histogram"]),
+        categories=state["categories"],
+        libraries=state["libraries"].numpy(),
+        gene_vectors=vectors,
+    )
+
+
+def _choose_genes(data: DataConfig, store: CellStore, hist: sp.csr_array | None, n_train: int) -> list[str]:
+    """The panel that `--genes` names."""
+    text = data.genes or "all"
+    if text == "all":
+        return list(map(str, store.var_names))
+    if text.isdigit():
+        n = int(text)
+        if n < 1:
+            raise UserError(f"--genes is {text}; expected a number of genes above 0, a file, or all.")
+        if n >= store.n_vars:
+            return list(map(str, store.var_names))
+        if hist is None:
+            raise UserError(
+                "--genes N picks variable genes by their counts, and the values are not counts; pass --genes all or a "
+                "file with one gene a line."
+            )
+        chosen = select_genes(hist, n_train, n)
+        if not len(chosen):
+            raise UserError(f"{data.data_path}: no gene is seen in 3 of the {n_train} training cells; expected counts.")
+        return [str(store.var_names[i]) for i in chosen]
+    path = Path(text)
+    if not path.is_file():
+        raise UserError(f"--genes {text}: no such file; expected a number, `all`, or a file with one gene name a line.")
+    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    known = set(map(str, store.var_names))
+    names = list(dict.fromkeys(names))
+    found = [name for name in names if name in known]
+    if not found:
+        raise UserError(
+            f"--genes {text}: none of its {len(names)} names is in {data.data_path} (its genes look like "
+            f"{list(map(str, store.var_names[:2]))}); expected one gene name a line."
+        )
+    if len(found) < len(names):
+        warn_user(f"--genes {text}: {len(names) - len(found)} of {len(names)} genes are not in the data and are left out.")
+    return found
+
+
+def _report_clipped(binning: Binning, hist: sp.csr_array, num_bins: int) -> None:
+    touched = binning.clipped(hist)
+    if touched:
+        total = int(hist[:, 1:].sum())
+        warn_user(
+            f"{touched:,} of {total:,} non-zero entries ({touched / total:.3%}) are counts of {num_bins} or more and share "
+            f"the last bin; --num_bins {hist.shape[1]} would tell them apart."
+        )
+
+
+def _plain_loader(config: TrainConfig, store: CellStore, cells: Split, genes: list[str], binning: Any) -> CellLoader:
+    return CellLoader(
+        store,
+        batch_size=1024,
+        split=cells,
+        genes=genes,
+        binning=binning,
+        mask=None,
+        shuffle=False,
+        threads=config.data.loader_threads,
+        memory_budget=config.data.memory_budget,
+    )
+
+
+def _count_tokens(
+    config: TrainConfig, store: CellStore, cells: Split, genes: list[str], binning: Binning
+) -> sp.csr_array:
+    """The histogram of tokens by a pass over the cells, for bins that no histogram of counts can give."""
+    counted = np.zeros(len(genes) * binning.n_bins, np.int64)
+    offsets = np.arange(len(genes)) * binning.n_bins
+    with _plain_loader(config, store, cells, genes, binning) as loader:
+        for batch in loader:
+            counted += np.bincount((batch.tokens.numpy().astype(np.int64) + offsets).ravel(), minlength=counted.size)
+    return sp.csr_array(counted.reshape(len(genes), binning.n_bins))
+
+
+def _sample_values(store: CellStore, cells: Split, genes: list[str], n: int = 10_000) -> np.ndarray:
+    """Values of at most `n` evenly spaced training cells over the panel, zeros included, (cells, genes)."""
+    step = max(1, math.ceil(cells.n_cells / n))
+    columns = pd.Index(store.var_names).get_indexer(genes)
+    rows = []
+    for cell in cells.cells(np.arange(0, cells.n_cells, step)):
+        indptr, indices, data = store.read_rows(int(cell), int(cell) + 1)
+        row = sp.csr_array((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(1, store.n_vars))
+        rows.append(row[:, columns].toarray().ravel())
+    return np.stack(rows)
+
+
+def _categories(store: CellStore, column: str) -> list[str]:
+    """The labels of an obs column that a model can be conditioned on."""
+    obs = store.obs
+    if column not in obs:
+        raise UserError(f"--condition {column}: no such obs column; there are: {', '.join(obs.columns) or 'none'}.")
+    values = obs[column]
+    if pd.api.types.is_float_dtype(values):
+        raise UserError(f"--condition {column}: is continuous ({values.dtype}); expected labels such as cell types.")
+    codes, categories = encode_label(store, column)  # the loader's order: its codes index these labels
+    labels = [str(label) for label in categories]
+    n_used = len(np.unique(codes[codes >= 0]))
+    if n_used < 2 or len(labels) > _MAX_CATEGORIES:
+        raise UserError(
+            f"--condition {column}: has {n_used} different labels; expected between 2 and {_MAX_CATEGORIES} to tell cells apart."
+        )
+    return labels
+
+
+def _libraries(
+    config: TrainConfig, store: CellStore, train: Split, genes: list[str], binning: Binning
+) -> np.ndarray:
+    if not config.model.condition_library_size:
+        return np.zeros(0, np.float32)
+    with _plain_loader(config, store, train, genes, binning) as loader:
+        totals = np.concatenate([batch.library.numpy() for batch in loader])
+    return np.quantile(totals, np.linspace(0, 1, _N_QUANTILES)).astype(np.float32)

@@ -1,0 +1,133 @@
+"""What is measured on the validation cells after each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from sedd.config import TrainConfig
+from sedd.graph import AbsorbingGraph, Graph
+from sedd.io.loader import CellLoader
+from sedd.kernels.mask import exact_mask, masked_count
+from sedd.likelihood import CellBatch, nelbo
+from sedd.loss import hide
+from sedd.model import SEDDTransformer
+from sedd.noise import Noise
+from sedd.training.run_data import Panel
+
+N_MASKS = 8
+"""Masks per validation cell of the bound; the same ones in every epoch, so that epochs compare on the same draws."""
+
+
+class Validator:
+    """Measures a model on this rank's share of the validation cells.
+
+    Parameters
+    ----------
+    config, panel, accelerator, noise, graph
+        Of the run.
+    """
+
+    def __init__(
+        self, config: TrainConfig, panel: Panel, accelerator: Accelerator, noise: Noise, graph: Graph
+    ) -> None:
+        self._config = config
+        self._panel = panel
+        self._accelerator = accelerator
+        self._noise = noise
+        self._graph = graph
+        self._loader = CellLoader(
+            panel.store,
+            batch_size=min(max(64, config.batch_size), 4 * config.batch_size),  # without gradients four times as many fit
+            split=panel.val_cells,
+            genes=panel.genes,
+            binning=panel.binning,
+            mask=None,
+            labels=list(panel.categories),
+            shuffle=False,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            threads=1,
+            memory_budget=config.data.memory_budget,
+        )
+
+    def close(self) -> None:
+        """Release the loader."""
+        self._loader.close()
+
+    @torch.no_grad()
+    def run(self, model: SEDDTransformer, *, stop: Callable[[], bool]) -> torch.Tensor:
+        """Sums over this rank's cells: cells, nats, nats squared, hidden entries, their negative log score, their error.
+
+        Only the absorbing graph hides entries.
+
+        Parameters
+        ----------
+        model
+            With the weights to validate.
+        stop
+            Asked between batches; when true the rest is left out.
+        """
+        seed = self._config.run.seed
+        sums = torch.zeros(6, dtype=torch.float64)
+        training = model.training
+        model.eval()
+        try:
+            for batch in self._batches():
+                if stop():
+                    break
+                with self._accelerator.autocast():
+                    nats = nelbo(model, self._graph, self._noise, [batch], n_masks=N_MASKS, seed=seed).per_cell
+                mine = [len(nats), float(nats.sum()), float((nats**2).sum())]
+                recovered = self._recovery(model, batch) if isinstance(self._graph, AbsorbingGraph) else [0, 0, 0]
+                sums += torch.tensor([*mine, *recovered], dtype=torch.float64)
+        finally:
+            model.train(training)
+        return sums
+
+    def _recovery(self, model: SEDDTransformer, batch: CellBatch) -> list[float]:
+        """How many entries were hidden, the sum of their negative log scores, that of their errors."""
+        seed, n_vars, device = self._config.run.seed, len(self._panel.genes), self._accelerator.device
+        count = masked_count(self._config.model.mask_ratio, n_vars)
+        values = torch.as_tensor(self._panel.binning.values, device=device)
+        assert batch.cell is not None
+        masked = torch.from_numpy(exact_mask(seed, 0, batch.cell.numpy(), n_vars, count)).to(device)
+        shown = hide(batch.tokens, masked, self._graph.mask_token)
+        sigma = self._noise.sigma_at(masked.double().mean(1)).float()
+        given: dict[str, Any] = {"condition": batch.condition}  # not the total: it would give away what is hidden
+        with self._accelerator.autocast():
+            log_prob = model(shown, sigma, targets=batch.tokens, **given)
+        mean, _ = model.expectation(shown, sigma, values, **given)
+        error = (mean - values[batch.tokens.long()]).abs()[masked]
+        return [float(x) for x in (masked.sum(), -log_prob[masked].sum(), error.sum())]
+
+    def _batches(self) -> Iterator[CellBatch]:
+        device = self._accelerator.device
+        self._loader.set_epoch(0)
+        for batch in self._loader:
+            condition, library = self._panel.conditions(batch, self._config.model, device)
+            yield CellBatch(batch.tokens.to(device), condition, library, batch.cell)
+
+    def summary(self, sums: torch.Tensor, group: Any) -> dict[str, float]:
+        """Means over the validation cells of all ranks, each of which must call this.
+
+        Returns
+        -------
+        dict with val_nelbo (nats per cell), val_nelbo_se (its standard error), val_nelbo_per_gene, val_nll (nats per hidden
+        entry) and val_mae (mean absolute error of hidden entries, counts); the last two only where entries are hidden
+        """
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        cells, nats, squares, entries, nll, error = sums.tolist()
+        mean = nats / cells
+        variance = max(squares / cells - mean**2, 0.0)
+        found = {
+            "val_nelbo": mean,
+            "val_nelbo_se": (variance / max(cells - 1, 1)) ** 0.5,
+            "val_nelbo_per_gene": mean / len(self._panel.genes),
+        }
+        return {**found, "val_nll": nll / entries, "val_mae": error / entries} if entries else found

@@ -1,0 +1,60 @@
+"""Denoising: what the other genes say, and what the count itself adds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import dense, make_counts
+from scipy.stats import gamma
+
+from sedd.inference.posterior import Posterior
+from sedd.inference.pretrained import Pretrained
+from sedd.tasks import denoise
+
+
+def test_denoising_is_nearer_to_the_truth_than_the_counts(model: Pretrained) -> None:
+    adata = make_counts()
+    out = denoise(model, adata, progress=False)
+    held_out = make_counts()
+    groups = held_out.obs["cell_type"].to_numpy()
+    true = dense(held_out.X)
+    rate = np.stack([true[groups == g].mean(0) if isinstance(g, str) else true.mean(0) for g in groups])
+    assert ((dense(out.X) - rate) ** 2).mean() < ((true - rate) ** 2).mean()
+    assert out.obs.equals(adata.obs)
+
+
+@pytest.mark.parametrize("shape", [0.3, 2.0, 50.0])
+def test_own_counts_update_a_gamma_rate_exactly(shape: float) -> None:
+    mean = np.array([[0.01, 0.5, 3.0, 40.0]])
+    counts = np.array([[1.0, 0.0, 7.0, 20.0]])
+    zero = (1 + mean / shape) ** -shape  # of a negative binomial with this mean and shape
+    found = Posterior(mean, np.zeros_like(mean), zero, np.zeros_like(mean))
+    rate, std = found.with_own_counts(counts)
+    law = gamma(shape + counts, scale=1 / (shape / mean + 1))
+    np.testing.assert_allclose(rate, law.mean(), rtol=1e-6)
+    np.testing.assert_allclose(std, law.std(), rtol=1e-6)
+    drawn = np.random.default_rng(0).poisson(law.rvs((200_000, 4), random_state=1))
+    seen = np.log1p(1e4 / counts.sum() * drawn)
+    log = found.log1p_with_own_counts(counts)[0]
+    np.testing.assert_allclose(log, seen.mean(0), atol=5 * (seen.std(0) / 200_000**0.5).max())
+    certain = Posterior(mean, np.zeros_like(mean), np.exp(-mean), np.zeros_like(mean))  # Poisson: nothing is left to learn
+    np.testing.assert_allclose(certain.with_own_counts(counts)[0], mean, rtol=1e-3)
+
+
+def test_denoising_gives_what_was_asked_for(model: Pretrained) -> None:
+    adata = make_counts(60)
+    both = denoise(model, adata, log1p=True, progress=False)
+    others = denoise(model, adata, own_counts=False, progress=False)
+    assert np.corrcoef(dense(both.X).ravel(), dense(adata.X).ravel())[0, 1] > np.corrcoef(
+        dense(others.X).ravel(), dense(adata.X).ravel()
+    )[0, 1]
+    assert "sedd_log1p" not in others.layers
+    totals = dense(adata.X).sum(1, keepdims=True)
+    without = denoise(model, adata, own_counts=False, log1p=True, progress=False)
+    for made in (both, without):
+        log = dense(made.layers["sedd_log1p"])
+        assert (log > 0).all()
+        assert (log <= np.log1p(1e4 * dense(made.X) / totals) + 1e-5).all()  # Jensen: the logarithm is concave
+    seen = np.log1p(1e4 * dense(adata.X) / totals)
+    error = [((dense(made.layers["sedd_log1p"]) - seen) ** 2).mean() for made in (both, without)]
+    assert error[0] < error[1]  # the count itself has a say

@@ -1,0 +1,338 @@
+"""A conversion that is killed, interrupted, starved or raced never leaves half a store."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing as mp
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from sedd.errors import UserError
+from sedd.io.conversion import shard, spill
+from sedd.io.convert import convert, ensure_store
+from sedd.io.store import CellStore
+from sedd.io.verify import verify
+from tests.io import launch
+from tests.io.h5ads import counts, write
+
+pytestmark = pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Processes that begin with everything imported, so that a kill hits the conversion and not an import."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.io.victim"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("source") / "a.h5ad", counts(600, 60, largest=700))
+
+
+def files_of(path: str) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*")) if file.is_file()}
+
+
+def run(processes: Any, source: str, output: str, **options: Any) -> str:
+    """Convert in a process; what it told."""
+    here, there = processes.Pipe()
+    process = processes.Process(target=launch.run_and_tell, args=(source, output, options, there))
+    process.start()
+    told = str(here.recv())
+    process.join()
+    return told
+
+
+def kill_and_resume(
+    processes: Any, source: str, folder: Path, expected: dict[str, bytes], after: float | None, **options: Any
+) -> bool:
+    """Kill -9 a conversion after some time or, for None, as it begins to write; resume it, compare; whether it was at work."""
+    output = str(folder / "a.zarr")
+    process = processes.Process(target=launch.run, args=(source, output, options))
+    process.start()
+    while after is None and process.is_alive() and not Path(f"{output}.partial").exists():
+        time.sleep(0.0005)
+    time.sleep(after or 0)
+    with contextlib.suppress(ProcessLookupError):  # it was quicker
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    hit = Path(f"{output}.partial").exists()
+    if hit and Path(f"{output}.partial/plan.json").exists() and not Path(output).exists():
+        assert "pass --resume" in run(processes, source, output, **options).lower()
+    assert run(processes, source, output, resume=True, **options) == "done"
+    assert files_of(output) == expected
+    assert not Path(f"{output}.partial").exists()
+    shutil.rmtree(output)
+    return hit
+
+
+def test_a_killed_conversion_resumes_to_the_same_bytes(processes: Any, source: str, tmp_path: Path) -> None:
+    check_kills(processes, source, tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_fifty_kills_resume_to_the_same_bytes(processes: Any, source: str, tmp_path: Path) -> None:
+    check_kills(processes, source, tmp_path, 50)
+
+
+def check_kills(processes: Any, source: str, tmp_path: Path, n: int) -> None:
+    rng = random.Random(0)
+    for shuffle in (False, True):
+        output = str(tmp_path / "whole.zarr")
+        assert run(processes, source, output, shuffle=shuffle) == "done"
+        start = time.perf_counter()
+        shutil.rmtree(output)
+        assert run(processes, source, output, shuffle=shuffle) == "done"
+        seconds = time.perf_counter() - start
+        expected = files_of(output)
+        shutil.rmtree(output)
+        moments = [None, *(rng.uniform(0.05, 1) * seconds for _ in range(n // 2 - 1))]
+        hits = [kill_and_resume(processes, source, tmp_path, expected, at, shuffle=shuffle) for at in moments]
+        assert any(hits)
+
+
+SMALL = {
+    "sedd.io.format.shards": {"CHUNK": 256, "LEAST_SHARD": 512},
+    "sedd.io.conversion.publish": {"CHUNK": 256},
+    "sedd.io.conversion.shard": {"CHUNK": 256},
+    "sedd.io.conversion.job": {"LARGEST_BLOCK": 500},
+}
+
+
+def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert in many small shards and blocks."""
+    for module in SMALL:
+        importlib.import_module(module)  # all of them first: one that is imported later would keep the small size
+    for module, sizes in SMALL.items():
+        for name, size in sizes.items():
+            monkeypatch.setattr(f"{module}.{name}", size)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_resume_reads_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: bool) -> None:
+    in_small_pieces(monkeypatch)
+    source = write(tmp_path / "a.h5ad", counts(200, 60))
+    name = "scatter_window" if shuffle else "make_shard"
+    module = spill if shuffle else shard
+    real = getattr(module, name)
+    seen: list[int] = []
+
+    def task(folder: str, number: int) -> None:
+        if number == 3 and len(seen) < 5:
+            seen.append(number)
+            raise OSError(28, "No space left on device")
+        seen.append(number)
+        real(folder, number)
+
+    task.__name__ = name
+    monkeypatch.setattr(module, name, task)
+    with pytest.raises(UserError, match=r"No space left.*--resume"):
+        convert(source, tmp_path / "a.zarr", shuffle=shuffle, workers=1, progress=False)
+    before, seen[:] = set(seen) - {3}, [-1] * 5
+    convert(source, tmp_path / "a.zarr", shuffle=shuffle, workers=1, resume=True, progress=False)
+    assert not before & set(seen)
+    verify(tmp_path / "a.zarr", against=source)
+
+
+def test_an_unfinished_conversion_is_not_resumed_with_other_settings_or_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.h5ad", counts())
+    output = tmp_path / "a.zarr"
+
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("sedd.io.conversion.publish.build", fail)
+    with pytest.raises(UserError, match=r"Input/output error"):
+        convert(source, output, progress=False)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"unfinished.*--resume.*--overwrite"):
+        convert(source, output, progress=False)
+    with pytest.raises(UserError, match=r"settings differ.*--overwrite"):
+        convert(source, output, resume=True, codec="none", progress=False)
+    write(tmp_path / "a.h5ad", counts(seed=2))
+    with pytest.raises(UserError, match=r"input changed.*--overwrite"):
+        convert(source, output, resume=True, progress=False)
+    assert Path(f"{output}.partial/shards").exists()
+    plan = Path(f"{output}.partial/plan.json")
+    plan.write_text(plan.read_text().replace('"n_obs"', '"cells"'))
+    with pytest.raises(UserError, match=r"another version.*--overwrite"):
+        convert(source, output, resume=True, progress=False)
+    convert(source, output, overwrite=True, progress=False)
+    verify(output, against=source)
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.h5ad", counts())
+    real = shard.make_shard
+
+    def task(folder: str, number: int) -> None:
+        real(folder, number)
+        os.utime(source, ns=(1, 1))
+
+    task.__name__ = "make_shard"
+    monkeypatch.setattr(shard, "make_shard", task)
+    with pytest.raises(UserError, match="changed while it was converted"):
+        convert(source, tmp_path / "a.zarr", progress=False)
+    assert [item.name for item in tmp_path.iterdir()] == ["a.h5ad"]
+
+
+def test_ctrl_c_leaves_what_resume_needs_and_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.h5ad", counts())
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sedd.io.conversion.publish.build", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        convert(source, tmp_path / "a.zarr", progress=False)
+    monkeypatch.undo()
+    assert not (tmp_path / "a.zarr").exists()
+    with pytest.raises(UserError, match="--resume"):
+        CellStore(tmp_path / "a.zarr")
+    convert(source, tmp_path / "a.zarr", resume=True, progress=False)
+
+
+def test_a_second_writer_is_told_and_the_first_undisturbed(processes: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.h5ad", counts(600, 60, largest=700))
+    output = str(tmp_path / "a.zarr")
+    pipes = [processes.Pipe() for _ in range(3)]
+    running = [processes.Process(target=launch.run_and_tell, args=(source, output, {}, there)) for _, there in pipes]
+    for process in running:
+        process.start()
+    told = sorted(str(here.recv()) for here, _ in pipes)
+    for process in running:
+        process.join()
+    assert told[-1] == "done"
+    assert all("another process is writing it" in line or "exists already" in line for line in told[:-1])
+    verify(output, against=source)
+
+
+def test_processes_that_ensure_one_store_share_the_work(processes: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.h5ad", counts())
+    running = [processes.Process(target=ensure_store, args=(source,), kwargs={"progress": False}) for _ in range(3)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0, 0]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.h5ad", "a.zarr"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 KB; skips where none may be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=False)
+
+
+def test_a_full_disk_is_one_clear_error(small_disk: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.h5ad", counts(2000, 300))
+    with pytest.raises(UserError, match=r"No space left on device.*--resume"):
+        convert(source, small_disk / "a.zarr", progress=False)
+    assert [item.name for item in small_disk.iterdir()] == ["a.zarr.partial"]
+    assert not list(small_disk.rglob("*.tmp"))
+
+
+def test_a_file_size_limit_is_one_clear_error(tmp_path: Path) -> None:
+    """The same for where no file system can be mounted: the system refuses to let a file grow."""
+    source = write(tmp_path / "a.h5ad", counts(2000, 300))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(UserError, match=r"File too large.*--resume"):
+            convert(source, tmp_path / "a.zarr", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "a.zarr").exists()
+    convert(source, tmp_path / "a.zarr", resume=True, progress=False)
+    verify(tmp_path / "a.zarr", against=source)
+
+
+def test_a_file_size_limit_met_by_a_layer_keeps_what_is_done(tmp_path: Path) -> None:
+    matrix = counts(4000, 300, density=0.01)
+    source = write(tmp_path / "a.h5ad", matrix, layers={"large": counts(4000, 300, density=0.6)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, limits[1]))
+        with pytest.raises(UserError, match=r"a\.zarr: cannot be written \(File too large\).*a\.zarr\.partial.*--resume"):
+            convert(source, tmp_path / "a.zarr", keep_layers=["large"], progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "a.zarr").exists()
+    assert list((tmp_path / "a.zarr.partial" / "shards").glob("*.npz"))
+    store = convert(source, tmp_path / "a.zarr", keep_layers=["large"], resume=True, progress=False)
+    assert (ad.read_zarr(store.path).layers["large"] != ad.read_h5ad(source).layers["large"]).nnz == 0
+    verify(store.path, against=source)
+
+
+def test_an_existing_output_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.h5ad", counts())
+    convert(source, tmp_path / "a.zarr", progress=False)
+    with pytest.raises(UserError, match=r"exists already.*--overwrite"):
+        convert(source, tmp_path / "a.zarr", progress=False)
+    other = write(tmp_path / "b.h5ad", counts(seed=5))
+    convert(other, tmp_path / "a.zarr", overwrite=True, progress=False)
+    verify(tmp_path / "a.zarr", against=other)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a Zarr store"):
+        convert(source, tmp_path / "precious", overwrite=True, progress=False)
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_of_a_cluster_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed")
+    in_small_pieces(monkeypatch)
+    small = SMALL
+
+    class InSmallPieces(distributed.WorkerPlugin):  # type: ignore[name-defined,misc]
+        def setup(self, worker: object) -> None:
+            for module, sizes in small.items():
+                for name, size in sizes.items():
+                    setattr(importlib.import_module(module), name, size)
+
+    source = write(tmp_path / "a.h5ad", counts(300, 60))
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True
+    ) as cluster:
+        marker = tmp_path / "died"
+        with distributed.Client(cluster) as client:
+            client.register_plugin(InSmallPieces())  # also for the worker that takes the place of the dead one
+            client.submit(die_once, str(marker), pure=False).result()
+        store = convert(source, tmp_path / "a.zarr", scheduler=cluster.scheduler_address, progress=False)
+    np.testing.assert_array_equal(store.cell_stats()["total"], np.asarray(counts(300, 60).sum(axis=1)).reshape(-1))
+    verify(store.path, against=source)
+
+
+def die_once(marker: str) -> None:
+    """Take the worker down with us, the first time."""
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)

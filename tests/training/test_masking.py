@@ -1,0 +1,84 @@
+"""What a training step hides, on either side of the copy to the device."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS
+
+from sedd import checkpoint
+from sedd.cli import main
+from sedd.io import convert
+from sedd.io.loader import CellLoader
+from sedd.noise import make_noise
+from sedd.training.masking import DeviceMasks, drop_conditions
+
+
+@pytest.mark.parametrize("noise", ["loglinear", "geometric"])
+@pytest.mark.parametrize("objective", ["score_entropy", "masked"])
+def test_masks_drawn_beside_the_network_are_those_of_the_loader(
+    tiny_h5ad: Path, tmp_path: Path, objective: str, noise: str
+) -> None:
+    store = convert(tiny_h5ad, tmp_path / "tiny.zarr", progress=False)
+    schedule = make_noise(noise)
+    given = {"batch_size": 32, "noise": schedule.mask_probability, "mask_ratio": 0.15, "seed": 5}
+    masks = DeviceMasks(objective, 0.15, schedule, seed=5)
+    hidden = 0
+    with CellLoader(store, mask=objective, **given) as loader, CellLoader(store, mask=None, **given) as bare:
+        for epoch in (0, 3):
+            loader.set_epoch(epoch)
+            bare.set_epoch(epoch)
+            for drawn, batch in zip(loader, bare, strict=True):
+                assert batch.masked is None
+                assert torch.equal(masks.draw(batch, epoch, torch.device("cpu")), drawn.masked)
+                hidden += int(drawn.masked.sum())
+    assert hidden > 1000
+
+
+def test_a_run_is_the_same_whichever_side_draws_its_masks(
+    tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, drawn = {}, {"loader": 0, "device": 0}
+    draw = DeviceMasks.draw
+
+    def counting(self: DeviceMasks, *given: Any) -> torch.Tensor:
+        drawn[side] += 1
+        return draw(self, *given)
+
+    monkeypatch.setattr(DeviceMasks, "draw", counting)
+    for side in ("loader", "device"):
+        flags = ["--masks_on", side, "--checkpoint_dir", str(tmp_path / side)]
+        assert main(["train", "--data_path", str(tiny_h5ad), *TINY_FLAGS, *flags]) == 0
+        weights[side] = checkpoint.load(tmp_path / side / "final.pt")["model"]
+    steps = checkpoint.load(tmp_path / "device" / "final.pt")["step"]
+    assert drawn == {"loader": 0, "device": steps}
+    for name, value in weights["loader"].items():
+        assert torch.equal(value, weights["device"][name]), name
+
+
+def test_conditions_are_hidden_together_and_apart() -> None:
+    torch.manual_seed(0)
+    labels, total = drop_conditions(torch.ones((40_000, 2), dtype=torch.int64), torch.ones(40_000), 0.5)
+    assert labels is not None
+    assert total is not None
+    told = np.stack([labels[:, 0].numpy() == 1, ~total.isnan().numpy()])
+    assert (labels[:, 0] == labels[:, 1]).all()
+    both = np.array([[(~told[0] & ~told[1]).mean(), (~told[0] & told[1]).mean()],
+                     [(told[0] & ~told[1]).mean(), (told[0] & told[1]).mean()]])  # fmt: skip
+    np.testing.assert_allclose(both, [[0.625, 0.125], [0.125, 0.125]], atol=0.01)
+
+
+@pytest.mark.parametrize("known", ["labels", "total"])
+def test_a_single_condition_is_hidden_to_its_share(known: str) -> None:
+    torch.manual_seed(0)
+    labels, total = drop_conditions(
+        torch.ones((40_000, 1), dtype=torch.int64) if known == "labels" else None,
+        torch.ones(40_000) if known == "total" else None,
+        0.3,
+    )
+    hidden = (labels == 0).double() if labels is not None else total.isnan().double()
+    assert (labels is None) == (known == "total")
+    assert float(hidden.mean()) == pytest.approx(0.3, abs=0.01)
+    assert drop_conditions(None, None, 0.3) == (None, None)
