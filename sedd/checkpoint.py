@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+from torch import Tensor
 
 from sedd.errors import UserError, warn_user
-from sedd.training.parallel import whole
 
 FORMAT = 1
 _NUMBERED = re.compile(r"(epoch|step)_(\d+)\.pt$")
@@ -223,3 +223,9 @@ def unpack_histogram(packed: dict[str, Any]) -> sp.csr_array:
     """The inverse of `pack_histogram`."""
     parts = tuple(packed[name].numpy() for name in ("data", "indices", "indptr"))
     return sp.csr_array(parts, shape=tuple(packed["shape"]))
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a divided tensor; one that is not divided as it is."""
+    full = getattr(value, "full_tensor", None)  # of a DTensor, whose module takes long to import
+    return value if full is None else full()

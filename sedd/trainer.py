@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sedd import checkpoint
+from sedd.checkpoint import whole
 from sedd.config import TrainConfig
 from sedd.errors import UserError
 from sedd.graph import make_graph
@@ -34,7 +35,7 @@ from sedd.training.ema import EMA
 from sedd.training.failures import describe, explained, largest_batch
 from sedd.training.logs import Progress, Tracker, resolve_logger
 from sedd.training.masking import device_masks, drop_conditions
-from sedd.training.parallel import divide_like, divide_optimizer_state, make_accelerator, parameter_groups, whole
+from sedd.training.parallel import divide_like, divide_optimizer_state, make_accelerator, parameter_groups
 from sedd.training.run_data import Panel, prepare_panel
 from sedd.training.stopping import StopRequest, TrainingInterrupted
 from sedd.training.validation import Validator

@@ -17,9 +17,10 @@ from sedd import tasks
 from sedd.binning import COUNT_KINDS, Binning
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
-from sedd.inference.cells import Cells, obs_digest, read_anndata
+from sedd.inference.cells import Cells, read_anndata
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
+from sedd.io.files import obs_digest
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library

@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -82,6 +82,11 @@ def fingerprint(path: str) -> str:
             file.seek(int(place))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def obs_digest(names: Iterable[Any]) -> str:
+    """An identity of cells by their names in their order, which any container of them keeps."""
+    return hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]
 
 
 def parse_bytes(text: str | int) -> int:

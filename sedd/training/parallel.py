@@ -90,9 +90,3 @@ def divide_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimiz
         for i, values in state["state"].items()
     }
     return {**state, "state": divided}
-
-
-def whole(value: Tensor) -> Tensor:
-    """All of a divided tensor; one that is not divided as it is."""
-    full = getattr(value, "full_tensor", None)  # of a DTensor, whose module takes long to import
-    return value if full is None else full()
