@@ -48,7 +48,7 @@ def collect(directory: Path) -> dict[str, Any]:
     }
 
 
-def draw(runs: dict[str, Any], path: Path) -> None:
+def plot(runs: dict[str, Any], path: Path) -> None:
     """Draw the curves, one panel a run."""
     import matplotlib.pyplot as plt
 
@@ -83,7 +83,7 @@ def main() -> None:
         runs[size] = collect(args.work / size)
     RESULT.write_text(json.dumps(runs) + "\n")
     if args.figure:
-        draw(runs, Path(args.figure))
+        plot(runs, Path(args.figure))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ from sklearn.decomposition import PCA
 
 from sedd import metrics as m
 from sedd import tasks
+from sedd.io.files import new_file
+from sedd.likelihood import confidence_interval
 from sedd.metrics.baselines import nb_cdf, nb_log_prob
 
 FRACTIONS = (15, 30, 50)
@@ -172,7 +174,7 @@ def score_imputation(task: Task, method: str, fraction: int, mean: np.ndarray, *
 
 
 def score_likelihood(task: Task, method: str, nats: np.ndarray, conditions_on: str) -> Record:
-    mean, low, high = m.mean_confidence_interval(nats)
+    mean, (low, high) = float(nats.mean()), confidence_interval(nats)
     scores = {"nats_per_cell": mean, "ci_low": low, "ci_high": high, "conditions_on": conditions_on}
     return {"protocol": "likelihood", "method": method, "seed": task.seed, **scores}
 
@@ -353,9 +355,8 @@ def update(path: Path, head: dict[str, Any], records: list[Record]) -> None:
     old = json.loads(path.read_text()) if path.exists() else {"records": []}
     merged = {key(r): r for r in old["records"]} | {key(r): r for r in records}
     out = {**old, **head, "records": [merged[k] for k in sorted(merged, key=lambda k: tuple(map(str, k)))]}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(out, indent=1, allow_nan=True) + "\n")
-    temporary.replace(path)
+    with new_file(path) as file:
+        file.write((json.dumps(out, indent=1, allow_nan=True) + "\n").encode())
 
 
 def main() -> None:

@@ -88,9 +88,9 @@ class Info:
         """Print it."""
         path = Path(self.path)
         if path.is_dir() and (path / "zarr.json").exists():
-            from sedd.io.store import describe
+            from sedd.io.store import store_facts
 
-            print(format_facts(describe(str(path))))
+            print(format_facts(store_facts(str(path))))
             return 0
         from sedd.inference.pretrained import Pretrained
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sedd.config import MODEL_SIZES
 from sedd.errors import UserError
 from sedd.nn.backbones import FullBackbone, GeneEmbedding, LatentBackbone
 from sedd.nn.blocks import Conditioner
@@ -285,24 +286,24 @@ class SEDDTransformer(nn.Module):
 
 
 class SEDDTransformerSmall(SEDDTransformer):
-    """128 wide, 4 layers, 4 heads."""
+    """The `small` of `MODEL_SIZES`."""
 
     def __init__(self, n_vars: int, n_bins: int, **kwargs: Any) -> None:
-        super().__init__(n_vars, n_bins, **{"hidden_dim": 128, "num_layers": 4, "num_heads": 4, **kwargs})
+        super().__init__(n_vars, n_bins, **{**MODEL_SIZES["small"], **kwargs})
 
 
 class SEDDTransformerMedium(SEDDTransformer):
-    """256 wide, 6 layers, 8 heads."""
+    """The `medium` of `MODEL_SIZES`."""
 
     def __init__(self, n_vars: int, n_bins: int, **kwargs: Any) -> None:
-        super().__init__(n_vars, n_bins, **{"hidden_dim": 256, "num_layers": 6, "num_heads": 8, **kwargs})
+        super().__init__(n_vars, n_bins, **{**MODEL_SIZES["medium"], **kwargs})
 
 
 class SEDDTransformerLarge(SEDDTransformer):
-    """512 wide, 12 layers, 16 heads."""
+    """The `large` of `MODEL_SIZES`."""
 
     def __init__(self, n_vars: int, n_bins: int, **kwargs: Any) -> None:
-        super().__init__(n_vars, n_bins, **{"hidden_dim": 512, "num_layers": 12, "num_heads": 16, **kwargs})
+        super().__init__(n_vars, n_bins, **{**MODEL_SIZES["large"], **kwargs})
 
 
 def _check(config: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def impute(
                         values = posterior.cross_draw(model, reverse, tokens, context, here, folds, k, seed)
                     else:
                         at = posterior.sample_seed(seed, k)
-                        values = posterior.draw(model, reverse, tokens, hidden, context, here, at)
+                        values = posterior.draw_hidden(model, reverse, tokens, hidden, context, here, at)
                     layers[f"sedd_sample_{k}"] = np.where(hidden, values, counts)
                     drawn.add(layers[f"sedd_sample_{k}"])
                 if num_samples:

@@ -32,7 +32,7 @@ from sedd.model import SEDDTransformer
 from sedd.noise import make_noise
 from sedd.training.directory import RunDirectory
 from sedd.training.ema import EMA
-from sedd.training.failures import describe, explained, largest_batch
+from sedd.training.failures import explained, forecast, largest_batch
 from sedd.training.logs import Progress, Tracker, resolve_logger
 from sedd.training.masking import device_masks, drop_conditions
 from sedd.training.parallel import divide_like, divide_optimizer_state, make_accelerator, parameter_groups
@@ -104,7 +104,7 @@ class SEDDTrainer:
             stack.callback(self._loader.close)
             stack.callback(self._validator.close)
             if run.dry_run:
-                self.accelerator.print(describe(self.config, panel, self.model, self._loader, self._optimizer_step))
+                self.accelerator.print(forecast(self.config, panel, self.model, self._loader, self._optimizer_step))
                 return self.history
             if self.accelerator.is_main_process:
                 self.directory.create(self.config.to_flat(), fresh=resumed is None)
@@ -314,7 +314,7 @@ class SEDDTrainer:
         condition, library = self._panel.conditions(batch, config, device)
         if config.condition_dropout:
             condition, library = drop_conditions(condition, library, config.condition_dropout)
-        masked = self._masks.draw(batch, self.epoch, device) if self._masks else batch.masked
+        masked = self._masks.of(batch, self.epoch, device) if self._masks else batch.masked
         with self.accelerator.autocast():  # which accelerate leaves to its own casts where weights are divided
             return diffusion_loss(
                 module,

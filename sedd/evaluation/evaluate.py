@@ -20,13 +20,12 @@ from sedd.evaluation.step_curve import step_curve
 from sedd.inference.cells import Cells, read_anndata
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
-from sedd.io.files import obs_digest
+from sedd.io.files import obs_digest, write_json
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
 from sedd.report.page import ReportData, write_report
 from sedd.sampling import make_sampler
-from sedd.training.directory import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ import zarr
 
 from sedd.inference.cells import read_anndata
 from sedd.inference.output_parts import Pieces, is_mostly_full, partial_folder
+from sedd.io.format.shards import consolidate
 
 _BLOCK = 1 << 22  # values that are gathered before they are written
 _CHUNK = 1 << 16  # values in a chunk of a sparse matrix
@@ -237,13 +238,6 @@ class _GrowingFile:
         if not self._is_zarr:
             self._root.close()
         shutil.rmtree(self._part, ignore_errors=True)
-
-
-def consolidate(root: zarr.Group) -> None:
-    """Gather the metadata of a Zarr store in one place, as anndata does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that consolidated metadata extend Zarr v3; anndata writes them too
-        zarr.consolidate_metadata(root.store)
 
 
 def publish(made: Path, path: Path) -> None:

@@ -193,7 +193,7 @@ def cross_predict(
     return Posterior(mean, std, zero / rounds, log / rounds)
 
 
-def draw(
+def draw_hidden(
     model: Pretrained,
     sampler: AnalyticSampler | EulerSampler,
     tokens: torch.Tensor,
@@ -223,7 +223,7 @@ def cross_draw(
     out = np.zeros(tokens.shape, np.float32)
     for part in range(folds):
         hidden = fold == part
-        drawn = draw(model, sampler, tokens, hidden, context, cells, sample_seed(seed, k * folds + part))
+        drawn = draw_hidden(model, sampler, tokens, hidden, context, cells, sample_seed(seed, k * folds + part))
         out[hidden] = drawn[hidden]
     return out
 

@@ -6,10 +6,13 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
+import secrets
+import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,17 +25,36 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 @contextmanager
-def new_file(path: str) -> Iterator[BinaryIO]:
-    """Write a file that gets its name when it is complete; nothing is left behind otherwise."""
-    partial = f"{path}.{os.getpid()}.tmp"  # two Dask workers may do the same task: each its own file, the same bytes
+def new_file(path: str | os.PathLike[str], *, sync: bool = False) -> Iterator[BinaryIO]:
+    """Write a file that gets its name when it is complete; nothing is left behind otherwise.
+
+    Parameters
+    ----------
+    path : of the file; one that is there is replaced in one rename
+    sync : wait until the file and its name are on the disk
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    # Workers on several hosts may write the same file: each has one of its own until it is complete.
+    partial = f"{folder}/.{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.part"
     try:
         with open(partial, "wb") as file:
             yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
-        if os.path.exists(partial):
+        with suppress(FileNotFoundError):
             os.unlink(partial)
         raise
+    if sync:
+        _sync(folder)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON whole or not at all. Not-a-number is an error: it is not JSON."""
+    with new_file(path) as file:
+        file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def save_arrays(path: str, **arrays: Any) -> None:
@@ -56,11 +78,15 @@ def sync_tree(root: str) -> None:
                 begin_to_sync(file)
     for folder, _, names in os.walk(root):
         for path in (*(f"{folder}/{name}" for name in names), folder):
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _sync(path)
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def fingerprint(path: str) -> str:
@@ -90,24 +116,20 @@ def obs_digest(names: Iterable[Any]) -> str:
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of "1GiB", "500 MB" or a number.
+    """Read a number of bytes, such as "1GiB", "500 MB", "1.5e9" or 4096.
 
     Raises
     ------
     UserError
-        If it is no size, or under 64 MiB.
+        If it is no size above 0.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
-    try:
-        number = float(match[1]) if match else float("nan")
-    except ValueError:
-        number = float("nan")
-    if not match or not np.isfinite(number) or (match[3] and not match[2]):
-        raise UserError(f"the memory budget {text!r} is not a size; write 1GiB or 500MB.")
-    size = int(number * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
-    if size < 64 << 20:
-        raise UserError(f"the memory budget is {text}; at least 64MiB are needed.")
-    return size
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+|[0-9]+\.)(e[0-9]+)?([kmgt]i?)?b?", re.sub(r"\s", "", str(text).lower()))
+    unit = (match[3] or "") if match else ""
+    power = " kmgt".index(unit[:1] or " ")
+    size = float(match[1] + (match[2] or "")) * (1024 if unit.endswith("i") else 1000) ** power if match else 0
+    if not 1 <= size < 1 << 63:
+        raise UserError(f"{text!r} is not a size of memory; expected one such as 1GiB, 500MB or a number of bytes.")
+    return int(size)
 
 
 @contextmanager

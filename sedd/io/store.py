@@ -209,7 +209,7 @@ def _opened(path: str, changed: int) -> CellStore:
     return CellStore(path)
 
 
-def forget() -> None:
+def close_stores() -> None:
     """Close the stores that `span_hashes` holds open, so that the next call sees what is on the disk by then."""
     _opened.cache_clear()
 
@@ -234,7 +234,7 @@ def _open_group(path: str) -> zarr.Group:
         raise UserError(f"{path}: cannot be opened as a Zarr store ({' '.join(str(error).split())[:200]}).") from error
 
 
-def describe(path: str) -> dict[str, Any]:
+def store_facts(path: str) -> dict[str, Any]:
     """Everything worth knowing about a store, as plain values.
 
     Returns

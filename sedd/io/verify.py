@@ -17,7 +17,7 @@ from sedd.io.files import fingerprint
 from sedd.io.format.reader import ChunkReader
 from sedd.io.format.tally import cell_hashes
 from sedd.io.h5ad import H5ad, Matrix
-from sedd.io.store import CellStore, forget, span_hashes
+from sedd.io.store import CellStore, close_stores, span_hashes
 
 BLOCK = 1 << 22
 """Entries compared at once."""
@@ -48,7 +48,7 @@ def verify(
     UserError
         At the first thing that is wrong, naming array, chunk and file, or cell, gene and the two values.
     """
-    forget()
+    close_stores()
     store = CellStore(path)
     runner = TaskRunner(workers=workers, scheduler=None, progress=progress)
     for name in store.x_arrays:

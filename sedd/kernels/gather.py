@@ -118,7 +118,7 @@ def gather_rows(
     indices, data, starts, stops, columns
         As for `row_pointers`.
     indptr : (B + 1,) int64 from `row_pointers`
-    out_indices : (indptr[-1],) int32, overwritten
+    out_indices : (indptr[-1],) integers, overwritten
     out_data : (indptr[-1],) any type, overwritten
     target_sum : float
         Scale each row to this sum; 0 leaves rows as they are. Needs floating `out_data`, as `log1p` does.
@@ -132,3 +132,26 @@ def gather_rows(
     _gather(indices, data, starts, stops, columns, (columns >= 0).astype(np.uint8), indptr, out_indices, out_data)
     if target_sum or log1p:
         _transform(indptr, out_data, float(target_sum), log1p)
+
+
+def take_rows(
+    indptr: np.ndarray, rows: np.ndarray, indices: np.ndarray, data: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Some rows of a CSR block, in the order asked for.
+
+    Parameters
+    ----------
+    indptr, indices, data : the block, `indptr` from 0
+    rows : (B,) int64, rows of the block
+
+    Returns
+    -------
+    indptr, indices, data : of the rows, in the types of the block
+    """
+    starts, stops = indptr[rows], indptr[rows + 1]
+    out = np.concatenate([[0], np.cumsum(stops - starts)])
+    indices_out, data_out = np.empty(out[-1], indices.dtype), np.empty(out[-1], data.dtype)
+    gather_rows(
+        indices, data, starts, stops, columns=np.empty(0, np.int32), indptr=out, out_indices=indices_out, out_data=data_out
+    )
+    return out, indices_out, data_out

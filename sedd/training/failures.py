@@ -118,7 +118,7 @@ def _left(config: TrainConfig) -> str:
     return "No checkpoint was made yet." if path is None else f"The last whole checkpoint is {path}."
 
 
-def describe(
+def forecast(
     config: TrainConfig,
     panel: Panel,
     model: SEDDTransformer,

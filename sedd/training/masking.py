@@ -32,7 +32,7 @@ class DeviceMasks:
     noise: Noise
     seed: int
 
-    def draw(self, batch: Batch, epoch: int, device: torch.device) -> Tensor:
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> Tensor:
         """Masks of a batch, (B, n_vars) bool on `device`."""
         n_vars = batch.tokens.shape[1]
         cells = batch.cell.to(device, non_blocking=True)

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from sedd.errors import UserError
 from sedd.io.convert import convert
-from sedd.io.store import CellStore, describe
+from sedd.io.store import CellStore, store_facts
 from sedd.io.verify import verify
 from tests.io.h5ads import PBMC, counts, write
 
@@ -43,7 +43,7 @@ def test_the_shipped_data_survive(pbmc: CellStore) -> None:
     assert list(read.var_names) == list(original.var_names)
     assert list(read.var["gene_ids"]) == list(original.var["gene_ids"])
     assert verify(pbmc.path, against=str(PBMC))["cells"] == 2700
-    assert describe(pbmc.path)["files"] < 80
+    assert store_facts(pbmc.path)["files"] < 80
 
 
 @given(lo=st.integers(0, 70), size=st.integers(0, 70))
@@ -163,8 +163,8 @@ def test_what_is_no_store_is_named(tmp_path: Path) -> None:
         CellStore(tmp_path / "other.zarr")
 
 
-def test_describe_tells_what_is_in_a_store(store: CellStore) -> None:
-    facts = describe(store.path)
+def test_facts_tell_what_is_in_a_store(store: CellStore) -> None:
+    facts = store_facts(store.path)
     assert facts["cells"] == 70
     assert facts["dtype"] == "uint16"
     assert facts["obs"] == ["kind"]

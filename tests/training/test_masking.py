@@ -32,7 +32,7 @@ def test_masks_drawn_beside_the_network_are_those_of_the_loader(
             bare.set_epoch(epoch)
             for drawn, batch in zip(loader, bare, strict=True):
                 assert batch.masked is None
-                assert torch.equal(masks.draw(batch, epoch, torch.device("cpu")), drawn.masked)
+                assert torch.equal(masks.of(batch, epoch, torch.device("cpu")), drawn.masked)
                 hidden += int(drawn.masked.sum())
     assert hidden > 1000
 
@@ -41,13 +41,13 @@ def test_a_run_is_the_same_whichever_side_draws_its_masks(
     tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, drawn = {}, {"loader": 0, "device": 0}
-    draw = DeviceMasks.draw
+    draw = DeviceMasks.of
 
     def counting(self: DeviceMasks, *given: Any) -> torch.Tensor:
         drawn[side] += 1
         return draw(self, *given)
 
-    monkeypatch.setattr(DeviceMasks, "draw", counting)
+    monkeypatch.setattr(DeviceMasks, "of", counting)
     for side in ("loader", "device"):
         flags = ["--masks_on", side, "--checkpoint_dir", str(tmp_path / side)]
         assert main(["train", "--data_path", str(tiny_h5ad), *TINY_FLAGS, *flags]) == 0

@@ -215,24 +215,6 @@ def _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_i
     return n_summed
 
 
-def gather_rows(indptr: np.ndarray, order: np.ndarray, *vectors: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Rows of a CSR block in another order: the lengths of the rows and each vector rearranged."""
-    lengths = np.diff(indptr)[order]
-    outs = [np.empty_like(vector) for vector in vectors]
-    for vector, out in zip(vectors, outs, strict=True):
-        _gather_rows(indptr, order, vector, out)
-    return lengths, outs
-
-
-@njit(cache=True, nogil=True)
-def _gather_rows(indptr, order, vector, out):  # type: ignore[no-untyped-def]
-    n = 0
-    for row in order:
-        for k in range(indptr[row], indptr[row + 1]):
-            out[n] = vector[k]
-            n += 1
-
-
 def deal_columns(
     indptr: np.ndarray, rows: np.ndarray, values: np.ndarray, genes: np.ndarray, places: np.ndarray | None, first: int,
     step: int, n_parts: int, dtype: np.dtype,

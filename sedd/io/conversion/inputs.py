@@ -117,7 +117,7 @@ def _open_source(folder: str, number: int, _: tuple[int, int]) -> Source:
     )
 
 
-def forget() -> None:
+def close_inputs() -> None:
     """Drop what `load_plan` and `open_source` hold."""
     _load_plan.cache_clear()
     _open_source.cache_clear()

@@ -28,6 +28,9 @@ DEFAULT_CODEC = "lz4"
 LARGEST_BLOCK = 1 << 23
 """Stored values that a task reads at once at most; more does not make it more efficient."""
 
+LEAST_BUDGET = 64 << 20
+"""Bytes that a conversion needs for data in flight, whatever its input."""
+
 SAMPLES = 8
 """Places looked at to guess the type of the counts; shards made too narrow are encoded again."""
 
@@ -86,6 +89,8 @@ class Job:
             raise UserError("--slurm_workers starts a Dask scheduler of its own; leave it or --scheduler out.")
         if slurm_workers < 0:
             raise UserError(f"--slurm_workers must be 0 or more, not {slurm_workers}.")
+        if budget < LEAST_BUDGET:
+            raise UserError(f"the memory budget is {budget} bytes; expected at least {LEAST_BUDGET >> 20}MiB.")
         if limit_cells is not None and limit_cells < 1:
             raise UserError(f"the number of cells must be positive, not {limit_cells}.")
         self.paths, self.output, self.folder = paths, output, f"{output}.partial"
@@ -153,8 +158,8 @@ class Job:
             except OSError as error:
                 raise self._stopped(error) from error
             finally:
-                inputs.forget()
-                spill.forget()
+                inputs.close_inputs()
+                spill.close_spill()
                 self.runner.close()
 
     def _stopped(self, reason: OSError) -> StoppedError:
@@ -184,8 +189,8 @@ class Job:
 
     def _earlier_plan(self, resume: bool, overwrite: bool) -> Plan | None:
         """The plan of an unfinished conversion that we can go on with."""
-        inputs.forget()
-        spill.forget()
+        inputs.close_inputs()
+        spill.close_spill()
         if not os.path.exists(f"{self.folder}/plan.json"):
             self._clear()
             return None
@@ -204,7 +209,7 @@ class Job:
             raise UserError(
                 f"{self.folder}: holds an unfinished conversion. Pass --resume to go on with it or --overwrite to start again."
             )
-        inputs.forget()
+        inputs.close_inputs()
         self._clear()
         return None
 

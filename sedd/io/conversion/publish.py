@@ -20,7 +20,7 @@ from sedd.io.files import new_file
 from sedd.io.format import tally
 from sedd.io.format.shards import CHUNK, Encoder, Pen, create_vector, n_shards, shard_length
 from sedd.io.h5ad import Matrix
-from sedd.io.store import CellStore, forget, span_hashes
+from sedd.io.store import CellStore, close_stores, span_hashes
 
 CHECK_VALUES = 1 << 20
 """Entries read back at once when the finished store is checked."""
@@ -98,7 +98,7 @@ def check(folder: str, runner: TaskRunner, gathered: Gathered) -> None:
         If what was written does not read back as what was gathered.
     """
     root = f"{folder}/store"
-    forget()
+    close_stores()
     store = CellStore(root)
     spans = store.spans(CHECK_VALUES)
     hashes = runner.run(span_hashes, [(root, *span) for span in spans], [hi - lo for lo, hi in spans], title="check")

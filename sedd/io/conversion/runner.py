@@ -25,8 +25,8 @@ SWITCH = 2e-4
 """Seconds that a thread of Python may keep the others waiting while tasks run; they need the interpreter often and for little."""
 
 
-class StoppedError(Exception):
-    """The run that a task belongs to is over."""
+class AbandonedError(Exception):
+    """The conversion that a task belongs to has ended."""
 
 
 _HERE = threading.local()
@@ -36,7 +36,7 @@ def check_stopped() -> None:
     """End this task if nobody waits for it any more; to be called now and then."""
     stop = getattr(_HERE, "stop", None)
     if stop is not None and stop.is_set():
-        raise StoppedError
+        raise AbandonedError
 
 
 def _enter(stop: threading.Event) -> None:

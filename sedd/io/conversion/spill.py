@@ -18,12 +18,12 @@ from sedd.io.conversion.counts import (
     deal_columns,
     dense_rows,
     first_disorder,
-    gather_rows,
     index_dtype,
     place_runs,
 )
 from sedd.io.conversion.inputs import Plan, check_indices, load_plan, open_source, read_rows, row_of, take_values
 from sedd.io.files import new_file, save_arrays
+from sedd.kernels.gather import take_rows
 
 ALIGN = 8
 """Every array of a piece begins at a multiple of this many bytes."""
@@ -72,11 +72,11 @@ def _scatter_rows(plan: Plan, folder: str, source: int, lo: int, hi: int):  # ty
         indptr, indices, values, summed = clean_rows(indptr, indices, values, plan.n_vars, src.genes)
     places = src.places[lo:hi] if src.places is not None else np.arange(lo, hi) + plan.offsets[source]
     order = np.argsort(places, kind="stable")
-    lengths, (indices, values) = gather_rows(indptr, order, indices, values)
+    bounds, indices, values = take_rows(indptr, order, indices, values)
     row_cuts = np.searchsorted(places[order] // plan.step, np.arange(plan.n_parts + 1))
-    entry_cuts = np.concatenate([[0], np.cumsum(lengths)])[row_cuts]
+    entry_cuts = bounds[row_cuts]
     local = (places[order] % plan.step).astype(np.uint32)
-    return local, lengths.astype(np.uint32), indices, values, row_cuts, entry_cuts, {"rounded": rounded, "summed": summed}
+    return local, np.diff(bounds).astype(np.uint32), indices, values, row_cuts, entry_cuts, {"rounded": rounded, "summed": summed}
 
 
 def _scatter_columns(plan: Plan, folder: str, source: int, lo: int, hi: int):  # type: ignore[no-untyped-def]
@@ -143,7 +143,7 @@ def value_dtype(folder: str) -> np.dtype:
     return count_dtype(int(_tables(folder)[1]["largest"].max()))
 
 
-def forget() -> None:
+def close_spill() -> None:
     """Drop what `read_piece` holds."""
     _load_tables.cache_clear()
 

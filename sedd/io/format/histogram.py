@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 from scipy import sparse
 from tqdm import tqdm
 
 from sedd.errors import UserError
-from sedd.io.conversion.counts import gather_rows
 from sedd.io.format.tally import SMALL, tally
-
-if TYPE_CHECKING:
-    from sedd.io.store import CellStore
+from sedd.kernels.gather import take_rows
 
 BLOCK = 1 << 22
 """Stored values read at once."""
 
 
-def histogram(store: CellStore, cells: np.ndarray | None = None, progress: bool = False) -> sparse.csr_array:
+class Store(Protocol):
+    """What counting needs of a `sedd.io.store.CellStore`; its attributes of these names."""
+
+    @property
+    def n_obs(self) -> int: ...
+
+    @property
+    def n_vars(self) -> int: ...
+
+    @property
+    def max_value(self) -> float: ...
+
+    def gene_histogram(self) -> sparse.csr_array: ...
+
+    def read_rows(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+    def spans(self, entries: int) -> Iterable[tuple[int, int]]: ...
+
+
+def histogram(store: Store, cells: np.ndarray | None = None, progress: bool = False) -> sparse.csr_array:
     """Count histogram of each gene over some cells; zeros are column 0.
 
     Parameters
@@ -94,7 +111,7 @@ class KeyCounter:
         return sparse.csr_array((np.concatenate(numbers), (rows, columns)), shape=shape, dtype=np.int64)
 
 
-def _tally_cells(store: CellStore, chosen: np.ndarray, progress: bool) -> sparse.csr_array:
+def _tally_cells(store: Store, chosen: np.ndarray, progress: bool) -> sparse.csr_array:
     """Histogram of the non-zeros of the chosen cells, reading only the blocks that hold some."""
     counter = KeyCounter(store.n_vars)
     bar = tqdm(store.spans(BLOCK), desc="histogram", unit="block", disable=not progress)
@@ -104,8 +121,7 @@ def _tally_cells(store: CellStore, chosen: np.ndarray, progress: bool) -> sparse
             continue
         lo, hi, wanted = lo + int(wanted[0]), lo + int(wanted[-1]) + 1, wanted - wanted[0]
         indptr, indices, values = store.read_rows(lo, hi)
-        lengths, (indices, values) = gather_rows(indptr, wanted, indices, values)
-        block = tally(np.concatenate([[0], np.cumsum(lengths)]), indices, values, store.n_vars)
+        block = tally(*take_rows(indptr, wanted, indices, values), store.n_vars)
         counter.add(block.keys, block.numbers)
     return counter.histogram(int(store.max_value))
 

@@ -8,6 +8,7 @@ compressed and followed by its crc32c; a shard file holds up to `SHARD // CHUNK`
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -203,3 +204,12 @@ def read_shard(path: str, encoder: Encoder, slots: int, n: int, chunks: int = 64
         for first in range(0, sizes.size, chunks):
             own = sizes[first : first + chunks]
             yield encoder.decode_all(file.read(int(own.sum())), own)[: n - first * CHUNK]
+
+
+def consolidate(group: zarr.Group) -> None:
+    """Gather the metadata of a store in one place, as anndata does."""
+    import zarr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that consolidated metadata are an extension of Zarr v3; anndata writes them too
+        zarr.consolidate_metadata(group.store)

@@ -14,7 +14,6 @@ from scipy import sparse
 
 from sedd.errors import SeddWarning, UserError
 from sedd.io.convert import convert
-from sedd.io.files import parse_bytes
 from sedd.io.verify import verify
 from tests.io.h5ads import counts, write
 
@@ -131,12 +130,14 @@ def test_raw_is_converted_with_its_own_genes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), counts().toarray())
 
 
-def test_memory_budget_is_read_as_people_write_it() -> None:
-    assert parse_bytes("1GiB") == 1 << 30
-    assert parse_bytes("500 MB") == 500_000_000
-    for text in ("lots", "1MB"):
-        with pytest.raises(UserError, match="memory budget"):
-            parse_bytes(text)
+def test_a_budget_too_small_for_a_conversion_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.h5ad", counts(20, 5))
+    for budget in ("1MB", "63MiB", 1000):
+        with pytest.raises(UserError, match="expected at least 64MiB"):
+            convert(source, tmp_path / "a.zarr", memory_budget=budget)
+    with pytest.raises(UserError, match="'lots' is not a size"):
+        convert(source, tmp_path / "a.zarr", memory_budget="lots")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad"]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

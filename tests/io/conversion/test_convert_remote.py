@@ -20,7 +20,7 @@ from pathlib import Path
 import s3fs
 from sedd.errors import UserError
 from sedd.io.convert import convert
-from sedd.io.store import CellStore, describe
+from sedd.io.store import CellStore, store_facts
 from sedd.io.verify import verify
 
 warnings.simplefilter("ignore")
@@ -41,7 +41,7 @@ indptr, _, data = store.read_rows(0, 70)
 assert indptr[-1] == data.size == store.nnz
 assert data.sum() == store.cell_stats()["total"].sum()
 assert verify("s3://cells/a.zarr", against="s3://cells/a.h5ad")["changed"] == []
-assert describe("s3://cells/a.zarr")["cells"] == 70
+assert store_facts("s3://cells/a.zarr")["cells"] == 70
 assert "exists already" in refusal("s3://cells/a.h5ad", "s3://cells/a.zarr")
 convert(folder / "a.h5ad", "s3://cells/a.zarr", overwrite=True, progress=False)
 assert verify("s3://cells/a.zarr", against=folder / "a.h5ad")["cells"] == 70

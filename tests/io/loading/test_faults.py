@@ -200,8 +200,8 @@ def test_a_batch_larger_than_the_split_is_one_short_batch() -> None:
     ("options", "message"),
     [
         ({"memory_budget": 5_000, "shuffle": "window"}, "too small for batches of 32 cells; expected 1 MiB or more"),
-        ({"memory_budget": "lots"}, "expected a size such as 2GiB"),
-        ({"memory_budget": 0}, "more than nothing"),
+        ({"memory_budget": "lots"}, "expected one such as 1GiB"),
+        ({"memory_budget": 0}, "expected one such as 1GiB"),
         ({"genes": ["gene1", "CD3E"]}, r"1 of 2 genes are not in the store \(first: 'CD3E'"),
         ({"labels": ["celltype"]}, "no label 'celltype' in obs; it has cell_type, donor"),
         ({"split": "test"}, "unknown split 'test'"),
