@@ -1,15 +1,23 @@
-"""The commands of `sedd` besides `train`: a dataclass each, whose fields are its flags."""
+"""The commands of `sedd` besides `train`: a dataclass each, whose fields are its flags.
+
+A command passes its settings on by the signature of the function that it calls (`given`), so no list of them is kept here.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 from tyro.conf import Positional
 
+from sedd.config import ConversionSettings
 from sedd.errors import UserError
 from sedd.processes import is_main
 
@@ -19,59 +27,43 @@ if TYPE_CHECKING:
 Output = Annotated[str, tyro.conf.arg(aliases=["-o"])]
 
 
+def called_by(command: Any) -> Callable[..., Any]:
+    """The function that a command calls, imported now: its `calls` is MODULE:FUNCTION, its `uses` names fields of other uses."""
+    module, _, name = command.calls.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def given(command: Any, function: Callable[..., Any]) -> dict[str, Any]:
+    """The fields of a command that are parameters of `function`, by name."""
+    taken = inspect.signature(function).parameters
+    return {field.name: getattr(command, field.name) for field in dataclasses.fields(command) if field.name in taken}
+
+
 @dataclass(frozen=True, kw_only=True)
-class Convert:
+class Convert(ConversionSettings):
     """Convert .h5ad files into one store that training reads fast."""
 
     paths: Positional[tuple[str, ...]]
     """INPUT.h5ad [INPUT2.h5ad ...] OUTPUT.zarr"""
-    layer: str | None = None
-    """Take counts from this layer instead of X."""
-    raw: bool = False
-    """Take counts from .raw."""
-    join: Literal["inner", "outer"] = "inner"
-    """Genes of several inputs: those that all have, or those that any has."""
-    genes: str | None = None
-    """Keep only these genes: a file with one name a line."""
-    obs: tuple[str, ...] = ()
-    """Keep only these obs columns; all if none is named."""
-    keep_layers: tuple[str, ...] = ()
-    """Keep these layers too, beside the matrix."""
-    shuffle: bool = False
-    """Permute all cells; their place in the input is kept in obs."""
-    seed: int = 0
-    """Seed of the permutation."""
-    codec: str | None = None
-    """Compression of the store; a measured default if not given."""
-    memory_budget: str = "1GiB"
-    """Memory for data in flight."""
-    workers: int | None = None
-    """Threads; all cores if not given."""
-    scheduler: str | None = None
-    """Address of a dask.distributed scheduler whose workers convert."""
-    slurm_workers: int = 0
-    """Have SLURM start this many Dask workers of one core, which convert (pip install 'sedd[slurm]')."""
-    values: Literal["counts", "real"] = "counts"
-    """counts: whole numbers, anything else is an error. real: keep real values as float32."""
     resume: bool = False
-    """Go on with a conversion that was stopped."""
+    """Continue a conversion that was stopped."""
     overwrite: bool = False
     """Replace an existing output."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
 
+    uses: ClassVar[tuple[str, ...]] = ("paths",)
+
+    calls: ClassVar[str] = "sedd.io.convert:convert"
+
     def run(self) -> int:
         """Convert and say what was made."""
-        from sedd.io.convert import convert
-
         if len(self.paths) < 2:
             raise UserError("expected INPUT.h5ad [INPUT2.h5ad ...] OUTPUT.zarr; found fewer than two paths.")
         *inputs, output = self.paths
-        settings: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "paths"}
-        settings["obs"], settings["keep_layers"] = list(self.obs) or None, list(self.keep_layers)
-        if self.codec is None:
-            del settings["codec"]
-        store = convert(list(inputs), output, **settings)
+        convert = called_by(self)
+        store = convert(list(inputs), output, **given(self, convert))
         if store is not None:
             print(f"{output}: {store.n_obs} cells x {store.n_vars} genes, {store.nnz} counts as {store.dtype}")
         return 0
@@ -79,10 +71,10 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Tell what is in a store, a checkpoint, an experiment directory or an exported model."""
+    """Tell what is in a store, a checkpoint, the directory of a run or an exported model."""
 
     path: Positional[str]
-    """A .zarr store, a .pt checkpoint, an experiment directory or that of an exported model."""
+    """A .zarr store, a .pt checkpoint, the directory of a run or that of an exported model."""
 
     def run(self) -> int:
         """Print it."""
@@ -117,78 +109,117 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Impute:
-    """Predict unobserved genes of cells from their observed ones."""
+class _OfModel:
+    """What every use of a model takes."""
 
     checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
+    """A checkpoint or the directory of a run."""
+    batch_size: int = 64
+    """Cells at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cells:
+    """Which cells a model is applied to."""
+
     data: Positional[str]
     """An .h5ad or a .zarr store of counts."""
-    output: Output
-    """The .h5ad or .zarr to write, a block of cells at a time."""
-    predict: tuple[str, ...] = ()
-    """Genes to predict in every cell."""
-    hide: float = 0.0
-    """Share of each cell's genes to hide and predict, to see how well it works; with neither, zeros are predicted."""
     cells: Literal["all", "train", "val"] = "all"
     """Which cells, for the data that the model was trained on."""
     layer: str | None = None
     """Take counts from this layer instead of X."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draws:
+    """The reverse process that draws joint samples."""
+
     num_samples: int = 0
-    """Also draw joint samples of the hidden genes, into layers sedd_sample_0, ..., sedd_mean and sedd_std."""
+    """Also draw every predicted count this many times; mean and spread of the draws go into layers sedd_mean and sedd_std."""
     num_steps: int = 64
     """Steps of the sampler that draws them."""
     sampler: Literal["analytic", "euler"] = "analytic"
     """Reverse process that draws them."""
+    seed: int = 0
+    """Seed of all random choices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NewGenes:
+    """Genes that a model meets for the first time."""
+
     new_genes: tuple[str, ...] = ()
     """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
     gene_embeddings: str | None = None
     """Vectors of the new genes, for a model trained with --gene_embeddings."""
-    batch_size: int = 64
-    """Cells at a time."""
-    seed: int = 0
-    """Seed of the hidden genes and the samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task(_OfModel):
+    """A use of a model whose result is an AnnData file."""
+
+    output: Output
+    """The .h5ad or .zarr to write, a block of cells at a time."""
     resume: bool = False
-    """Go on with an output that this command began and did not finish."""
+    """Continue an output that this command left unfinished."""
     overwrite: bool = False
     """Replace an existing output."""
 
-    def run(self) -> int:
-        """Impute and write."""
-        check_output(self.output, self.overwrite, self.resume)
-        from sedd.tasks import impute
+    calls: ClassVar[str]
+    uses: ClassVar[tuple[str, ...]] = ("checkpoint", "overwrite")
 
-        names = (
-            "predict",
-            "hide",
-            "cells",
-            "layer",
-            "num_samples",
-            "num_steps",
-            "sampler",
-            "batch_size",
-            "seed",
-            "output",
-            "resume",
-        )
-        _say_written(impute(_with_new_genes(self), self.data, **_given(self, *names)), self.output)
+    def settings(self) -> dict[str, Any]:
+        """Keywords of the function that is called."""
+        return given(self, called_by(self))
+
+    def model(self) -> Any:
+        """The model that the function is given."""
+        return self.checkpoint
+
+    def run(self) -> int:
+        """Do the task and say what was written."""
+        check_output(self.output, self.overwrite, self.resume)
+        result: ad.AnnData = called_by(self)(self.model(), **self.settings())
+        if is_main():
+            print(f"{self.output}: {result.n_obs} cells x {result.n_vars} genes")
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Denoise:
+class _Prediction(_NewGenes, _Draws, _Cells, _Task):
+    """A task that may meet new genes."""
+
+    uses: ClassVar[tuple[str, ...]] = (*_Task.uses, "new_genes", "gene_embeddings")
+
+    def model(self) -> Any:
+        """The model, on the genes it was not trained on as well if any are named."""
+        if not self.new_genes:
+            return self.checkpoint
+        if self.gene_embeddings is None:
+            raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
+        from sedd.inference.new_genes import add_genes
+
+        return add_genes(self.checkpoint, self.data, self.new_genes, self.gene_embeddings, layer=self.layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impute(_Prediction):
+    """Predict unobserved genes of cells from their observed ones."""
+
+    predict: tuple[str, ...] = ()
+    """Genes to predict in every cell."""
+    hide: float = 0.0
+    """Share of each cell's genes to hide and predict, to see how well it works; with neither, zeros are predicted."""
+    folds: int = 4
+    """Where zeros are predicted: parts of a random partition of the genes, each hidden once."""
+
+    calls: ClassVar[str] = "sedd.tasks:impute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoise(_Prediction):
     """Replace counts by the rates behind them, as the whole cell tells them."""
 
-    checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
-    data: Positional[str]
-    """An .h5ad or a .zarr store of counts."""
-    output: Output
-    """The .h5ad or .zarr to write, a block of cells at a time."""
-    cells: Literal["all", "train", "val"] = "all"
-    """Which cells, for the data that the model was trained on."""
-    layer: str | None = None
-    """Take counts from this layer instead of X."""
     rounds: int = 4
     """Random partitions of the genes to average over."""
     folds: int = 4
@@ -197,44 +228,14 @@ class Denoise:
     """Whether a count has a say in its own denoised value; --no-own_counts leaves it to the other genes."""
     log1p: bool = False
     """Also give the expected log1p(CP10k), in the layer sedd_log1p."""
-    num_samples: int = 0
-    """Also draw every count this many times; mean and spread of the draws go into layers sedd_mean and sedd_std."""
-    num_steps: int = 64
-    """Steps of the sampler that draws them."""
-    sampler: Literal["analytic", "euler"] = "analytic"
-    """Reverse process that draws them."""
-    new_genes: tuple[str, ...] = ()
-    """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
-    gene_embeddings: str | None = None
-    """Vectors of the new genes, for a model trained with --gene_embeddings."""
-    batch_size: int = 64
-    """Cells at a time."""
-    seed: int = 0
-    """Seed of the partitions."""
-    resume: bool = False
-    """Go on with an output that this command began and did not finish."""
-    overwrite: bool = False
-    """Replace an existing output."""
 
-    def run(self) -> int:
-        """Denoise and write."""
-        check_output(self.output, self.overwrite, self.resume)
-        from sedd.tasks import denoise
-
-        names = ("cells", "layer", "rounds", "folds", "own_counts", "log1p", "num_samples", "num_steps", "sampler")
-        settings = _given(self, *names, "batch_size", "seed", "output", "resume")
-        _say_written(denoise(_with_new_genes(self), self.data, **settings), self.output)
-        return 0
+    calls: ClassVar[str] = "sedd.tasks:denoise"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(_Task):
     """Draw new cells from a model."""
 
-    checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
-    output: Output
-    """The .h5ad or .zarr to write, a block of cells at a time."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 500
     """Number of cells."""
     where: tuple[str, ...] = ()
@@ -251,79 +252,33 @@ class Generate:
     """Below 1 sharpens the distribution of each draw."""
     order: Literal["random", "confidence"] = "random"
     """random: the reverse process. confidence: surest genes first, which is biased."""
-    batch_size: int = 64
-    """Cells at a time."""
     seed: int = 0
     """Seed of the draws."""
-    resume: bool = False
-    """Go on with an output that this command began and did not finish."""
-    overwrite: bool = False
-    """Replace an existing output."""
 
-    def run(self) -> int:
-        """Generate and write."""
-        check_output(self.output, self.overwrite, self.resume)
+    calls: ClassVar[str] = "sedd.tasks:generate"
+
+    def settings(self) -> dict[str, Any]:
+        """Keywords for `generate`, with the labels by column."""
         where = {}
         for text in self.where:
             column, separator, label = text.partition("=")
             if not separator:
                 raise UserError(f'--where {text!r}: expected COLUMN=LABEL, such as cell_type="B cell".')
             where[column] = label
-        from sedd.tasks import generate
-
-        names = (
-            "library_size",
-            "guidance",
-            "num_steps",
-            "sampler",
-            "temperature",
-            "order",
-            "batch_size",
-            "seed",
-            "output",
-            "resume",
-        )
-        _say_written(generate(self.checkpoint, self.n, where=where, **_given(self, *names)), self.output)
-        return 0
+        return {**super().settings(), "where": where}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embed:
+class Embed(_Cells, _Task):
     """Put the network's state for each cell into obsm["X_sedd"]."""
 
-    checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
-    data: Positional[str]
-    """An .h5ad or a .zarr store of counts."""
-    output: Output
-    """The .h5ad or .zarr to write."""
-    cells: Literal["all", "train", "val"] = "all"
-    """Which cells, for the data that the model was trained on."""
-    layer: str | None = None
-    """Take counts from this layer instead of X."""
-    batch_size: int = 64
-    """Cells at a time."""
-    resume: bool = False
-    """Go on with an output that this command began and did not finish."""
-    overwrite: bool = False
-    """Replace an existing output."""
-
-    def run(self) -> int:
-        """Embed and write."""
-        check_output(self.output, self.overwrite, self.resume)
-        from sedd.tasks import embed
-
-        names = ("cells", "layer", "batch_size", "output", "resume")
-        _say_written(embed(self.checkpoint, self.data, **_given(self, *names)), self.output)
-        return 0
+    calls: ClassVar[str] = "sedd.tasks:embed"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(_OfModel):
     """Measure likelihood, imputation and generation beside baselines, and write a report."""
 
-    checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
     data: Positional[str]
     """The data of the training run (its validation cells are used) or other cells on the same genes."""
     output: Output
@@ -346,35 +301,24 @@ class Evaluate:
     """Fewer steps to try, for the curve of quality against steps; --steps without a number draws none."""
     umap: bool = True
     """Draw a UMAP as well, where umap-learn is installed; it takes ten seconds or more."""
-    batch_size: int = 64
-    """Cells at a time."""
     seed: int = 0
     """Seed of the masks and the samples."""
     overwrite: bool = False
     """Replace what is there of these."""
+
+    uses: ClassVar[tuple[str, ...]] = ("checkpoint", "overwrite")
+
+    calls: ClassVar[str] = "sedd.evaluation:evaluate"
 
     def run(self) -> int:
         """Evaluate, write the report and print the table."""
         directory = Path(self.output)
         for name in ("metrics.json", "steps.json", "report.html"):
             check_output(str(directory / name), self.overwrite)
-        from sedd.evaluation.evaluate import evaluate
+        evaluate = called_by(self)
         from sedd.metrics import metrics_table, steps_table
 
-        names = (
-            "cells",
-            "layer",
-            "imputed",
-            "generated",
-            "hide",
-            "n_masks",
-            "num_steps",
-            "steps",
-            "umap",
-            "batch_size",
-            "seed",
-        )
-        found = evaluate(self.checkpoint, self.data, output=directory, **_given(self, *names))
+        found = evaluate(self.checkpoint, **given(self, evaluate))
         print(metrics_table(found.metrics))
         if found.steps:
             print(f"\n{steps_table(found.steps)}")
@@ -390,10 +334,10 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """List the experiments under a directory side by side."""
+    """List the runs under a directory side by side."""
 
     directory: Positional[str] = "experiments"
-    """Where the experiment directories are."""
+    """Where the directories of runs are."""
 
     def run(self) -> int:
         """Print the table."""
@@ -408,7 +352,7 @@ class Export:
     """Write a trained model into a directory to hand on: safetensors, settings, panel and a model card."""
 
     checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
+    """A checkpoint or the directory of a run."""
     directory: Positional[str]
     """The directory to make; the other commands take it like a checkpoint."""
     overwrite: bool = False
@@ -438,21 +382,6 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def _given(command: Any, *names: str) -> dict[str, Any]:
-    return {name: getattr(command, name) for name in names}
-
-
-def _with_new_genes(command: Impute | Denoise) -> Any:
-    """The model of the command, on the genes it was not trained on as well if any are named."""
-    if not command.new_genes:
-        return command.checkpoint
-    if command.gene_embeddings is None:
-        raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
-    from sedd.tasks import add_genes
-
-    return add_genes(command.checkpoint, command.data, command.new_genes, command.gene_embeddings, layer=command.layer)
-
-
 def format_facts(facts: dict[str, Any], indent: str = "") -> str:
     """Named facts as aligned lines; a list of facts becomes indented blocks."""
     width = max(map(len, facts), default=0)
@@ -470,24 +399,19 @@ def format_facts(facts: dict[str, Any], indent: str = "") -> str:
 
 
 def check_output(path: str, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output that exists or was begun, and a directory that cannot be written, before any work is done."""
+    """Refuse an output that exists or is unfinished, and a directory that cannot be written, before any work is done."""
     from sedd.inference.output_parts import partial_folder
 
-    if not is_main():  # the main process may have begun already
+    if not is_main():  # the main process may be at work on it already
         return
     target = Path(path)
     if target.exists() and not overwrite:
         raise UserError(f"{path}: exists already; pass --overwrite to replace it, or another name.")
-    begun = partial_folder(path)
-    if begun.exists() and not (overwrite or resume):
-        raise UserError(f"{begun}: holds what was begun; pass --resume to go on with it or --overwrite to start again.")
+    unfinished = partial_folder(path)
+    if unfinished.exists() and not (overwrite or resume):
+        raise UserError(f"{unfinished}: holds an unfinished output; pass --resume to continue it or --overwrite to start again.")
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{path}: {parent} is not a directory that can be written; choose another output.")
-
-
-def _say_written(result: ad.AnnData, path: str) -> None:
-    if is_main():
-        print(f"{path}: {result.n_obs} cells x {result.n_vars} genes")

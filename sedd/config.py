@@ -1,4 +1,4 @@
-"""What a training run is told: frozen dataclasses, one per concern, checked on construction.
+"""The settings of a conversion and of a training run: frozen dataclasses, one per concern, checked on construction.
 
 The command line of `train.py` is made from these classes (a field is a flag, the string under it is its help), and
 `args.json` is `TrainConfig.to_flat`, so a setting, its default, its meaning and its check exist once.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,96 @@ TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What each size trains with for a hundred epochs without trouble: docs/tuning.md has the curves."""
 
+LEAST_BUDGET = 64 << 20
+"""Bytes that a conversion needs for data in flight, whatever its input."""
+
+_WHERE = ("memory_budget", "workers", "scheduler", "slurm_workers")
+"""Settings of where and how fast a store is made; it is the same store with others."""
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a number of bytes, such as "1GiB", "500 MB", "1.5e9" or 4096.
+
+    Raises
+    ------
+    UserError
+        If it is no size above 0.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+|[0-9]+\.)(e[0-9]+)?([kmgt]i?)?b?", re.sub(r"\s", "", str(text).lower()))
+    unit = (match[3] or "") if match else ""
+    power = " kmgt".index(unit[:1] or " ")
+    size = float(match[1] + (match[2] or "")) * (1024 if unit.endswith("i") else 1000) ** power if match else 0
+    if not 1 <= size < 1 << 63:
+        raise UserError(f"{text!r} is not a size of memory; expected one such as 1GiB, 500MB or a number of bytes.")
+    return int(size)
+
 
 def _require(ok: bool, flag: str, value: object, expected: str) -> None:
     if not ok:
         raise UserError(f"--{flag} is {value!r}; expected {expected}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionSettings:
+    """What a store is made to hold, and on which machine."""
+
+    layer: str | None = None
+    """Take counts from this layer instead of X."""
+    raw: bool = False
+    """Take counts from .raw."""
+    join: Literal["inner", "outer"] = "inner"
+    """Genes of several inputs: those that all have, or those that any has."""
+    genes: str | None = None
+    """Keep only these genes, in this order: a file with one name a line (in Python also a list of names)."""
+    obs: tuple[str, ...] = ()
+    """Keep only these obs columns; all if none is named."""
+    keep_layers: tuple[str, ...] = ()
+    """Keep these layers too, beside the matrix."""
+    shuffle: bool = False
+    """Permute all cells; their place in the input is kept in obs."""
+    seed: int = 0
+    """Seed of the permutation."""
+    codec: Literal["lz4", "zstd", "none"] = "lz4"
+    """Compression of the store."""
+    memory_budget: str = "1GiB"
+    """Memory for data in flight, of all workers together."""
+    workers: int | None = None
+    """Threads; all cores if not given."""
+    scheduler: str | None = None
+    """Address of a dask.distributed scheduler whose workers convert; they must see the same files."""
+    slurm_workers: int = 0
+    """Have SLURM start this many Dask workers of one core, which convert (pip install 'sedd[slurm]')."""
+    values: Literal["counts", "real"] = "counts"
+    """counts: whole numbers, anything else is an error. real: keep real values as float32."""
+    limit_cells: int | None = None
+    """Convert only the first so many cells."""
+
+    def __post_init__(self) -> None:
+        if self.values not in ("counts", "real"):
+            raise UserError(f"values must be counts or real, not {self.values!r}.")
+        if self.raw and self.keep_layers:
+            raise UserError(f"--raw has other genes than the layers; {', '.join(self.keep_layers)} cannot be kept beside it.")
+        if self.slurm_workers and self.scheduler is not None:
+            raise UserError("--slurm_workers starts a Dask scheduler of its own; leave it or --scheduler out.")
+        if self.slurm_workers < 0:
+            raise UserError(f"--slurm_workers must be 0 or more, not {self.slurm_workers}.")
+        if self.budget < LEAST_BUDGET:
+            raise UserError(f"--memory_budget is {self.memory_budget}; expected at least {LEAST_BUDGET >> 20}MiB.")
+        if self.limit_cells is not None and self.limit_cells < 1:
+            raise UserError(f"the number of cells must be positive, not {self.limit_cells}.")
+        if self.codec not in ("lz4", "zstd", "none"):
+            raise UserError(f"there is no codec {self.codec!r}; choose one of lz4, zstd, none.")
+
+    @property
+    def budget(self) -> int:
+        """Bytes that all workers together may hold."""
+        return parse_bytes(self.memory_budget)
+
+    def of_the_store(self) -> dict[str, Any]:
+        """What the contents of the store depend on, as JSON has it; of a file of genes its name."""
+        found = {name: value for name, value in dataclasses.asdict(self).items() if name not in _WHERE}
+        lists = {"obs": list(self.obs) or None, "keep_layers": list(self.keep_layers)}
+        return {**found, **lists, "seed": self.seed if self.shuffle else 0}
 
 
 @dataclass(frozen=True, kw_only=True)

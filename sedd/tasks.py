@@ -5,8 +5,8 @@ Every prediction is the model's posterior p(hidden genes | visible genes) of a c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,16 +17,15 @@ import scipy.sparse as sp
 import torch
 
 from sedd import __version__
-from sedd.binning import COUNT_KINDS, smoothed_log_shares
+from sedd.binning import COUNT_KINDS
 from sedd.errors import UserError
 from sedd.inference import posterior
-from sedd.inference.cells import Cells, cells_of_split, opened, read_anndata
+from sedd.inference.cells import Cells, name_of, open_cells, opened
 from sedd.inference.output_file import assemble, attach
-from sedd.inference.output_parts import identity, open_pieces
-from sedd.inference.posterior import batches, spans_of_batches
+from sedd.inference.output_parts import identity, open_parts
+from sedd.inference.posterior import TaskBatch, batches, spans_of_batches
 from sedd.inference.pretrained import Pretrained
 from sedd.kernels.mask import exact_mask
-from sedd.nn.gene_vectors import read_gene_vectors
 from sedd.sampling import make_sampler
 
 Data: TypeAlias = ad.AnnData | str | Path
@@ -103,44 +102,36 @@ def impute(
     if not 0 <= hide < 1:
         raise UserError(f"--hide is {hide}; expected a share from 0 up to 1, such as 0.15.")
     reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
-    with opened(data, layer or model.state["args"]["layer"]) as adata:
-        source = open_cells(model, adata, cells, layer, _name(data))
-        named = _gene_mask(model, predict) | source.missing
-        zeros = not named.any() and hide == 0
-        count = round(hide * len(named))
-        what = "zeros" if zeros else "missing and chosen genes" if not count else f"{hide:.0%} of the genes"
-        drawn_by = {"num_samples": num_samples, "num_steps": num_steps, "sampler": sampler}
-        asked = {"predict": list(predict), "hide": hide, "cells": cells, "layer": layer, "folds": folds, "seed": seed}
-        made_from = identity(model, data, output, resume, task="impute", batch_size=batch_size, **asked, **drawn_by)
-        size = {"n_obs": len(source), "n_vars": len(named), "batch_size": batch_size}
-        with open_pieces(output, made_from, resume=resume, **size) as pieces:
-            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "impute", progress, pieces):
-                here = source.indices[lo:hi]
-                hidden = np.broadcast_to(named, counts.shape).copy()
-                if count:
-                    hidden |= exact_mask(seed, 0, here, len(named), count)
-                if zeros:
-                    found = posterior.cross_predict(model, tokens, context, here, folds, 1, seed)
-                    mean, std = found.mean, found.std
-                    hidden = counts == 0
-                else:
-                    mean, std = posterior.predict(model, tokens, hidden, context)
-                layers: dict[str, np.ndarray] = {"sedd_std": np.where(hidden, std, 0).astype(np.float32)}
-                drawn = posterior.Moments()
-                for k in range(num_samples):
-                    if zeros:
-                        values = posterior.cross_draw(model, reverse, tokens, context, here, folds, k, seed)
-                    else:
-                        at = posterior.sample_seed(seed, k)
-                        values = posterior.draw_hidden(model, reverse, tokens, hidden, context, here, at)
-                    layers[f"sedd_sample_{k}"] = np.where(hidden, values, counts)
-                    drawn.add(layers[f"sedd_sample_{k}"])
-                if num_samples:
-                    layers |= {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
-                values = np.where(hidden, mean, counts).astype(np.float32)
-                pieces.add(lo, X=values, counts=counts, sedd_hidden=hidden.astype(np.uint8), **layers)
-            details = {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
-            return assemble(output, source.obs, source.var, pieces, _described(model, "impute", details))
+    chosen = _gene_mask(model, predict)
+    count = round(hide * len(chosen))
+
+    def predict_batch(cells: Cells, here: TaskBatch) -> dict[str, np.ndarray]:
+        hidden = np.broadcast_to(chosen | cells.missing, here.counts.shape).copy()
+        if count:
+            hidden |= exact_mask(seed, 0, here.cells, len(chosen), count)
+        draws: Iterator[np.ndarray]
+        if not hidden.any():
+            found = posterior.cross_predict(model, here, folds, 1, seed)
+            mean, std, hidden = found.mean, found.std, here.counts == 0
+            draws = (posterior.cross_draw(model, reverse, here, folds, k, seed) for k in range(num_samples))
+        else:
+            mean, std = posterior.predict(model, here, hidden)
+            seeds = (posterior.sample_seed(seed, k) for k in range(num_samples))
+            draws = (posterior.draw_hidden(model, reverse, here, hidden, at) for at in seeds)
+        samples = {f"sedd_sample_{k}": np.where(hidden, values, here.counts) for k, values in enumerate(draws)}
+        spread = {"sedd_std": np.where(hidden, std, 0).astype(np.float32), **posterior.spread_of(samples.values())}
+        values = np.where(hidden, mean, here.counts).astype(np.float32)
+        return {"X": values, "counts": here.counts, "sedd_hidden": hidden.astype(np.uint8), **samples, **spread}
+
+    def describe(cells: Cells) -> dict[str, Any]:
+        named = bool((chosen | cells.missing).any())
+        what = f"{hide:.0%} of the genes" if count else "missing and chosen genes" if named else "zeros"
+        return {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
+
+    asked = {"predict": list(predict), "hide": hide, "folds": folds, "seed": seed}
+    drawn_by = {"num_samples": num_samples, "num_steps": num_steps, "sampler": sampler}
+    where = _Where(cells, layer, batch_size, output, resume, progress)
+    return _for_each_batch("impute", model, data, predict_batch, where, {**asked, **drawn_by}, describe)
 
 
 def denoise(
@@ -193,42 +184,21 @@ def denoise(
     posterior.check_folds(folds, rounds)
     own_counts = own_counts and model.binning.kind in COUNT_KINDS
     reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
-    with opened(data, layer or model.state["args"]["layer"]) as adata:
-        source = open_cells(model, adata, cells, layer, _name(data))
-        asked = {
-            "cells": cells,
-            "layer": layer,
-            "rounds": rounds,
-            "folds": folds,
-            "own_counts": own_counts,
-            "log1p": log1p,
-        }
-        drawn_by = {"num_samples": num_samples, "num_steps": num_steps, "sampler": sampler, "seed": seed}
-        made_from = identity(model, data, output, resume, task="denoise", batch_size=batch_size, **asked, **drawn_by)
-        size = {"n_obs": len(source), "n_vars": len(model.genes), "batch_size": batch_size}
-        with open_pieces(output, made_from, resume=resume, **size) as pieces:
-            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "denoise", progress, pieces):
-                here = source.indices[lo:hi]
-                found = posterior.cross_predict(model, tokens, context, here, folds, rounds, seed)
-                mean, std = found.with_own_counts(counts) if own_counts else (found.mean, found.std)
-                layers = {"sedd_std": std.astype(np.float32)}
-                if log1p:
-                    log = found.log1p_with_own_counts(counts) if own_counts else found.log1p
-                    layers["sedd_log1p"] = log.astype(np.float32)
-                drawn = posterior.Moments()
-                for k in range(num_samples):
-                    drawn.add(posterior.cross_draw(model, reverse, tokens, context, here, folds, k, seed))
-                if num_samples:
-                    layers |= {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
-                pieces.add(lo, X=mean.astype(np.float32), counts=counts, **layers)
-            details = {
-                "rounds": rounds,
-                "folds": folds,
-                "own_counts": own_counts,
-                "num_samples": num_samples,
-                "seed": seed,
-            }
-            return assemble(output, source.obs, source.var, pieces, _described(model, "denoise", details))
+
+    def predict_batch(cells: Cells, here: TaskBatch) -> dict[str, np.ndarray]:
+        found = posterior.cross_predict(model, here, folds, rounds, seed)
+        mean, std = found.with_own_counts(here.counts) if own_counts else (found.mean, found.std)
+        layers = {"sedd_std": std.astype(np.float32)}
+        if log1p:
+            log = found.log1p_with_own_counts(here.counts) if own_counts else found.log1p
+            layers["sedd_log1p"] = log.astype(np.float32)
+        draws = (posterior.cross_draw(model, reverse, here, folds, k, seed) for k in range(num_samples))
+        return {"X": mean.astype(np.float32), "counts": here.counts, **layers, **posterior.spread_of(draws)}
+
+    details = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
+    asked = {**details, "log1p": log1p, "num_steps": num_steps, "sampler": sampler}
+    where = _Where(cells, layer, batch_size, output, resume, progress)
+    return _for_each_batch("denoise", model, data, predict_batch, where, asked, lambda _: details)
 
 
 def generate(
@@ -325,8 +295,8 @@ def generate(
     asked = {**details, "where": where, "library_size": library_size, "order": order, "batch_size": batch_size}
     made_from = identity(model, None, output, resume, task="generate", **asked)
     size = {"n_obs": n, "n_vars": n_vars, "batch_size": batch_size}
-    with open_pieces(output, made_from, resume=resume, **size) as pieces:
-        for lo, hi in spans_of_batches(pieces.spans, batch_size, "generate", progress, pieces.done):
+    with open_parts(output, made_from, resume=resume, **size) as parts:
+        for lo, hi in spans_of_batches(parts.spans, batch_size, "generate", progress, parts.done):
             context: dict[str, Any] = {"condition": None, "library": None}
             if codes:
                 context["condition"] = torch.tensor([codes] * (hi - lo), device=model.device)
@@ -335,78 +305,8 @@ def generate(
                 context["library"] = torch.as_tensor(total, dtype=torch.float32, device=model.device)
             start = torch.full((hi - lo, n_vars), mask, device=model.device)
             tokens = reverse.sample(start, seed=seed, cells=np.arange(lo, hi), **context)
-            pieces.add(lo, X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
-        return assemble(output, obs, var, pieces, _described(model, "generate", details))
-
-
-def add_genes(
-    model: Pretrained | str | Path,
-    data: Data,
-    genes: Sequence[str],
-    gene_embeddings: str | Path,
-    *,
-    layer: str | None = None,
-) -> Pretrained:
-    """The model on a panel that also holds genes it was not trained on, which it knows by pretrained vectors.
-
-    Parameters
-    ----------
-    model
-        Trained with `--gene_embeddings`.
-    data
-        Cells in which the new genes are counted; their marginals, where the output of a new gene starts, are learned on it.
-    genes
-        Names of the new genes.
-    gene_embeddings
-        A file of vectors as in training, which knows the new genes.
-    layer
-        Take counts from this layer instead of X.
-
-    Returns
-    -------
-    model : Pretrained
-        For `impute`, `denoise` and `embed`. What it says of the old genes changes only by what it sees of the new ones.
-
-    Raises
-    ------
-    UserError
-        If the model learned its own gene vectors, a gene is not new, or it has no vector or no counts.
-    """
-    model = Pretrained.load(model)
-    if model.model.config["gene_embedding_dim"] is None:
-        raise UserError(
-            "the model learned a vector per gene and cannot meet new ones; train it with --gene_embeddings FILE."
-        )
-    old = set(model.genes)
-    twice = [gene for gene in genes if gene in old]
-    if twice or not genes:
-        raise UserError(f"the new genes {twice[:3]} are in the model already; expected names of other genes.")
-    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
-    source = Cells(adata, np.array(genes, object), layer=layer or model.state["args"]["layer"])
-    if source.missing.any():
-        raise UserError(
-            f"the new gene {genes[int(source.missing.argmax())]!r} is not in the data; its counts are needed."
-        )
-    counts = [source.counts(lo, min(lo + 1024, len(source))) for lo in range(0, len(source), 1024)]
-    tokens = np.concatenate([model.binning.tokens(block) for block in counts])
-    mass = np.zeros((len(genes), model.binning.n_bins), np.int64)
-    for gene, column in enumerate(tokens.T):
-        mass[gene] = np.bincount(column, minlength=model.binning.n_bins)
-    histogram = sp.csr_array(sp.vstack([model.histogram, sp.csr_array(mass)], format="csr"))
-    vectors = read_gene_vectors(gene_embeddings, list(genes))
-    known = model.model.state_dict()["backbone.genes.pretrained"].cpu().numpy()
-    if vectors.shape[1] != known.shape[1]:
-        raise UserError(
-            f"{gene_embeddings}: its vectors have {vectors.shape[1]} numbers; the model was trained with {known.shape[1]}."
-        )
-    network = model.model.for_genes(
-        smoothed_log_shares(histogram.toarray().astype(np.float64), model.binning.falloff),
-        np.concatenate([known, vectors]),
-        known=[*range(len(model.genes)), *[-1] * len(genes)],
-    )
-    return replace(
-        model, model=network, genes=np.concatenate([model.genes, np.array(genes, object)]), histogram=histogram
-    )
+            parts.add(lo, X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
+        return assemble(output, obs, var, parts, _described(model, "generate", details))
 
 
 def embed(
@@ -436,38 +336,63 @@ def embed(
         The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var and uns alone.
     """
     model = Pretrained.load(model)
-    with opened(data, layer or model.state["args"]["layer"]) as adata:
-        source = open_cells(model, adata, cells, layer, _name(data))
-        if source.missing.any():
+
+    def embed_batch(cells: Cells, here: TaskBatch) -> dict[str, np.ndarray]:
+        if cells.missing.any():
             model.check_knows_masks("Embedding cells that lack genes of the model")
-        made_from = identity(model, data, output, resume, task="embed", cells=cells, layer=layer, batch_size=batch_size)
-        size = {"n_obs": len(source), "n_vars": len(model.genes), "batch_size": batch_size}
-        with open_pieces(output, made_from, resume=resume, **size) as pieces:
-            for lo, _, _, tokens, context in batches(model, source, batch_size, "embed", progress, pieces, whole=True):
-                hidden = torch.from_numpy(np.broadcast_to(source.missing, tokens.shape).copy()).to(tokens.device)
-                with torch.no_grad():
-                    shown = tokens.masked_fill(hidden, model.binning.n_bins)
-                    states = model.model.embed(shown, model.sigma(hidden), **context).float().cpu().numpy()
-                pieces.add(lo, X_sedd=states)
-            chosen = None if cells == "all" else source.indices
-            return attach(output, data, chosen, pieces, _described(model, "embed", {}))
+        hidden = torch.from_numpy(np.broadcast_to(cells.missing, here.tokens.shape).copy()).to(here.tokens.device)
+        with torch.no_grad():
+            shown = here.tokens.masked_fill(hidden, model.binning.n_bins)
+            return {"X_sedd": model.model.embed(shown, model.sigma(hidden), **here.context).float().cpu().numpy()}
+
+    where = _Where(cells, layer, batch_size, output, resume, progress)
+    return _for_each_batch("embed", model, data, embed_batch, where, {}, lambda _: {})
 
 
-def open_cells(model: Pretrained, data: Data, part: str, layer: str | None, name: str | None = None) -> Cells:
-    """The cells of `part` of `data`, aligned to the model's genes.
+@dataclass(frozen=True)
+class _Where:
+    """Which cells a task is for and where its result goes; the parameters of `impute` of these names."""
+
+    cells: str
+    layer: str | None
+    batch_size: int
+    output: str | Path | None
+    resume: bool
+    progress: bool
+
+
+def _for_each_batch(
+    task: str,
+    model: Pretrained,
+    data: Data,
+    make: Callable[[Cells, TaskBatch], dict[str, np.ndarray]],
+    where: _Where,
+    asked: dict[str, Any],
+    describe: Callable[[Cells], dict[str, Any]],
+) -> ad.AnnData:
+    """What `make` says of each batch of cells, put together; `embed` puts it beside its input, other tasks make a new table.
 
     Parameters
     ----------
-    name
-        What messages call the data; its path if not given.
+    asked
+        What the result depends on besides the model, the cells and the size of a batch.
+    describe
+        What the result says of how it was made.
     """
-    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
-    name = name or _name(data)
-    chosen = cells_of_split(adata, part, model.state, name)
-    layer = layer or model.state["args"]["layer"]
-    if "sedd" in adata.uns and layer is not None and layer not in adata.layers:
-        layer = None  # a store made from that layer holds it as X
-    return Cells(adata, model.genes, layer=layer, cells=chosen, real=not model.state["data"]["is_counts"], name=name)
+    with opened(data, where.layer or model.state["args"]["layer"]) as adata:
+        source = open_cells(model, adata, where.cells, where.layer, name_of(data))
+        asked = {**asked, "cells": where.cells, "layer": where.layer, "batch_size": where.batch_size}
+        made_from = identity(model, data, where.output, where.resume, task=task, **asked)
+        size = {"n_obs": len(source), "n_vars": len(model.genes), "batch_size": where.batch_size}
+        with open_parts(where.output, made_from, resume=where.resume, **size) as parts:
+            whole = task == "embed"
+            for here in batches(model, source, where.batch_size, task, where.progress, parts, whole=whole):
+                parts.add(here.lo, **make(source, here))
+            uns = _described(model, task, describe(source))
+            if whole:
+                chosen = None if where.cells == "all" else source.indices
+                return attach(where.output, data, chosen, parts, uns)
+            return assemble(where.output, source.obs, source.var, parts, uns)
 
 
 def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
@@ -477,11 +402,6 @@ def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
             f"--predict: the model does not know {unknown[:3]}; its {len(model.genes)} genes are in `sedd info`."
         )
     return np.isin(model.genes.astype(str), list(names))
-
-
-def _name(data: Data) -> str:
-    """What messages call the data."""
-    return "the AnnData" if isinstance(data, ad.AnnData) else str(data)
 
 
 def _sampler(model: Pretrained, num_samples: int, name: str, num_steps: int, batch_size: int) -> Any:

@@ -26,17 +26,17 @@ from sedd.errors import UserError
 from sedd.graph import make_graph
 from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch
-from sedd.kernels.random_bits import stream_key
-from sedd.loss import diffusion_loss
 from sedd.model import SEDDTransformer
 from sedd.noise import make_noise
 from sedd.training.directory import RunDirectory
 from sedd.training.ema import EMA
-from sedd.training.failures import explained, forecast, largest_batch
+from sedd.training.failures import explained, forecast
 from sedd.training.logs import Progress, Tracker, resolve_logger
-from sedd.training.masking import device_masks, drop_conditions
+from sedd.training.masking import device_masks
 from sedd.training.parallel import divide_like, divide_optimizer_state, make_accelerator, parameter_groups
+from sedd.training.resuming import check_same_model, state_to_resume
 from sedd.training.run_data import Panel, prepare_panel
+from sedd.training.step import TrainingStep, check_finite
 from sedd.training.stopping import StopRequest, TrainingInterrupted
 from sedd.training.validation import Validator
 
@@ -66,7 +66,7 @@ class SEDDTrainer:
         self.step = 0  # optimizer steps done
         self.best_loss = math.inf
         self._sums = {"loss": 0.0, "cells": 0.0, "seconds": 0.0, "wait": 0.0}  # of the epoch under way
-        self._batch: Batch | None = None  # the last one that was trained on
+        self._training_step: TrainingStep | None = None
 
     # -- from settings to a run that can start ---------------------------------------------------------------------
 
@@ -92,19 +92,19 @@ class SEDDTrainer:
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
         resolve_logger(run.log_with)
-        resumed = self._resume_state()
+        resumed = state_to_resume(run, self.directory)
         self.accelerator = make_accelerator(self.config.optim.mixed_precision)
         with contextlib.ExitStack() as stack:
             self._stop = stack.enter_context(StopRequest())
             with self._stop.at_once():
                 panel = self._prepare(resumed)
             stack.callback(panel.store.close)
-            stack.enter_context(explained(self.config, lambda: self.step, self._largest_batch))
+            stack.enter_context(explained(self.config, lambda: self.step, lambda: self._training_step.largest_batch() if self._training_step else None))
             self._build(panel, resumed)
             stack.callback(self._loader.close)
             stack.callback(self._validator.close)
             if run.dry_run:
-                self.accelerator.print(forecast(self.config, panel, self.model, self._loader, self._optimizer_step))
+                self.accelerator.print(forecast(self.config, panel, self.model, self._loader, self._take_step))
                 return self.history
             if self.accelerator.is_main_process:
                 self.directory.create(self.config.to_flat(), fresh=resumed is None)
@@ -123,25 +123,6 @@ class SEDDTrainer:
             self._writer.wait()
             self.accelerator.wait_for_everyone()
         return self.history
-
-    def _resume_state(self) -> dict[str, Any] | None:
-        run = self.config.run
-        if run.resume is None:
-            if not run.overwrite:
-                self.directory.check_free()
-            return None
-        if run.resume == "auto":
-            path = checkpoint.find_newest(self.directory.path)
-            if path is None:  # a job that is queued again and again starts like this once
-                return None
-        else:
-            path = Path(run.resume)
-            path = checkpoint.find_newest(path) or checkpoint.find(path) if path.is_dir() else path
-        state = checkpoint.load(path)
-        here = self.directory.path.resolve()
-        if path.resolve().parent != here and not run.overwrite:
-            self.directory.check_free()
-        return state
 
     def _prepare(self, resumed: dict[str, Any] | None) -> Panel:
         """The panel, converted and counted by the first rank while the others wait; its errors reach every rank."""
@@ -171,7 +152,7 @@ class SEDDTrainer:
         torch.manual_seed(config.run.seed)
         self.model = panel.build_model(config.model)
         if resumed is not None:
-            _check_same_model(resumed, self.model.config, config.model.graph)
+            check_same_model(resumed, self.model.config, config.model.graph)
             self.model.load_state_dict(resumed["model"])
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.optim.weight_decay),
@@ -185,13 +166,16 @@ class SEDDTrainer:
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, warmup)))
         # Of the weights where and as the optimizer has them: on the device, and divided if they are.
         self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
-        self._masks = device_masks(config, accelerator.device, self.noise)
-        self._loader = self._make_loader()
+        masks = device_masks(config, accelerator.device, self.noise)
+        self._training_step = TrainingStep(
+            config, accelerator, panel, self.noise, self.graph, masks, self.model, self._module, self._optimizer, self.ema
+        )
+        self._loader = self._make_loader(loader_masks=masks is None and config.model.graph != "uniform")
         self._validator = Validator(config, panel, accelerator, self.noise, self.graph)
         if resumed is not None:
             self._restore(resumed)
 
-    def _make_loader(self) -> CellLoader:
+    def _make_loader(self, *, loader_masks: bool) -> CellLoader:
         config, panel = self.config, self._panel
         return CellLoader(
             panel.store,
@@ -199,7 +183,7 @@ class SEDDTrainer:
             split=panel.train_cells,
             genes=panel.genes,
             binning=panel.binning,
-            mask=None if self._masks or config.model.graph == "uniform" else config.model.objective,
+            mask=config.model.objective if loader_masks else None,
             mask_ratio=config.model.mask_ratio,
             noise=self.noise.mask_probability,
             labels=list(config.model.condition),
@@ -250,7 +234,7 @@ class SEDDTrainer:
         began, waited = time.monotonic(), self._loader.wait_seconds
         with bar:
             while group := list(islice(batches, config.gradient_accumulation_steps)):
-                per_cell, n_cells = self._optimizer_step(group)
+                per_cell, n_cells = self._take_step(group)
                 now, wait = time.monotonic(), self._loader.wait_seconds
                 # Sums of this rank's cells; they are added up over ranks when an epoch ends or its state is saved.
                 sums["loss"] += per_cell * n_cells
@@ -262,71 +246,13 @@ class SEDDTrainer:
                 self._tracker.step(self.step, per_cell, float(self._scheduler.get_last_lr()[0]), bar)
                 self._save_if_due()
 
-    def _optimizer_step(self, group: list[Batch]) -> tuple[float, int]:
+    def _take_step(self, group: list[Batch]) -> tuple[float, int]:
         """One step on the batches of `group`: the mean loss in nats per cell and the number of cells."""
-        accelerator, self._batch = self.accelerator, group[0]
-        n_cells = sum(len(batch.cell) for batch in group)
-        total = torch.zeros((), device=accelerator.device)
-        # One generator state per (seed, step, rank): a resumed run draws what an undisturbed one would have drawn.
-        torch.manual_seed(stream_key(self.config.run.seed, self.step, accelerator.process_index))
-        for i, batch in enumerate(group):
-            last = i == len(group) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
-                loss, per_cell = self._loss(batch, self._module)
-                accelerator.backward(loss * (len(batch.cell) / n_cells))
-            total += per_cell.sum()
-        # Without clipping only the norm is of interest: infinity leaves the gradients as they are.
-        norm = whole(accelerator.clip_grad_norm_(self._module.parameters(), self.config.optim.grad_clip or math.inf))
-        total, norm = torch.stack([total, norm.to(total)]).tolist()  # together: a step waits for a GPU once
-        mean, place = total / n_cells, f"at step {self.step} of epoch {self.epoch + 1} (cells {group[0].cell[:4].tolist()} ...)"
-        self._check_finite(mean, f"loss is {mean} {place}")
-        if accelerator.scaler is None:  # steps in fp16 whose gradients overflow are left out by the scaler
-            self._check_finite(norm, f"gradient's norm is {norm} {place}")
-        self._optimizer.step()
+        assert self._training_step is not None
+        found = self._training_step.take(group, self.step, self.epoch)
         self._scheduler.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.model)
         self.step += 1
-        return mean, n_cells
-
-    def _check_finite(self, value: float, found: str) -> None:
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the {found}; nothing was saved since the last checkpoint, which is whole. Continue with --resume auto and "
-                "a lower --learning_rate."
-            )
-
-    def _largest_batch(self) -> int | None:
-        """How many cells a step has room for, tried on this process alone; half of them where weights are divided."""
-        if self._batch is None:  # while the model was built
-            return None
-        if self.accelerator.is_fsdp2:
-            return self.config.batch_size // 2 or None
-        self._optimizer.zero_grad(set_to_none=True)
-        moments = () if self._optimizer.state else [torch.empty_like(p) for p in self.model.parameters() for _ in range(2)]
-        found = largest_batch(self._batch, lambda batch: self._loss(batch, self.model)[0].backward())
-        del moments  # the first step makes them after its gradients
         return found
-
-    def _loss(self, batch: Batch, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        config, device = self.config.model, self.accelerator.device
-        condition, library = self._panel.conditions(batch, config, device)
-        if config.condition_dropout:
-            condition, library = drop_conditions(condition, library, config.condition_dropout)
-        masked = self._masks.of(batch, self.epoch, device) if self._masks else batch.masked
-        with self.accelerator.autocast():  # which accelerate leaves to its own casts where weights are divided
-            return diffusion_loss(
-                module,
-                self.graph,
-                self.noise,
-                batch.tokens.to(device, non_blocking=True),
-                None if masked is None else masked.to(device, non_blocking=True),
-                batch.t.to(device, non_blocking=True),
-                condition=condition,
-                library=library,
-                objective=config.objective,
-            )
 
     def _finish_epoch(self) -> None:
         """Validate, write the epoch's line and its checkpoints."""
@@ -338,7 +264,7 @@ class SEDDTrainer:
         sums = self._summed_over_ranks()
         validation = self._validator.summary(found, self._cpu_group)
         nats = validation["val_nelbo"]  # the weights after an epoch's last step were in no loss yet
-        self._check_finite(nats, f"bound on the validation cells is {nats} after epoch {self.epoch + 1} (step {self.step})")
+        check_finite(nats, f"bound on the validation cells is {nats} after epoch {self.epoch + 1} (step {self.step})")
         self.epoch += 1
         entry: dict[str, Any] = {
             "epoch": self.epoch,
@@ -485,15 +411,4 @@ class SEDDTrainer:
         raise TrainingInterrupted(
             f"stopped by signal {self._stop.signal_number} at step {self.step}; saved {path}. Continue with --resume auto.",
             self._stop.signal_number,
-        )
-
-
-def _check_same_model(state: dict[str, Any], built: dict[str, Any], graph: str) -> None:
-    trained = {**state["model_config"], "graph": state["args"].get("graph", "absorbing")}
-    different = {k: (v, now) for k, v in trained.items() if (now := {**built, "graph": graph}.get(k)) != v}
-    if different:
-        name, (old, new) = next(iter(different.items()))
-        raise UserError(
-            f"--resume: the checkpoint's model has {name} {old}, the settings say {new}; pass --{name} {old} or start anew "
-            "in another --checkpoint_dir."
         )

@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def record(path: Path) -> None:
-    real = trainer.SEDDTrainer._optimizer_step
+    real = trainer.SEDDTrainer._take_step
 
     def recorded(self: Any, group: Any) -> Any:
         loss, n_cells = real(self, group)
@@ -41,7 +41,7 @@ def record(path: Path) -> None:
             file.write(json.dumps({"step": self.step, "cells": cells, "loss": loss, "n": n_cells}) + "\n")
         return loss, n_cells
 
-    trainer.SEDDTrainer._optimizer_step = recorded  # type: ignore[method-assign]
+    trainer.SEDDTrainer._take_step = recorded  # type: ignore[method-assign]
 
 
 def child(run: dict[str, Any], rank: int, port: int) -> None:
@@ -52,7 +52,7 @@ def child(run: dict[str, Any], rank: int, port: int) -> None:
         record(Path(run["record"]) / f"{rank}.jsonl")
     if run["kill"] is not None and rank in run["kill"][2]:
         step, seconds, _ = run["kill"]
-        real, armed = trainer.SEDDTrainer._optimizer_step, []
+        real, armed = trainer.SEDDTrainer._take_step, []
 
         def watched(self: Any, group: Any) -> Any:
             if self.step >= step and not armed:
@@ -60,7 +60,7 @@ def child(run: dict[str, Any], rank: int, port: int) -> None:
                 threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
             return real(self, group)
 
-        trainer.SEDDTrainer._optimizer_step = watched  # type: ignore[method-assign]
+        trainer.SEDDTrainer._take_step = watched  # type: ignore[method-assign]
     try:
         status = cli.main(run["argv"])
     except BaseException:

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 FLOORS = [
     ["errors", "processes"],
+    ["config"],
     ["kernels"],
     ["binning"],
     ["io.remote"],
@@ -29,7 +30,7 @@ FLOORS = [
     ["io.loading"],
     ["io.loader"],
     ["io"],
-    ["config", "graph", "noise"],
+    ["graph", "noise"],
     ["nn"],
     ["model", "loss"],
     ["likelihood", "sampling"],

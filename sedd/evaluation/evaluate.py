@@ -17,7 +17,7 @@ from sedd import tasks
 from sedd.binning import COUNT_KINDS, Binning
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
-from sedd.inference.cells import Cells, read_anndata
+from sedd.inference.cells import Cells, open_cells, read_anndata
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
 from sedd.io.files import obs_digest, write_json
@@ -110,7 +110,7 @@ def evaluate(
     name = "the AnnData" if isinstance(data, ad.AnnData) else str(data)
     own = obs_digest(adata.obs_names) == model.state["data"]["obs_digest"]
     part = cells or ("val" if own else "all")
-    held_out = tasks.open_cells(model, adata, part, layer, name)
+    held_out = open_cells(model, adata, part, layer, name)
     train = _training_cells(model, adata if own else None, name)
     counts, train_counts = _matrix(held_out), _matrix(train)
     hidden = None
@@ -165,7 +165,7 @@ def _training_cells(model: Pretrained, own: ad.AnnData | None, name: str) -> Cel
                 "learned on its training cells. Put it back, or evaluate on the data of the training run."
             )
         adata, name = read_anndata(path), path
-    return tasks.open_cells(model, adata, "train", None, name)
+    return open_cells(model, adata, "train", None, name)
 
 
 def _matrix(cells: Cells) -> sp.csr_matrix:
@@ -204,8 +204,8 @@ def _likelihood(
     """The bound and the baselines: on counts, or on tokens where bins are not of whole numbers."""
     names = torch.from_numpy(cells.indices)
     given = (
-        CellBatch(tokens, context["condition"], context["library"], names[lo:hi])
-        for lo, hi, _, tokens, context in batches(model, cells, batch_size, "likelihood", progress, whole=True)
+        CellBatch(here.tokens, here.context["condition"], here.context["library"], names[here.lo : here.hi])
+        for here in batches(model, cells, batch_size, "likelihood", progress, whole=True)
     )
     per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
     of_counts = model.binning.kind in COUNT_KINDS
@@ -264,13 +264,14 @@ def _imputation(
     """Recovery of the hidden entries, and (true, mean, cdf) of each for the figures."""
     values = model.decode_values
     means, log_probs, belows = [], [], []
-    for lo, hi, _, tokens, context in batches(model, cells, batch_size, "imputation", False):
-        mask = torch.from_numpy(hidden[lo:hi] | cells.missing).to(tokens.device)
-        readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
-        rows, genes = torch.from_numpy(hidden[lo:hi]).to(tokens.device).nonzero(as_tuple=True)
+    for here in batches(model, cells, batch_size, "imputation", False):
+        asked = hidden[here.lo : here.hi]
+        shown, mask = here.hide(asked | cells.missing, model.binning.n_bins)
+        readout = model.model.readout(shown, model.sigma(mask), **here.context)
+        rows, genes = torch.from_numpy(asked).to(mask.device).nonzero(as_tuple=True)
         for part in torch.arange(len(rows), device=rows.device).split(1 << 15):
             log_mu = model.model.log_mu(readout, rows[part], genes[part]).double()
-            true = tokens[rows[part], genes[part]][:, None]
+            true = here.tokens[rows[part], genes[part]][:, None]
             cdf = log_mu.exp().cumsum(1)
             at = (cdf / cdf[:, -1:]).gather(1, true)[:, 0]
             log_prob = log_mu.gather(1, true)[:, 0]

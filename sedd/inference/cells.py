@@ -16,6 +16,7 @@ import scipy.sparse as sp
 import zarr
 
 from sedd.errors import UserError, warn_user
+from sedd.inference.pretrained import Pretrained
 from sedd.io.files import obs_digest
 from sedd.io.plan import Split
 
@@ -221,3 +222,27 @@ def cells_of_split(data: ad.AnnData, part: str, state: dict[str, Any], name: str
         )
     split = state["split"]
     return Split(split["n_obs"], split["val_fraction"], split["seed"], part, split["limit"][part]).cells()
+
+
+def name_of(data: ad.AnnData | str | Path) -> str:
+    """What messages call the data."""
+    return "the AnnData" if isinstance(data, ad.AnnData) else str(data)
+
+
+def open_cells(
+    model: Pretrained, data: ad.AnnData | str | Path, part: str, layer: str | None, name: str | None = None
+) -> Cells:
+    """The cells of `part` of `data`, aligned to the model's genes.
+
+    Parameters
+    ----------
+    name
+        What messages call the data; its path if not given.
+    """
+    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
+    name = name or name_of(data)
+    chosen = cells_of_split(adata, part, model.state, name)
+    layer = layer or model.state["args"]["layer"]
+    if "sedd" in adata.uns and layer is not None and layer not in adata.layers:
+        layer = None  # a store made from that layer holds it as X
+    return Cells(adata, model.genes, layer=layer, cells=chosen, real=not model.state["data"]["is_counts"], name=name)

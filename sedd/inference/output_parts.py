@@ -1,7 +1,7 @@
-"""What a task makes, piece by piece: kept in memory, or in a folder beside the output, where several processes put theirs
+"""What a task makes, part by part: kept in memory, or in a folder beside the output, where several processes put theirs
 and from which a run that was stopped goes on.
 
-A piece is a run of whole batches. Which cells a batch holds depends on nothing but the number of cells, so the pieces of
+A part is a run of whole batches. Which cells a batch holds depends on nothing but the number of cells, so the parts of
 two processes, or of a first and a second run, are bit for bit those of a single one.
 """
 
@@ -28,9 +28,9 @@ from sedd.inference.pretrained import Pretrained
 from sedd.io.files import fingerprint, new_file, obs_digest, only_writer, save_arrays
 from sedd.processes import Processes
 
-_VALUES = 1 << 22  # in a layer of a piece, at most
-_CELLS = 2048  # in a piece, at most
-_PIECES = 64  # of a short task, so that several processes have something to do and little is done again
+_VALUES = 1 << 22  # in a layer of a part, at most
+_CELLS = 2048  # in a part, at most
+_PARTS = 64  # of a short task, so that several processes have something to do and little is done again
 
 
 def is_mostly_full(block: Any) -> bool:
@@ -52,11 +52,11 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def partial_folder(output: str | Path) -> Path:
-    """Where the pieces of an output are until it is complete."""
+    """Where the parts of an output are until it is complete."""
     return Path(f"{output}.partial")
 
 
-class Pieces(ABC):
+class Parts(ABC):
     """Blocks of successive cells; a context manager that drops or keeps what was not finished.
 
     Attributes
@@ -84,7 +84,7 @@ class Pieces(ABC):
     def all(self) -> Iterator[dict[str, Any]]:
         """Blocks of all cells in their order, once they are complete; for the process that writes."""
 
-    def __enter__(self) -> Pieces:
+    def __enter__(self) -> Parts:
         return self
 
     @abstractmethod
@@ -92,7 +92,7 @@ class Pieces(ABC):
         """Leave."""
 
 
-class PiecesInMemory(Pieces):
+class PartsInMemory(Parts):
     """All blocks of one process.
 
     Parameters
@@ -117,8 +117,8 @@ class PiecesInMemory(Pieces):
         self._blocks.clear()
 
 
-class PiecesInFolder(Pieces):
-    """Pieces as files in `OUTPUT.partial`, each whole or not there.
+class PartsInFolder(Parts):
+    """Parts as files in `OUTPUT.partial`, each whole or not there.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class PiecesInFolder(Pieces):
     batch_size
         Of the network.
     resume
-        Use pieces that are there.
+        Use parts that are there.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class PiecesInFolder(Pieces):
         self._output, self._identity, self._resume = output, identity, resume
         self._folder = partial_folder(output)
         self._processes = Processes.here()
-        wanted = min(_CELLS, _VALUES // max(1, n_vars), -(-n_obs // _PIECES))
+        wanted = min(_CELLS, _VALUES // max(1, n_vars), -(-n_obs // _PARTS))
         size = max(1, wanted // batch_size) * batch_size
         self._size, self._n_obs = size, n_obs
         self._all = [(lo, min(lo + size, n_obs)) for lo in range(0, n_obs, size)]
@@ -148,7 +148,7 @@ class PiecesInFolder(Pieces):
         self._waiting: list[dict[str, Any]] = []
         self._stack = ExitStack()
 
-    def __enter__(self) -> Pieces:
+    def __enter__(self) -> Parts:
         if self.writes:
             self._output.parent.mkdir(parents=True, exist_ok=True)
             self._stack.enter_context(only_writer(str(self._folder), output=str(self._output), wait=False))
@@ -210,7 +210,7 @@ class PiecesInFolder(Pieces):
                 yield {name: _matrix(arrays, name) for name in names}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Drop the pieces when they are no longer needed or no good, let go of the lock, and wait for the process that writes."""
+        """Drop the parts when they are no longer needed or no good, let go of the lock, and wait for the process that writes."""
         keep = kind is not None and not issubclass(kind, UserError) and any(self._folder.glob("*.npz"))
         if self.writes:
             if not keep:
@@ -242,17 +242,17 @@ def _matrix(arrays: Any, name: str) -> Any:
     return sp.csr_matrix((data, indices, indptr), shape=tuple(shape))
 
 
-def open_pieces(
+def open_parts(
     output: str | Path | None, identity: dict[str, Any], *, n_obs: int, n_vars: int, batch_size: int, resume: bool
-) -> Pieces:
-    """Pieces in memory, or in a folder beside `output`.
+) -> Parts:
+    """Parts in memory, or in a folder beside `output`.
 
     Parameters
     ----------
     output
         Where the result will be, or None for memory, where each process makes everything.
     identity, n_obs, n_vars, batch_size, resume
-        As `PiecesInFolder`.
+        As `PartsInFolder`.
 
     Raises
     ------
@@ -263,11 +263,11 @@ def open_pieces(
     if output is None:
         if resume:
             raise UserError("resume goes on with an output that was begun; give its name as output.")
-        return PiecesInMemory(n_obs)
+        return PartsInMemory(n_obs)
     path = Path(output)
     if path.suffix not in (".h5ad", ".zarr"):
         raise UserError(f"{output}: a result is an .h5ad file or a .zarr store; expected a name that ends so.")
-    return PiecesInFolder(path, identity, n_obs=n_obs, n_vars=n_vars, batch_size=batch_size, resume=resume)
+    return PartsInFolder(path, identity, n_obs=n_obs, n_vars=n_vars, batch_size=batch_size, resume=resume)
 
 
 _METADATA = ("zarr.json", ".zmetadata", ".zgroup")  # of a store; rewritten whenever the store is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sedd.errors import UserError, warn_user
 from sedd.inference.cells import Cells
 from sedd.inference.expected_log1p import expected_log1p
-from sedd.inference.output_parts import Pieces, check_batch_size
+from sedd.inference.output_parts import Parts, check_batch_size
 from sedd.inference.pretrained import Pretrained
 from sedd.kernels.mask import exact_mask
 from sedd.processes import is_main, launched
@@ -51,23 +51,52 @@ def spans_of_batches(
                 bar.update(hi - lo)
 
 
+@dataclass(frozen=True)
+class TaskBatch:
+    """Cells that go through the network together.
+
+    Attributes
+    ----------
+    lo, hi
+        Which of the cells of the task: lo .. hi - 1.
+    counts : (B, n_vars) float32
+    tokens : (B, n_vars) int64 tensor
+    cells : (B,) int64
+        Their numbers in the data, which name their random draws.
+    context
+        What the model is conditioned on: "condition" and "library", each a tensor or None.
+    """
+
+    lo: int
+    hi: int
+    counts: np.ndarray
+    tokens: torch.Tensor
+    cells: np.ndarray
+    context: dict[str, Any]
+
+    def hide(self, hidden: np.ndarray, mask_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens with the hidden ones masked, and the mask, (B, n_vars) each."""
+        mask = torch.from_numpy(hidden).to(self.tokens.device)
+        return self.tokens.masked_fill(mask, mask_token), mask
+
+
 def batches(
     model: Pretrained,
     source: Cells,
     batch_size: int,
     task: str,
     progress: bool,
-    pieces: Pieces | None = None,
+    parts: Parts | None = None,
     *,
     whole: bool = False,
-) -> Iterator[tuple[int, int, np.ndarray, torch.Tensor, dict[str, Any]]]:
-    """Successive cells: (lo, hi, counts, tokens, {"condition", "library"}); those that `pieces` lack, or all.
+) -> Iterator[TaskBatch]:
+    """Successive cells, those that `parts` lack, or all.
 
-    A model that takes totals is told them only if cells are seen `whole`: where entries are hidden, the total would give
+    A model that takes totals is given them only if cells are seen `whole`: where entries are hidden, the total would give
     their sum away.
     """
     warned = False
-    spans, done = ([(0, len(source))], 0) if pieces is None else (pieces.spans, pieces.done)
+    spans, done = ([(0, len(source))], 0) if parts is None else (parts.spans, parts.done)
     for lo, hi in spans_of_batches(spans, batch_size, task, progress, done):
         counts = source.counts(lo, hi)
         if not warned and model.binning.kind == "identity" and counts.max(initial=0) >= model.binning.n_bins:
@@ -91,17 +120,14 @@ def batches(
             # With genes missing the total over the panel is not known.
             total[:] = total if whole and not source.missing.any() else np.nan
             context["library"] = torch.from_numpy(total).to(model.device)
-        yield lo, hi, counts, tokens, context
+        yield TaskBatch(lo, hi, counts, tokens, source.indices[lo:hi], context)
 
 
 @torch.no_grad()
-def predict(
-    model: Pretrained, tokens: torch.Tensor, hidden: np.ndarray, context: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
+def predict(model: Pretrained, here: TaskBatch, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and standard deviation of the hidden entries given the others, in one forward pass."""
-    mask = torch.from_numpy(hidden).to(tokens.device)
-    shown = tokens.masked_fill(mask, model.binning.n_bins)
-    mean, var = model.model.expectation(shown, model.sigma(mask), model.decode_values, **context)
+    shown, mask = here.hide(hidden, model.binning.n_bins)
+    mean, var = model.model.expectation(shown, model.sigma(mask), model.decode_values, **here.context)
     return mean.cpu().numpy(), var.clamp_min(0).sqrt().cpu().numpy()
 
 
@@ -160,25 +186,17 @@ class Posterior:
 
 
 @torch.no_grad()
-def cross_predict(
-    model: Pretrained,
-    tokens: torch.Tensor,
-    context: dict[str, Any],
-    cells: np.ndarray,
-    folds: int,
-    rounds: int,
-    seed: int,
-) -> Posterior:
+def cross_predict(model: Pretrained, here: TaskBatch, folds: int, rounds: int, seed: int) -> Posterior:
     """The posterior of every entry, each predicted while hidden with a random 1/folds of its cell, averaged over rounds."""
     check_folds(folds, rounds)
-    values = model.decode_values.double()
+    tokens, values = here.tokens, model.decode_values.double()
     logs = torch.log1p(1e4 * values / values[tokens].sum(1).clamp_min(1)[:, None])
     first, second, zero, log = (np.zeros(tokens.shape) for _ in range(4))
     for round_ in range(rounds):
-        fold = _folds(seed, round_, cells, tokens.shape[1], folds)
+        fold = _folds(seed, round_, here.cells, tokens.shape[1], folds)
         for k in range(folds):
-            mask = torch.from_numpy(fold == k).to(tokens.device)
-            readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
+            shown, mask = here.hide(fold == k, model.binning.n_bins)
+            readout = model.model.readout(shown, model.sigma(mask), **here.context)
             where = mask.nonzero(as_tuple=True)
             for part in torch.arange(len(where[0]), device=tokens.device).split(_AT_A_TIME):
                 rows, genes = where[0][part], where[1][part]
@@ -194,36 +212,23 @@ def cross_predict(
 
 
 def draw_hidden(
-    model: Pretrained,
-    sampler: AnalyticSampler | EulerSampler,
-    tokens: torch.Tensor,
-    hidden: np.ndarray,
-    context: dict[str, Any],
-    cells: np.ndarray,
-    seed: int,
+    model: Pretrained, sampler: AnalyticSampler | EulerSampler, here: TaskBatch, hidden: np.ndarray, seed: int
 ) -> np.ndarray:
     """One joint draw of the hidden entries given the others, decoded to counts, (B, n_vars)."""
-    masked = tokens.masked_fill(torch.from_numpy(hidden).to(tokens.device), model.binning.n_bins)
-    return model.binning.decode(sampler.sample(masked, seed=seed, cells=cells, **context).cpu().numpy())
+    shown, _ = here.hide(hidden, model.binning.n_bins)
+    return model.binning.decode(sampler.sample(shown, seed=seed, cells=here.cells, **here.context).cpu().numpy())
 
 
 def cross_draw(
-    model: Pretrained,
-    sampler: AnalyticSampler | EulerSampler,
-    tokens: torch.Tensor,
-    context: dict[str, Any],
-    cells: np.ndarray,
-    folds: int,
-    k: int,
-    seed: int,
+    model: Pretrained, sampler: AnalyticSampler | EulerSampler, here: TaskBatch, folds: int, k: int, seed: int
 ) -> np.ndarray:
     """The k-th draw of every entry, the parts of a random partition drawn jointly one after the other, (B, n_vars)."""
     check_folds(folds, 1)
-    fold = _folds(seed, _DRAWN + k, cells, tokens.shape[1], folds)
-    out = np.zeros(tokens.shape, np.float32)
+    fold = _folds(seed, _DRAWN + k, here.cells, here.tokens.shape[1], folds)
+    out = np.zeros(here.tokens.shape, np.float32)
     for part in range(folds):
         hidden = fold == part
-        drawn = draw_hidden(model, sampler, tokens, hidden, context, cells, sample_seed(seed, k * folds + part))
+        drawn = draw_hidden(model, sampler, here, hidden, sample_seed(seed, k * folds + part))
         out[hidden] = drawn[hidden]
     return out
 
@@ -253,25 +258,13 @@ def sample_seed(seed: int, k: int) -> int:
     return seed + 1_000_003 * (k + 1)
 
 
-class Moments:
-    """Mean and spread of draws that are seen one at a time."""
-
-    def __init__(self) -> None:
-        self.n, self._mean, self._second = 0, np.zeros(()), np.zeros(())
-
-    def add(self, values: np.ndarray) -> None:
-        """Take in another draw (Welford's update, which does not cancel)."""
-        self.n += 1
-        before = values - self._mean
-        self._mean = self._mean + before / self.n
-        self._second = self._second + before * (values - self._mean)
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean of the draws."""
-        return self._mean
-
-    @property
-    def std(self) -> np.ndarray:
-        """Their standard deviation, 0 for a single one."""
-        return np.sqrt(self._second / max(1, self.n))
+def spread_of(draws: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    """Layers of the mean and the standard deviation of draws that are seen one at a time (Welford 1962, which does not cancel)."""
+    n, mean, second = 0, np.zeros(()), np.zeros(())
+    for n, values in enumerate(draws, 1):
+        before = values - mean
+        mean = mean + before / n
+        second = second + before * (values - mean)
+    if not n:
+        return {}
+    return {"sedd_mean": mean.astype(np.float32), "sedd_std": np.sqrt(second / n).astype(np.float32)}

@@ -9,42 +9,46 @@ in `OUTPUT.zarr.partial`, which `resume` goes on from. What is slow to import, f
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from sedd.config import ConversionSettings
 from sedd.errors import UserError
 from sedd.io import remote
-from sedd.io.conversion.job import DEFAULT_CODEC, Job
-from sedd.io.files import parse_bytes
+from sedd.io.conversion.job import Job
 
 if TYPE_CHECKING:
     from sedd.io.store import CellStore
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes_settings(function: Function) -> Function:
+    """Show the settings that `function` takes as `**settings` as keywords of its signature, as `help` and editors want them."""
+    own = inspect.signature(function)
+    keywords = [p for p in own.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    keywords += [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(ConversionSettings)
+    ]
+    function.__signature__ = own.replace(parameters=keywords)  # type: ignore[attr-defined]
+    return function
+
+
+@takes_settings
 def convert(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
-    layer: str | None = None,
-    raw: bool = False,
-    join: str = "inner",
-    genes: str | os.PathLike[str] | list[str] | None = None,
-    shuffle: bool = False,
-    seed: int = 0,
-    codec: str = DEFAULT_CODEC,
-    memory_budget: str | int = "1GiB",
-    workers: int | None = None,
-    scheduler: str | None = None,
-    slurm_workers: int = 0,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-    obs: list[str] | None = None,
-    keep_layers: Sequence[str] = (),
-    values: str = "counts",
     progress: bool = True,
-    limit_cells: int | None = None,
+    **settings: Any,
 ) -> CellStore | None:
     """Convert one or several `.h5ad` to a store.
 
@@ -52,24 +56,11 @@ def convert(
     ----------
     inputs : path or paths (local, or URLs that fsspec opens)
     output : path of the store, `*.zarr`, or a URL
-    layer, raw : take `layers[layer]` or `.raw.X` in place of `X`
-    join : of several inputs' genes, "inner" or "outer"
-    genes : keep only these, in this order; a list, or a file with one a line
-    shuffle : permute all cells of all inputs; `obs["sedd_cell"]` keeps where each was
-    seed : of the permutation
-    codec : one of `sedd.io.format.shards.CODECS`
-    memory_budget : of all workers together, "1GiB" or bytes
-    workers : threads, by default one per core
-    scheduler : address of a Dask scheduler whose workers see the same files
-    slurm_workers : have SLURM start this many Dask workers of one core; needs dask-jobqueue
-    resume : go on with an unfinished conversion
+    resume : continue an unfinished conversion
     overwrite : replace a store, or an unfinished conversion
     dry_run : print what would be done, and return None
-    obs : columns of `obs` to keep, all by default
-    keep_layers : layers to keep beside X, as counts if that is what they hold
-    values : "counts", or "real" for float32 of any sign
     progress : show a bar
-    limit_cells : take only the first so many cells
+    **settings : fields of `sedd.config.ConversionSettings`, which says what each means
 
     Returns
     -------
@@ -85,22 +76,8 @@ def convert(
     job = Job(
         [str(path) for path in paths],
         remote.staging(target) if remote.is_remote(target) else target,
-        layer=layer,
-        raw=raw,
-        join=join,
-        genes=genes,
-        shuffle=shuffle,
-        seed=seed,
-        codec=codec,
-        budget=parse_bytes(memory_budget),
-        workers=workers,
-        scheduler=scheduler,
-        slurm_workers=slurm_workers,
-        obs=obs,
-        keep_layers=keep_layers,
-        values=values,
+        ConversionSettings(**settings),
         progress=progress,
-        limit_cells=limit_cells,
     )
     if dry_run:
         print(job.forecast())
@@ -120,7 +97,7 @@ def ensure_store(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     layer: str | None = None,
-    values: str = "counts",
+    values: Literal["counts", "real"] = "counts",
     progress: bool = True,
 ) -> CellStore:
     """Open a store, converting an `.h5ad` once and using the result while the file stays as it is.
@@ -142,7 +119,7 @@ def ensure_store(
     folder = str(cache_dir) if cache_dir is not None else os.path.dirname(path) or "."
     name = os.path.basename(path).removesuffix(".h5ad")
     output = os.path.join(folder, name + (f".{layer}" if layer else "") + (".real" if values == "real" else "") + ".zarr")
-    job = Job([path], output, layer=layer, values=values, progress=progress)
+    job = Job([path], output, ConversionSettings(layer=layer, values=values), progress=progress)
     if os.path.exists(output):
         try:
             store = CellStore(output)

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import secrets
 import socket
 from collections.abc import Iterable, Iterator
@@ -113,23 +112,6 @@ def fingerprint(path: str) -> str:
 def obs_digest(names: Iterable[Any]) -> str:
     """An identity of cells by their names in their order, which any container of them keeps."""
     return hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]
-
-
-def parse_bytes(text: str | int) -> int:
-    """Read a number of bytes, such as "1GiB", "500 MB", "1.5e9" or 4096.
-
-    Raises
-    ------
-    UserError
-        If it is no size above 0.
-    """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+|[0-9]+\.)(e[0-9]+)?([kmgt]i?)?b?", re.sub(r"\s", "", str(text).lower()))
-    unit = (match[3] or "") if match else ""
-    power = " kmgt".index(unit[:1] or " ")
-    size = float(match[1] + (match[2] or "")) * (1024 if unit.endswith("i") else 1000) ** power if match else 0
-    if not 1 <= size < 1 << 63:
-        raise UserError(f"{text!r} is not a size of memory; expected one such as 1GiB, 500MB or a number of bytes.")
-    return int(size)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from sedd.binning import Binning
+from sedd.config import parse_bytes
 from sedd.errors import UserError, warn_user
-from sedd.io.files import parse_bytes
 from sedd.io.format.histogram import histogram
 from sedd.io.loading.batch import Batch, CSRBatch
 from sedd.io.loading.pipeline import Pipeline, Recipe

@@ -21,7 +21,7 @@ from launching import CONFIGS, environment, wait_until
 from sedd.cli import main
 from sedd.errors import UserError
 from sedd.inference import output_parts
-from sedd.inference.output_parts import PiecesInFolder, open_pieces
+from sedd.inference.output_parts import PartsInFolder, open_parts
 from sedd.inference.pretrained import Pretrained
 from sedd.processes import Processes
 from sedd.tasks import denoise, embed, generate, impute
@@ -146,7 +146,7 @@ def test_the_command_asks_before_it_drops_what_was_begun(
     said = capsys.readouterr().err
     assert "No space left on device" in said and "make room and go on with --resume" in said
     assert main(command) == 2
-    assert "pass --resume to go on with it or --overwrite to start again" in capsys.readouterr().err
+    assert "pass --resume to continue it or --overwrite to start again" in capsys.readouterr().err
     other = tmp_path / "other.h5ad"
     make_counts(240, seed=3).write_h5ad(other)
     assert main([*command[:2], str(other), *command[3:], "--resume"]) == 2
@@ -163,10 +163,10 @@ def test_the_command_asks_before_it_drops_what_was_begun(
 def test_two_writers_of_an_output_are_an_error(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"n_obs": 10, "n_vars": 2, "batch_size": 4, "resume": False}
     with (
-        open_pieces(tmp_path / "out.h5ad", {"task": "a"}, **settings),
+        open_parts(tmp_path / "out.h5ad", {"task": "a"}, **settings),
         pytest.raises(UserError, match="another process"),
     ):
-        open_pieces(tmp_path / "out.h5ad", {"task": "a"}, **settings).__enter__()
+        open_parts(tmp_path / "out.h5ad", {"task": "a"}, **settings).__enter__()
     assert not list(tmp_path.iterdir())
 
 
@@ -175,7 +175,7 @@ def test_two_writers_of_an_output_are_an_error(tmp_path: Path) -> None:
 def test_processes_share_whole_batches_and_each_cell_is_made_once(n_obs: int, count: int, tmp_path: Path) -> None:
     spans: list[tuple[int, int]] = []
     for index in range(count):
-        one = PiecesInFolder(tmp_path / "o.zarr", {}, n_obs=n_obs, n_vars=2000, batch_size=64, resume=False)
+        one = PartsInFolder(tmp_path / "o.zarr", {}, n_obs=n_obs, n_vars=2000, batch_size=64, resume=False)
         one._processes = Processes(index, count)
         spans += [one._all[i] for i in one._processes.share(len(one._all))]
     assert spans[0][0] == 0 and spans[-1][1] == n_obs

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from sedd.config import ConversionSettings
 from sedd.errors import NotCountsError, UserError, warn_user
 from sedd.io.conversion import inputs, shard, spill
 from sedd.io.conversion.counts import dense_rows, index_dtype, to_counts
@@ -17,19 +19,14 @@ from sedd.io.conversion.genes import match_genes, read_gene_list, unique_names
 from sedd.io.conversion.inputs import SAMPLE, Plan, explain, load_plan, row_of
 from sedd.io.conversion.runner import TaskRunner
 from sedd.io.files import fingerprint, only_writer, sync_tree
-from sedd.io.format.shards import check_codec, n_shards, shard_length
+from sedd.io.format.shards import n_shards, shard_length
 from sedd.io.h5ad import H5ad, Matrix
 
 if TYPE_CHECKING:
     from sedd.io.store import CellStore  # what needs zarr, anndata or pandas is imported while the tasks run
 
-DEFAULT_CODEC = "lz4"
-
 LARGEST_BLOCK = 1 << 23
 """Stored values that a task reads at once at most; more does not make it more efficient."""
-
-LEAST_BUDGET = 64 << 20
-"""Bytes that a conversion needs for data in flight, whatever its input."""
 
 SAMPLES = 8
 """Places looked at to guess the type of the counts; shards made too narrow are encoded again."""
@@ -52,67 +49,24 @@ class Job:
     Parameters
     ----------
     paths, output : of the inputs and the store
-    budget : bytes that all workers together may hold
-    workers : threads; by default one a core
-    others : see `sedd.io.convert`
+    settings : of the conversion
+    progress : show a bar
     """
 
-    def __init__(
-        self,
-        paths: list[str],
-        output: str,
-        *,
-        layer: str | None = None,
-        raw: bool = False,
-        join: str = "inner",
-        genes: str | os.PathLike[str] | list[str] | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
-        codec: str = DEFAULT_CODEC,
-        budget: int = 1 << 30,
-        workers: int | None = None,
-        scheduler: str | None = None,
-        slurm_workers: int = 0,
-        obs: list[str] | None = None,
-        keep_layers: Sequence[str] = (),
-        values: str = "counts",
-        progress: bool = True,
-        limit_cells: int | None = None,
-    ) -> None:
+    def __init__(self, paths: list[str], output: str, settings: ConversionSettings, *, progress: bool = True) -> None:
         if not paths:
             raise UserError("no input; expected one or several .h5ad files.")
-        if values not in ("counts", "real"):
-            raise UserError(f"values must be counts or real, not {values!r}.")
-        if raw and keep_layers:
-            raise UserError(f"--raw has other genes than the layers; {', '.join(keep_layers)} cannot be kept beside it.")
-        if slurm_workers and scheduler is not None:
-            raise UserError("--slurm_workers starts a Dask scheduler of its own; leave it or --scheduler out.")
-        if slurm_workers < 0:
-            raise UserError(f"--slurm_workers must be 0 or more, not {slurm_workers}.")
-        if budget < LEAST_BUDGET:
-            raise UserError(f"the memory budget is {budget} bytes; expected at least {LEAST_BUDGET >> 20}MiB.")
-        if limit_cells is not None and limit_cells < 1:
-            raise UserError(f"the number of cells must be positive, not {limit_cells}.")
         self.paths, self.output, self.folder = paths, output, f"{output}.partial"
-        self.budget, self.workers, self.scheduler = budget, workers, scheduler
-        self.settings: dict[str, Any] = {
-            "layer": layer,
-            "raw": raw,
-            "join": join,
-            "genes": read_gene_list(genes),
-            "shuffle": shuffle,
-            "seed": seed if shuffle else 0,
-            "codec": check_codec(codec),
-            "obs": obs,
-            "keep_layers": list(keep_layers),
-            "values": values,
-            "limit_cells": limit_cells,
-        }
+        self.asked, self.settings = settings, {**settings.of_the_store(), "genes": read_gene_list(settings.genes)}
         for path in paths:
             H5ad(path).close()
         self.fingerprints = [fingerprint(path) for path in paths]
         self.runner = TaskRunner(
-            workers=workers, scheduler=scheduler, slurm_workers=slurm_workers, budget=budget, progress=progress
+            workers=settings.workers,
+            scheduler=settings.scheduler,
+            slurm_workers=settings.slurm_workers,
+            budget=settings.budget,
+            progress=progress,
         )
         self._news: list[str] = []
 
@@ -257,12 +211,13 @@ class Job:
                 self._layer_job(name, output, "real").run(resume=True, overwrite=True)
             os.rename(f"{output}/X", f"{self.folder}/store/layers/{name}")
 
-    def _layer_job(self, name: str, output: str, values: str) -> Job:
-        same = {key: self.settings[key] for key in ("join", "genes", "shuffle", "seed", "codec", "limit_cells")}
-        return Job(
-            self.paths, output, layer=name, obs=[], values=values, budget=self.budget, workers=self.workers,
-            scheduler=self.runner.scheduler, progress=self.runner.progress, **same,
-        )  # fmt: skip
+    def _layer_job(self, name: str, output: str, values: Literal["counts", "real"]) -> Job:
+        asked = replace(
+            self.asked, layer=name, values=values, keep_layers=(), scheduler=self.runner.scheduler, slurm_workers=0
+        )
+        job = Job(self.paths, output, asked, progress=self.runner.progress)
+        job.settings["obs"] = []  # the matrix is all that is wanted of it
+        return job
 
     def open_inputs(self, stack: ExitStack) -> list[tuple[H5ad, Matrix]]:
         """Open the inputs, closed with `stack`; refuses empty ones."""
@@ -351,7 +306,7 @@ class Job:
     def block(self, matrices: list[Matrix], n_vars: int) -> int:
         """Stored values that one task may hold: half the budget, by what an entry takes from file to shard."""
         stored = max(m.dtype.itemsize + (m.indices.dtype.itemsize if m.layout != "dense" else 8) for m in matrices)
-        return int(min(LARGEST_BLOCK, self.budget / 2 / self.runner.workers / (stored + 4 * (index_dtype(n_vars).itemsize + 4))))
+        return int(min(LARGEST_BLOCK, self.asked.budget / 2 / self.runner.workers / (stored + 4 * (index_dtype(n_vars).itemsize + 4))))
 
     def _make_shards(self, plan: Plan) -> dict[str, int]:
         """Run the tasks that are not done, and write the tables meanwhile; values "rounded" and entries "summed" by the spill."""
