@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from sedd.errors import UserError
+from sedd.options import parse_bytes
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
     "small": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4},
@@ -35,23 +35,6 @@ LEAST_BUDGET = 64 << 20
 
 _WHERE = ("memory_budget", "workers", "scheduler", "slurm_workers")
 """Settings of where and how fast a store is made; it is the same store with others."""
-
-
-def parse_bytes(text: str | int) -> int:
-    """Read a number of bytes, such as "1GiB", "500 MB", "1.5e9" or 4096.
-
-    Raises
-    ------
-    UserError
-        If it is no size above 0.
-    """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+|[0-9]+\.)(e[0-9]+)?([kmgt]i?)?b?", re.sub(r"\s", "", str(text).lower()))
-    unit = (match[3] or "") if match else ""
-    power = " kmgt".index(unit[:1] or " ")
-    size = float(match[1] + (match[2] or "")) * (1024 if unit.endswith("i") else 1000) ** power if match else 0
-    if not 1 <= size < 1 << 63:
-        raise UserError(f"{text!r} is not a size of memory; expected one such as 1GiB, 500MB or a number of bytes.")
-    return int(size)
 
 
 def _require(ok: bool, flag: str, value: object, expected: str) -> None:

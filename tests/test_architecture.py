@@ -13,6 +13,7 @@ from conftest import ROOT
 
 FLOORS = [
     ["errors", "processes"],
+    ["options"],
     ["config"],
     ["kernels"],
     ["binning"],

@@ -9,37 +9,21 @@ in `OUTPUT.zarr.partial`, which `resume` goes on from. What is slow to import, f
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from sedd.config import ConversionSettings
 from sedd.errors import UserError
 from sedd.io import remote
 from sedd.io.conversion.job import Job
+from sedd.options import grouped, keywords_of
 
 if TYPE_CHECKING:
     from sedd.io.store import CellStore
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def takes_settings(function: Function) -> Function:
-    """Show the settings that `function` takes as `**settings` as keywords of its signature, as `help` and editors want them."""
-    own = inspect.signature(function)
-    keywords = [p for p in own.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
-    keywords += [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in dataclasses.fields(ConversionSettings)
-    ]
-    function.__signature__ = own.replace(parameters=keywords)  # type: ignore[attr-defined]
-    return function
-
-
-@takes_settings
+@keywords_of(ConversionSettings)
 def convert(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
@@ -76,7 +60,7 @@ def convert(
     job = Job(
         [str(path) for path in paths],
         remote.staging(target) if remote.is_remote(target) else target,
-        ConversionSettings(**settings),
+        *grouped(settings, ConversionSettings),
         progress=progress,
     )
     if dry_run:

@@ -6,25 +6,28 @@ import copy
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from sedd.binning import Binning
-from sedd.config import parse_bytes
 from sedd.errors import UserError, warn_user
 from sedd.io.format.histogram import histogram
 from sedd.io.loading.batch import Batch, CSRBatch
+from sedd.io.loading.options import Contents, Order, Running, Selection, check_positive
 from sedd.io.loading.pipeline import Pipeline, Recipe
 from sedd.io.loading.rows import RowReader, WholeStore
 from sedd.io.loading.selection import cumulative_weights, encode_label, find_genes, make_split
 from sedd.io.loading.torch_dataset import TorchDataset
-from sedd.io.plan import FULL_SHUFFLE_BYTES, CellList, EpochOrder, RankPlan, Split
+from sedd.io.plan import FULL_SHUFFLE_BYTES, EpochOrder, RankPlan, Split
 from sedd.io.store import CellStore
 from sedd.kernels.mask import masked_count
 from sedd.kernels.tokens import RowFiller
+from sedd.options import grouped, keywords_of
+
+_GROUPS = (Selection, Contents, Order, Running)
 
 
 class CellLoader:
@@ -38,41 +41,9 @@ class CellLoader:
     store : CellStore or path
     batch_size : int
         Cells per batch and rank.
-    split : {"train", "val", "all"}, Split, or array of cell numbers
-    val_fraction, split_seed
-        Describe the split when it is given by name.
-    genes : list of str, optional
-        The panel, in this order; all genes by default.
-    binning : Binning or str
-        A string is fitted to the training cells with `n_bins` bins.
-    mask : {"score_entropy", "masked"} or None
-        Hide each gene with the mask probability of the cell's time, or exactly `round(mask_ratio * n_vars)` of them.
-    noise : callable, optional
-        Mask probability at time t; log-linear with eps 1e-3 by default.
-    labels : list of str
-        Columns of `obs` to deliver as codes.
-    rank, world_size : int
-        This process takes positions p of the sequence with `p % world_size == rank`.
-    threads : int
-        Threads that read, and threads that fill batches.
-    memory_budget : int or str
-        Bound on the memory for cells and batches under way.
-    dtype : {"auto", "float32"}
-        `float32` gives counts instead of tokens.
-    target_sum, log1p : float, bool
-        With `float32`: scale each cell to this sum over the panel, take log(1 + x).
-    pin_memory : bool or "auto"
-        Page-locked batches; "auto" where there is a CUDA device.
-    shuffle : bool or {"full", "window"}
-        True permutes a store of up to 1 GiB as a whole, and a larger one by windows; "full" and "window" say which.
-    drop_last, pad : bool
-        What becomes of the last step of an epoch; `pad` defaults to True for the training split on several ranks.
-    weights : array or dict, optional
-        Draw cells with replacement: one weight per cell of the store, or `{column: {label: weight}}`.
-    limit_cells : int, optional
-        Use only this many cells, evenly spaced over the split.
-    client : dask.distributed.Client, optional
-        Read windows on its workers.
+    **options
+        Fields of `Selection` (which cells), `Contents` (what a batch holds), `Order` (in what order) and `Running` (how it
+        runs), all in `sedd.io.loading.options`, where each is described: `split`, `genes`, `labels`, `seed`, `threads`, ...
 
     Attributes
     ----------
@@ -87,63 +58,23 @@ class CellLoader:
         Time that the consumer has waited for batches so far.
     """
 
-    def __init__(
-        self,
-        store: CellStore | str | os.PathLike[str],
-        *,
-        batch_size: int = 32,
-        split: str | Split | CellList | np.ndarray | Sequence[int] = "train",
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-        genes: Sequence[str] | None = None,
-        binning: Binning | str = "auto",
-        n_bins: int = 100,
-        mask: str | None = "score_entropy",
-        mask_ratio: float = 0.15,
-        noise: Callable[[Any], Any] | None = None,
-        labels: Sequence[str] = (),
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        threads: int = 2,
-        memory_budget: int | str = "2GiB",
-        dtype: str = "auto",
-        target_sum: float = 0.0,
-        log1p: bool = False,
-        pin_memory: bool | str = "auto",
-        shuffle: bool | str = True,
-        drop_last: bool = False,
-        pad: bool | None = None,
-        weights: np.ndarray | dict[str, dict[str, float]] | None = None,
-        limit_cells: int | None = None,
-        client: Any = None,
-    ) -> None:
-        _check_numbers(batch_size=batch_size, threads=threads, world_size=world_size)
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank is {rank} of world_size {world_size}; expected 0 to {world_size - 1}")
-        if mask not in ("score_entropy", "masked", None):
-            raise UserError(f"unknown mask '{mask}'; expected score_entropy, masked or None")
-        if not 0 < mask_ratio < 1:
-            raise UserError(f"mask_ratio is {mask_ratio}; expected a share between 0 and 1")
-        if dtype not in ("auto", "float32"):
-            raise UserError(f"unknown dtype '{dtype}'; expected auto or float32")
+    @keywords_of(*_GROUPS)
+    def __init__(self, store: CellStore | str | os.PathLike[str], *, batch_size: int = 32, **options: Any) -> None:
+        check_positive(batch_size=batch_size)
+        chosen, contents, order, running = grouped(options, *_GROUPS)
         self.store = store if isinstance(store, CellStore) else CellStore(store)
-        self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
-        self.threads, self.drop_last = threads, drop_last
-        self.memory_budget = parse_bytes(memory_budget)
-        self.cells = make_split(self.store, split, val_fraction, split_seed, limit_cells)
+        self.batch_size, self.rank, self.world_size, self.seed = batch_size, order.rank, order.world_size, order.seed
+        self.threads, self.memory_budget, self.drop_last = running.threads, running.memory_budget, order.drop_last
+        self.cells = make_split(self.store, chosen.split, chosen.val_fraction, chosen.split_seed, chosen.limit_cells)
         self.n_cells = self.cells.n_cells
-        is_train = split == "train" if isinstance(split, str) else getattr(split, "part", "") == "train"
-        self.pad = (is_train and world_size > 1) if pad is None else pad
-        self.mode = self._shuffle_mode(shuffle)
-        panel = find_genes(self.store, genes)
+        self.pad = (chosen.is_train and order.world_size > 1) if order.pad is None else order.pad
+        self.mode = self._shuffle_mode(order.shuffle)
+        panel = find_genes(self.store, contents.genes)
         self.n_vars = self.store.n_vars if panel is None else len(panel)
-        self._binning, self._fit = self._choose_binning(binning, n_bins, panel, val_fraction, split_seed)
-        if dtype == "float32":
-            self._binning, self._fit = None, None
+        self._binning, self._fit = self._choose_binning(contents, panel, chosen)
         self.label_categories: dict[str, np.ndarray] = {}
         codes = {}
-        for name in labels:
+        for name in contents.labels:
             codes[name], self.label_categories[name] = encode_label(self.store, name)
         self._recipe = Recipe(
             filler=RowFiller(
@@ -151,18 +82,18 @@ class CellLoader:
                 genes=panel,
                 binning=self._binning,
                 max_count=int(self.store.max_value) if self.store.is_counts else 0,
-                target_sum=target_sum,
-                log1p=log1p,
+                target_sum=contents.target_sum,
+                log1p=contents.log1p,
             ),
             codes=codes,
-            mask=mask,
-            count=masked_count(mask_ratio, self.n_vars),
-            noise=noise,
-            seed=seed,
-            cumulative=cumulative_weights(self.store, self.cells, weights),
-            pinned=torch.cuda.is_available() if pin_memory == "auto" else bool(pin_memory),
+            mask=contents.mask,
+            count=masked_count(contents.mask_ratio, self.n_vars),
+            noise=contents.noise,
+            seed=order.seed,
+            cumulative=cumulative_weights(self.store, self.cells, chosen.weights),
+            pinned=torch.cuda.is_available() if running.pin_memory == "auto" else bool(running.pin_memory),
         )
-        self._client = client
+        self._client = running.client
         self._pipeline: Pipeline | None = None
         self._pid = os.getpid()
         self.epoch = 0
@@ -177,8 +108,6 @@ class CellLoader:
             return "none"
         if shuffle in ("full", "window"):
             return str(shuffle)
-        if shuffle is not True:
-            raise UserError(f"unknown shuffle '{shuffle}'; expected True, False, full or window")
         return "full" if self._store_bytes() <= FULL_SHUFFLE_BYTES else "window"
 
     def _store_bytes(self) -> int:
@@ -186,9 +115,12 @@ class CellLoader:
         return self.store.nnz * (arrays["data"].dtype.itemsize + arrays["indices"].dtype.itemsize)
 
     def _choose_binning(
-        self, binning: Binning | str, n_bins: int, panel: np.ndarray | None, val_fraction: float, split_seed: int
+        self, contents: Contents, panel: np.ndarray | None, chosen: Selection
     ) -> tuple[Binning | None, Callable[[], Binning] | None]:
         """The rule that makes tokens, and how to fit the values that they decode to if that is still to be done."""
+        binning, n_bins = contents.binning, contents.n_bins
+        if contents.dtype == "float32":
+            return None, None
         if isinstance(binning, Binning):
             return binning, None
         if not self.store.is_counts:
@@ -197,7 +129,7 @@ class CellLoader:
             )
 
         def fit() -> Binning:
-            train = Split(self.store.n_obs, val_fraction, split_seed, "train")
+            train = Split(self.store.n_obs, chosen.val_fraction, chosen.split_seed, "train")
             hist = histogram(self.store, train.cells())
             return Binning.fit(binning, n_bins, hist=hist if panel is None else hist[panel])
 
@@ -346,9 +278,3 @@ class CellLoader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pipeline": None, "_client": None}
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; expected at least 1")

@@ -1,6 +1,6 @@
 """Threads that keep batches ready: windows of cells are read ahead, batches are filled from them, in order.
 
-Two pools, because they wait for different things: readers fetch and decode windows, one Dask task each; makers fill batches
+Two pools, because they wait for different things: readers fetch and decode windows, here or on a Dask cluster; makers fill batches
 from windows that are there. Both release the GIL while they work. The consumer only ever waits for the next batch.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import dask
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -173,8 +172,7 @@ class Pipeline:
     def _start_read(self, plan: RankPlan, order: EpochOrder, low: int, high: int) -> _Run:
         def read() -> tuple[np.ndarray, Rows]:
             cells = self._cells_at(order, plan.positions(low, high))
-            task = dask.delayed(self.reader.read, pure=False, traverse=False)(cells)
-            return cells, task.compute(scheduler=dask.get)  # by name, dask would import distributed to look for a cluster
+            return cells, self.reader.read(cells)
 
         def read_elsewhere() -> tuple[np.ndarray, Rows]:
             cells = self._cells_at(order, plan.positions(low, high))
