@@ -15,26 +15,20 @@ that it can be compared on a machine that others use as well. Adds to `benchmark
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from machine import processor
+from common import Stopwatch, new_model, processor, with_record, write_result
 from quality import Task, prepare
 from sampling import NOISE
 
-from sedd import metrics as m
-from sedd.binning import Binning, smoothed_log_shares
 from sedd.graph import AbsorbingGraph
 from sedd.likelihood import Likelihood, nelbo
 from sedd.loss import diffusion_loss
-from sedd.model import SEDDTransformer
 from sedd.noise import stratified_times
 from sedd.training.ema import EMA
 
@@ -52,37 +46,6 @@ SETTINGS = (
 Record = dict[str, Any]
 
 
-class Clock:
-    """Processor and wall-clock seconds while it runs."""
-
-    def __init__(self) -> None:
-        self.cpu = self.wall = 0.0
-
-    def __enter__(self) -> Clock:
-        self._began = time.process_time(), time.perf_counter()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.cpu += time.process_time() - self._began[0]
-        self.wall += time.perf_counter() - self._began[1]
-
-
-def build(task: Task, n_bins: int, args: argparse.Namespace, design: str) -> SEDDTransformer:
-    """A new model that starts at the training marginals."""
-    torch.manual_seed(args.seed)
-    histogram = m.count_histogram(task.train, n_bins).astype(np.float64)
-    falloff = Binning("identity", n_bins, None, np.arange(n_bins)).falloff
-    return SEDDTransformer(
-        task.train.shape[1],
-        n_bins,
-        hidden_dim=args.hidden_dim,
-        num_layers=args.num_layers,
-        num_heads=args.num_heads,
-        log_marginals=torch.from_numpy(smoothed_log_shares(histogram, falloff)),
-        **DESIGNS[design],
-    )
-
-
 def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, first: Likelihood | None) -> Iterator[Record]:
     """Train one design and follow its bound: the record so far at every look, the last one at the end.
 
@@ -93,13 +56,13 @@ def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, firs
     """
     n_bins = args.n_bins or int(max(task.train.max(), task.test.max())) + 1
     train, test = (torch.from_numpy(x.toarray()).clamp(max=n_bins - 1) for x in (task.train, task.test))
-    model, graph = build(task, n_bins, args, design), AbsorbingGraph(n_bins)
+    model, graph = new_model(task.train, n_bins, args, **DESIGNS[design]), AbsorbingGraph(n_bins)
     ema = EMA(model, decay=args.ema_decay)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
     )
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / args.warmup_steps))
-    clock, curve, step, marks = Clock(), [], 0, sorted(args.seconds)
+    clock, curve, step, marks = Stopwatch(), [], 0, sorted(args.seconds)
 
     def look(n_masks: int) -> Record:
         with ema.applied(model):
@@ -153,11 +116,8 @@ def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, firs
 
 def save(path: Path, record: Record, before: Record | None) -> None:
     """Put a record into the file in place of the one it repeats, and of the one made at the look before."""
-    records = json.loads(path.read_text()) if path.exists() else []
-    key = ("design", "n_bins", "epochs", "settings", "machine")
-    records = [r for r in records if r != before and any(r[k] != record[k] for k in key)] + [record]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records, indent=1) + "\n")
+    records = with_record(path, record, ("design", "n_bins", "epochs", "settings", "machine"))
+    write_result(path, [r for r in records if r != before])
 
 
 def main() -> None:

@@ -10,14 +10,13 @@ whoever opens the store, so it is not offered. Results go to `benchmarks/results
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import numcodecs
 import numpy as np
-from convert import machine
+from common import machine, write_result
 
 from sedd.io.conversion import counts as pack
 from sedd.io.format.codec import keep_freed_memory
@@ -95,7 +94,7 @@ def main() -> None:
                   f"{row['decode_cells_a_second'] / 1e3:8.0f}k decoded/s")  # fmt: skip
     output = Path(__file__).parent / "results" / "codecs.json"
     output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(output, result)
 
 
 if __name__ == "__main__":

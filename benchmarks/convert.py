@@ -11,18 +11,14 @@ installed beside sedd. Results go to `benchmarks/results/`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from machine import processor
+from common import RESULTS, machine, write_result
 
 ANNDATA = """
 import sys, warnings
@@ -95,18 +91,6 @@ def run_once(words: list[str], output: Path) -> dict[str, float]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    names = ("anndata", "dask", "h5py", "numba", "numcodecs", "numpy", "sedd", "zarr")
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def main() -> None:
     """Run the rounds, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,7 +103,7 @@ def main() -> None:
     parser.add_argument("--output", default=None)
     args = parser.parse_args()
     names = [name for name in args.only if name != "annbatch, shuffled" or args.peer_python]
-    about = machine()
+    about = machine(("anndata", "dask", "h5py", "numba", "numcodecs", "numpy", "sedd", "zarr"))
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
@@ -130,11 +114,10 @@ def main() -> None:
     medians = {
         name: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for name, runs in rounds.items()
     }
-    output = Path(args.output or Path(__file__).parent / "results" / f"convert_{Path(args.source).stem}.json")
-    output.parent.mkdir(exist_ok=True)
+    output = Path(args.output or RESULTS / f"convert_{Path(args.source).stem}.json")
     result = {"source": Path(args.source).name, "source_mb": os.path.getsize(args.source) / 1e6, "budget": args.budget,
               "machine": about, "medians": medians, "rounds": rounds}  # fmt: skip
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(output, result)
     for name, one in medians.items():
         print(f"{name:32s} {one['seconds']:7.1f} s {one['processor_seconds']:7.1f} s cpu {one['peak_mb']:7.0f} MB peak "
               f"{one['disk_mb']:7.0f} MB {one['files']:5.0f} files")  # fmt: skip

@@ -18,6 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from common import write_result
+
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "curves.json"
 TOLD = ("model", "learning_rate", "batch_size", "warmup_steps", "ema_decay", "dropout", "genes", "limit_cells", "num_epochs", "seed")
@@ -81,7 +83,7 @@ def main() -> None:
     for size in args.sizes:
         train(args, size)
         runs[size] = collect(args.work / size)
-    RESULT.write_text(json.dumps(runs) + "\n")
+    write_result(RESULT, runs)
     if args.figure:
         plot(runs, Path(args.figure))
 

@@ -8,7 +8,6 @@ Rates are per second of processor time, best of several repeats, on 512 cells of
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
-from machine import machine
+from common import machine, write_result
 
 from sedd.binning import Binning
 from sedd.kernels.gather import gather_rows, row_pointers
@@ -125,7 +124,7 @@ def main() -> None:
         "microseconds_per_cell": kernels(args.repeats),
         "first_call_cpu_seconds": first_calls(),
     }
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_result(args.output, record)
     print(args.output)
 
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine
+from common import RESULTS, in_process, machine, peak_mib, summary, write_result
 
-RESULTS = Path(__file__).parent / "results"
 N_BINS = 100
 
 
@@ -137,7 +134,7 @@ def contest(store: str, batches: list[int], seconds: float, panel: int) -> dict[
                 given = {"store": store, "batch_size": batch, "shuffle": mode, **options}
                 result[f"{form}/{batch} {mode}"] = measure(given, form, seconds)
     result.update(limits(store, seconds))
-    result["rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    result["rss_mib"] = peak_mib()
     return result
 
 
@@ -248,7 +245,7 @@ def windowed(store: str, seconds: float) -> dict[str, Any]:
         form: measure({"store": store, "batch_size": 512, "shuffle": "window", **options}, form, seconds)
         for form, options in (("tokens", {"mask": None}), ("masked", {}))
     }
-    return {**rates, "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    return {**rates, "rss_mib": peak_mib()}
 
 
 def shuffle_quality(store: str, batch: int = 64, n_batches: int = 2000) -> dict[str, float]:
@@ -290,28 +287,6 @@ def rank_bytes(store: str, world: int = 8) -> list[int]:
                 pass
             read.append(one.bytes_read)
     return read
-
-
-def run(command: list[str]) -> dict[str, Any]:
-    """Run one contestant and read its JSON line."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median and range of every figure over the rounds."""
-    result: dict[str, Any] = {}
-    for name, value in rounds[0].items():
-        if isinstance(value, dict):
-            result[name] = summarise([one[name] for one in rounds])
-        elif isinstance(value, (int, float)):
-            values = [one[name] for one in rounds]
-            result[name] = {"median": statistics.median(values), "range": [min(values), max(values)]}
-        else:
-            result[name] = value
-    return result
 
 
 def main() -> None:
@@ -356,7 +331,7 @@ def main() -> None:
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for number in range(args.rounds):
         for name, command in commands.items():
-            rounds[name].append(run(command))
+            rounds[name].append(in_process(command))
             print(f"round {number + 1}: {name}", file=sys.stderr)
     by_store: dict[str, list[dict[str, Any]]] = {one.name: [] for one in (store, args.large) if one is not None}
     for _ in range(args.rounds):
@@ -371,16 +346,16 @@ def main() -> None:
                 "--seconds",
                 str(args.seconds),
             ]
-            by_store[one.name].append(run(own))
+            by_store[one.name].append(in_process(own))
     record = {
         "machine": machine(),
         "data": {"file": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds},
-        "rates": {name: summarise(values) for name, values in rounds.items()},
+        "rates": {name: summary(values) for name, values in rounds.items()},
         "label_entropy_bits": {
             one.name: {str(batch): shuffle_quality(str(one), batch) for batch in (64, 512)}
             for one in filter(None, (store, args.large))
         },
-        "window_by_store": {name: summarise(values) for name, values in by_store.items()},
+        "window_by_store": {name: summary(values) for name, values in by_store.items()},
         "cold_epoch": cold_epoch(str(store)),
         "first_epoch_of_gzip": None if args.gzip is None else first_epoch_of_gzip(args.gzip),
         "object_store": object_store(str(store), 5 * args.seconds) if args.s3 else None,
@@ -390,7 +365,7 @@ def main() -> None:
         ),
     }
     output = args.output or RESULTS / f"loader_{args.h5ad.stem}.json"
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    write_result(output, record)
     if args.figure is not None:
         figure(record, args.figure)
     print(output)

@@ -16,18 +16,13 @@ linear in the genes, and how many times more cells/s the latents train than full
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
-import resource
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import processor
+from common import machine, peak_mib, with_record, write_result
 
 from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
 
@@ -122,7 +117,7 @@ def measure(case: Record, settings: Record) -> Record:
         synchronize(device)
         steps += 1
     wall, seconds = time.perf_counter() - wall, clock(device) - began
-    peak = torch.cuda.max_memory_allocated(device) if low else _peak_memory()
+    peak = torch.cuda.max_memory_allocated(device) if low else peak_mib() << 20
     reached = training_flop(model) * batch * steps / seconds
     return {
         **record,
@@ -133,11 +128,6 @@ def measure(case: Record, settings: Record) -> Record:
         "peak_memory_mib": round(peak / 2**20, 1),
         "flops_utilisation": round(reached / matmul_flops(device, torch.bfloat16 if low else torch.float32), 4),
     }
-
-
-def _peak_memory() -> int:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 def summary(records: list[Record]) -> Record:
@@ -157,19 +147,14 @@ def summary(records: list[Record]) -> Record:
 
 def save(path: Path, record: Record, settings: Record) -> None:
     """Put a case into the file in place of the one it repeats."""
-    old = json.loads(path.read_text())["records"] if path.exists() else []
-    key = ("size", "genes", "attention")
-    records = [r for r in old if any(r[k] != record[k] for k in key)] + [record]
-    device = torch.device(settings["device"])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    records = with_record(path, record, ("size", "genes", "attention"), within="records")
     content = {
-        "machine": {"device": name, "python": platform.python_version(), "torch": version("torch")},
+        "machine": machine(("torch",), torch.device(settings["device"]).type),
         "settings": settings,
         "summary": summary(records),
         "records": sorted(records, key=lambda r: (r["attention"], list(SIZES).index(r["size"]), r["genes"])),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_result(path, content)
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
-from machine import machine
+from common import machine, write_result
 from scipy import sparse
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
@@ -206,9 +205,8 @@ def write(output: Path, records: list[dict[str, Any]], settings: dict[str, Any])
     means = frame.groupby("method")[["pearson", "spearman", "rmse"]].mean().sort_values("pearson", ascending=False)
     spread = frame.groupby(["method", "seed"])["pearson"].mean().groupby("method").std(ddof=0)
     summary = [{"method": name, **row, "pearson_std_over_seeds": spread[name]} for name, row in means.iterrows()]
-    packages = {name: version(name) for name in ("sedd", "torch", "numpy", "scikit-learn")}
-    result = {"machine": machine(), "versions": packages, "settings": settings, "summary": summary, "records": records}
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"machine": machine(("sedd", "torch", "numpy", "scikit-learn")), "settings": settings, "summary": summary, "records": records}
+    write_result(output, result)
     for row in summary:
         pearson = f"{row['pearson']:.3f} ± {row['pearson_std_over_seeds']:.3f}"
         print(f"| {row['method']} | {pearson} | {row['spearman']:.3f} | {row['rmse']:.3f} |")

@@ -18,13 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +31,13 @@ import numpy as np
 import pandas as pd
 import quality_sedd
 import scanpy as sc
+from common import machine, write_result
 from quality_methods import alra, knn_denoise, knn_impute
 from scipy import sparse
 from sklearn.decomposition import PCA
 
 from sedd import metrics as m
 from sedd import tasks
-from sedd.io.files import new_file
 from sedd.likelihood import confidence_interval
 from sedd.metrics.baselines import nb_cdf, nb_log_prob
 
@@ -335,17 +333,6 @@ def export(data: Path, n_genes: int, label: str | None, path: Path) -> None:
     adata.write_h5ad(path, compression="gzip")
 
 
-def _machine() -> dict[str, Any]:
-    names = ("numpy", "scipy", "scikit-learn", "anndata", "scanpy", "torch", "sedd")
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "packages": {name: version(name) for name in names},
-    }
-
-
 def update(path: Path, head: dict[str, Any], records: list[Record]) -> None:
     """Replace the records of the same protocol, method, seed and mask, keep the others, write whole."""
 
@@ -355,8 +342,7 @@ def update(path: Path, head: dict[str, Any], records: list[Record]) -> None:
     old = json.loads(path.read_text()) if path.exists() else {"records": []}
     merged = {key(r): r for r in old["records"]} | {key(r): r for r in records}
     out = {**old, **head, "records": [merged[k] for k in sorted(merged, key=lambda k: tuple(map(str, k)))]}
-    with new_file(path) as file:
-        file.write((json.dumps(out, indent=1, allow_nan=True) + "\n").encode())
+    write_result(path, out)
 
 
 def main() -> None:
@@ -397,7 +383,7 @@ def main() -> None:
             "cells": {"train": task.train.shape[0], "test": task.test.shape[0]},
             "genes": len(task.genes),
             "split": "default_rng(0).permutation, first 80 % train",
-            "machine": _machine(),
+            "machine": {**machine(("numpy", "scipy", "scikit-learn", "anndata", "scanpy", "torch", "sedd")), "threads": 1},
         }
         jobs: list[tuple[str, Callable[[], Iterator[Record]]]] = []
         if args.checkpoint and args.recipe:

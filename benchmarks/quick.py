@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from machine import machine
+from common import machine, write_result
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
@@ -102,7 +102,7 @@ def table(result: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join([title.format(real=f"{real:.3g}" if real != "" else ""), *cells]) + " |")
     seconds = result["seconds"]
-    processor = result["machine"]["cpu"]
+    processor = result["machine"]["device"]
     lines += [
         "",
         f"PBMC 3k, 2,000 genes, 270 held-out cells, 5 epochs. The whole script takes {seconds['median']:.0f} s on two cores "
@@ -132,7 +132,7 @@ def main() -> None:
         }
         for name in ("data_path", "checkpoint_dir", "cache_dir"):
             del result["settings"][name]
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(RESULT, result)
         picture(directory, result["history"], result["metrics"])
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition("<!-- results -->")

@@ -15,7 +15,6 @@ Appends to `benchmarks/results/sampling.json`: an entry with the same panel and 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Iterator
@@ -23,13 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from machine import processor
+from common import Stopwatch, new_model, processor, with_record, write_result
 from quality import Task, prepare
 
 from sedd import metrics as m
-from sedd.binning import Binning, smoothed_log_shares
 from sedd.graph import AbsorbingGraph
 from sedd.likelihood import nelbo
 from sedd.loss import diffusion_loss
@@ -42,33 +39,10 @@ NOISE = LogLinearNoise()
 Record = dict[str, Any]
 
 
-class Clock:
-    """Time on the wall and time of the processor; they differ where other programs run."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter(), time.process_time()
-
-    def cells_per_s(self, n: int) -> Record:
-        """Return the rate of n cells since the clock was made, by either time."""
-        wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
-        return {"cells_per_s": round(n / wall, 3), "cells_per_cpu_s": round(n / cpu, 3)}
-
-
 def train(task: Task, args: argparse.Namespace, attention: str, n_bins: int) -> SEDDTransformer:
     """Train a model of the given size and return it with its averaged weights."""
-    torch.manual_seed(args.seed)
+    model = new_model(task.train, n_bins, args, attention=attention)
     tokens = torch.from_numpy(task.train.toarray())
-    histogram = m.count_histogram(task.train, n_bins).astype(np.float64)
-    falloff = Binning("identity", n_bins, None, np.arange(n_bins)).falloff
-    model = SEDDTransformer(
-        tokens.shape[1],
-        n_bins,
-        hidden_dim=args.hidden_dim,
-        num_layers=args.num_layers,
-        num_heads=args.num_heads,
-        attention=attention,
-        log_marginals=torch.from_numpy(smoothed_log_shares(histogram, falloff)),
-    )
     graph, ema = AbsorbingGraph(n_bins), EMA(model, decay=0.995)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     for _ in range(args.epochs):
@@ -132,9 +106,9 @@ def measure(task: Task, args: argparse.Namespace, attention: str) -> Iterator[Re
         sampler = make_sampler("analytic", model, graph, NOISE, num_steps=steps, **settings)
         start = torch.full((size, task.train.shape[1]), graph.mask_token)
         sampler.sample(start[:2], seed=args.seed)
-        clock = Clock()
-        cells = sampler.sample(start, seed=args.seed)
-        speed = clock.cells_per_s(size)
+        with Stopwatch() as clock:
+            cells = sampler.sample(start, seed=args.seed)
+        speed = clock.rates(size)
         yield {
             "what": "generation",
             "num_steps": steps,
@@ -146,23 +120,14 @@ def measure(task: Task, args: argparse.Namespace, attention: str) -> Iterator[Re
     known = torch.from_numpy(task.test.toarray())[:size]
     hidden = torch.from_numpy(task.hidden[15][:size])
     sampler = make_sampler("analytic", model, graph, NOISE, num_steps=64)
-    clock = Clock()
-    sampler.sample(known.masked_fill(hidden, graph.mask_token), seed=args.seed)
+    with Stopwatch() as clock:
+        sampler.sample(known.masked_fill(hidden, graph.mask_token), seed=args.seed)
     yield {
         "what": "imputation of 15 % by draws",
         "num_steps": 64,
         "cells": size,
-        **clock.cells_per_s(size),
+        **clock.rates(size),
     }
-
-
-def save(path: Path, entry: Record) -> None:
-    """Put an entry into the file in place of the one it repeats."""
-    entries = json.loads(path.read_text()) if path.exists() else []
-    key = ("data", "n_genes", "attention", "hidden_dim", "num_layers")
-    entries = [e for e in entries if any(e[k] != entry[k] for k in key)] + [entry]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def main() -> None:
@@ -200,7 +165,7 @@ def main() -> None:
             "versions": {name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn")},
             "records": records,
         }
-        save(args.output, entry)
+        write_result(args.output, with_record(args.output, entry, ("data", "n_genes", "attention", "hidden_dim", "num_layers")))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,6 @@ import contextlib
 import json
 import math
 import os
-import platform
-import resource
 import socket
 import statistics
 import subprocess
@@ -39,9 +37,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from common import RESULTS, machine, peak_mib, summary, write_result
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
@@ -93,8 +92,8 @@ def train(args: argparse.Namespace) -> Record:
                 raise Enough
 
     class Fed(trainer.SEDDTrainer):
-        def _make_loader(self) -> Any:
-            loader = super()._make_loader()
+        def _make_loader(self, *, loader_masks: bool) -> Any:
+            loader = super()._make_loader(loader_masks=loader_masks)
             return Memory(loader) if args.contest.startswith("memory") else loader
 
     trainer.Progress = Recorder  # type: ignore[misc]
@@ -227,7 +226,7 @@ def figures(args: argparse.Namespace, measured: list[Step], first: float, precis
     whole = [s for s, n in zip(seconds, cells, strict=True) if n == max(cells)]  # the last batch of an epoch is smaller
     median = statistics.median(whole)
     rate = sum(cells) / sum(seconds)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    memory = peak_mib()
     if args.device == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**20
     return {
@@ -301,16 +300,6 @@ def contest(name: str, args: argparse.Namespace, work: str) -> Record:
     return dict(first)
 
 
-def summarise(rounds: list[Record]) -> Record:
-    """Median and range of every figure over the rounds."""
-    result: Record = {}
-    for name in rounds[0]:
-        values = [one[name] for one in rounds]
-        middle = statistics.median(values)
-        result[name] = middle if min(values) == max(values) else {"median": middle, "range": [min(values), max(values)]}
-    return result
-
-
 def rate_ratio(found: dict[str, list[Record]], a: str, b: str) -> float | None:
     """Cells/s of one contestant over those of another in the same round, the median over rounds."""
     if a not in found or b not in found:
@@ -353,25 +342,6 @@ def requirements(found: dict[str, list[Record]], device: str) -> list[Record]:
         for what, value, sign, bound in asked
         if value is not None
     ]
-
-
-def machine(device: str) -> Record:
-    """What the figures were measured on."""
-    from machine import processor
-
-    name = processor()
-    if device == "cuda":
-        import torch
-
-        name = torch.cuda.get_device_name()
-    return {
-        "device": name,
-        "cores": len(os.sched_getaffinity(0)),
-        "two_cores_over_one": None if device == "cuda" else two_cores_over_one(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("torch", "accelerate", "numpy", "numba")},
-    }
 
 
 def two_cores_over_one() -> float | None:
@@ -440,7 +410,7 @@ def main() -> None:
     chosen = args.contests or [
         c for c in CONTESTS if args.device == "cpu" or c in ("loop", "memory", "loop_masks", "loop_full", "plain")
     ]
-    output = args.output or Path(__file__).parent / "results" / f"train_{args.device}.json"
+    output = args.output or RESULTS / f"train_{args.device}.json"
     found: dict[str, list[Record]] = {name: [] for name in chosen}
     settings = {name: getattr(args, name) for name in SETTINGS if name != "rounds"}
     if args.add:
@@ -460,18 +430,18 @@ def main() -> None:
                 shown = f"{one['cells_per_s']:.4g} cells/s, wait {one['wait_share']:.2%}, {one['median_step_ms']:.4g} ms a step"
                 print(f"round {turn + 1}, {name}: {shown}", flush=True)
     content = {
-        "machine": machine(args.device),
+        "machine": machine(("torch", "accelerate", "numpy", "numba"), args.device),
+        "two_cores_over_one": None if args.device == "cuda" else two_cores_over_one(),
         "data": Path(args.data).name,
         "settings": settings,
         "seconds": taken + round(time.time() - began),
         "requirements": requirements(found, args.device),
         "two_runs_apart_over_one": rate_ratio(found, "loop_apart", "loop_1core"),
         "two_processes_over_two_runs_apart": rate_ratio(found, "loop_2procs", "loop_apart"),
-        "contestants": {name: summarise(rounds) for name, rounds in found.items()},
+        "contestants": {name: summary(rounds) for name, rounds in found.items()},
         "rounds": found,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n")
+    write_result(output, content)
     for one in content["requirements"]:
         print(f"{one['what']}: {one['found']:.3g} (required {one['required']}) {'met' if one['met'] else 'NOT MET'}")
 

@@ -8,16 +8,16 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from sedd.errors import UserError
 from sedd.io.files import new_file
-from sedd.metrics.table import METRICS, SECTIONS, better_text, reading, section_reading
+from sedd.metrics.table import METRICS, SECTIONS, better_text, format_value, metric_label, reading, section_reading
 from sedd.report.figures import (
     calibration,
     cell_map,
@@ -33,8 +33,7 @@ from sedd.report.figures import (
     umap_is_installed,
     validation_nelbo,
 )
-from sedd.report.style import CSS
-from sedd.report.tables import glance_table, section_table, settings_tables
+from sedd.report.tables import better, glance_rows, section_table, setting_text, settings_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +93,12 @@ class ReportData:
 
 @dataclass(frozen=True)
 class _Plot:
-    """A figure to be: its file name, section, caption, and how to draw it."""
+    """A figure to be: its file name, section, caption, and what makes it."""
 
     name: str
     section: str
     caption: str
-    draw: Callable[[], Figure | None]
+    make: Callable[[], Figure | None]
 
 
 def _plots(data: ReportData, umap: bool) -> Iterator[_Plot]:
@@ -223,15 +222,16 @@ def write_report(path: str | os.PathLike[str], data: ReportData, *, umap: bool =
         page = page / "report.html"
     folder = page.parent / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    gallery: dict[str, list[str]] = {}
+    figures: dict[str, list[dict[str, str]]] = {}
     with style():
         for plot in _plots(data, umap):
-            figure = plot.draw()
+            figure = plot.make()
             if figure is not None:
                 svg = _save(figure, folder / f"{plot.name}.svg")
-                gallery.setdefault(plot.section, []).append(_figure_html(plot, svg))
+                shown = {"name": plot.name, "caption": plot.caption, "svg": base64.b64encode(svg).decode("ascii")}
+                figures.setdefault(plot.section, []).append(shown)
     with new_file(page) as file:
-        file.write(_page(data, gallery).encode("utf-8"))
+        file.write(_page(data, figures).encode("utf-8"))
     return page
 
 
@@ -241,12 +241,6 @@ def _save(figure: Figure, path: Path) -> bytes:
     with new_file(path) as file:
         file.write(vector.getvalue())
     return vector.getvalue()
-
-
-def _figure_html(plot: _Plot, svg: bytes) -> str:
-    source = "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
-    caption = escape(plot.caption)
-    return f'<figure id="{plot.name}"><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
 def summary(data: ReportData) -> str:
@@ -299,28 +293,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
-def _page(data: ReportData, gallery: Mapping[str, Sequence[str]]) -> str:
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in data.notes)
-    sections, links = [], []
-    found = [*SECTIONS, *(name for name in data.metrics if name not in SECTIONS)]
-    for name in found:
+def _page(data: ReportData, figures: Mapping[str, Sequence[dict[str, str]]]) -> str:
+    sections = []
+    for name in [*SECTIONS, *(name for name in data.metrics if name not in SECTIONS)]:
         rows = data.metrics.get(name, {})
-        said = section_reading(name, rows)
-        how = f'<p class="how">{escape(said)}</p>' if said else ""
-        table = section_table(rows) if rows else ""
-        plots = f'<div class="gallery">{"".join(gallery[name])}</div>' if name in gallery else ""
-        if table or plots:
-            title = SECTIONS.get(name, name)
-            sections.append(f'<section id="{escape(name)}"><h2>{escape(title)}</h2>{how}{plots}{table}</section>')
-            links.append((name, title))
-    glance = glance_table(data.metrics)
-    navigation = "".join(
-        f'<a href="#{escape(name)}">{escape(title)}</a>' for name, title in [*links, ("run", "What was run")]
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(data.title)}</title><style>{CSS}</style></head><body><header><h1>{escape(data.title)}</h1>"
-        f'<p class="lead">{escape(summary(data))}</p>{notes}<nav>{navigation}</nav></header><main>'
-        f"{glance}{''.join(sections)}{settings_tables(data.settings)}</main></body></html>\n"
+        if rows or name in figures:
+            how = section_reading(name, rows)
+            found = {"name": name, "title": SECTIONS.get(name, name), "how": how, "figures": figures.get(name, ())}
+            sections.append({**found, "table": section_table(rows)})
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    pages.filters |= {"value": format_value, "metric_label": metric_label, "better": better, "setting": setting_text}
+    return pages.get_template("page.html.jinja").render(
+        title=data.title,
+        summary=summary(data),
+        notes=data.notes,
+        glance=glance_rows(data.metrics),
+        sections=sections,
+        settings=settings_groups(data.settings),
     )

@@ -35,7 +35,7 @@ class Reader:
         self.dataset = dataset
         self.shape: tuple[int, ...] = dataset.shape
         self.dtype: np.dtype[Any] = dataset.dtype.newbyteorder("=")
-        self._fd = fd if fd is not None and _is_native(dataset) else None
+        self._fd = fd if fd is not None and _is_native(dataset) and _lies_in(dataset, fd) else None
         self._offset: int | None = None
         self._chunks: dict[int, tuple[int, int, int]] = {}
         self._filters: list[int] = []
@@ -143,6 +143,14 @@ def _is_native(dataset: h5py.Dataset) -> bool:
     """Whether the bytes in the file are those of the numpy dtype, so that no conversion is needed."""
     dtype = dataset.dtype
     return bool(dtype.isnative and dtype.kind in "iuf" and dataset.id.get_type().equal(h5py.h5t.py_create(dtype)))
+
+
+def _lies_in(dataset: h5py.Dataset, fd: int) -> bool:
+    """Whether the dataset is in the file that `fd` is of: an external link leads into another one."""
+    try:
+        return os.path.samestat(os.stat(dataset.file.filename), os.fstat(fd))
+    except OSError:
+        return False
 
 
 def _pread_into(fd: int | None, out: np.ndarray, offset: int) -> None:

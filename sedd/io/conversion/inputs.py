@@ -23,7 +23,7 @@ from sedd.io.format.codec import keep_freed_memory
 from sedd.io.h5ad import H5ad, Matrix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that what is held open is held for one plan
 class Plan:
     """What a conversion does, as written to `plan.json`.
 
@@ -95,14 +95,9 @@ class Source(NamedTuple):
     places: np.ndarray | None
 
 
-def open_source(folder: str, number: int) -> Source:
-    """Open input `number`, once for all tasks of this process."""
-    return _open_source(folder, number, _stamp(folder))
-
-
 @lru_cache(maxsize=64)
-def _open_source(folder: str, number: int, _: tuple[int, int]) -> Source:
-    plan = load_plan(folder)
+def open_source(folder: str, plan: Plan, number: int) -> Source:
+    """Open input `number`, once for all tasks of this process."""
     keep_freed_memory()
     path, layer, raw = plan.sources[number]
     file = H5ad(path)
@@ -120,7 +115,7 @@ def _open_source(folder: str, number: int, _: tuple[int, int]) -> Source:
 def close_inputs() -> None:
     """Drop what `load_plan` and `open_source` hold."""
     _load_plan.cache_clear()
-    _open_source.cache_clear()
+    open_source.cache_clear()
 
 
 class Block(NamedTuple):
@@ -133,9 +128,9 @@ class Block(NamedTuple):
     untidy: bool
 
 
-def read_rows(folder: str, src: Source, lo: int, hi: int) -> Block:
+def read_rows(plan: Plan, src: Source, lo: int, hi: int) -> Block:
     """Read rows `lo:hi` of CSR input, checking and narrowing each piece while it is in the processor's cache."""
-    plan, matrix = load_plan(folder), src.matrix
+    matrix = src.matrix
     start, stop = int(matrix.indptr[lo]), int(matrix.indptr[hi])
     indptr = matrix.indptr[lo : hi + 1] - start
     indices = np.empty(stop - start, index_dtype(matrix.shape[1]))

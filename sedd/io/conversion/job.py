@@ -182,10 +182,10 @@ class Job:
 
         if notes["summed"]:
             warn_user(f"{self.paths[0]}: {notes['summed']} entries repeat a cell and gene; they were summed.")
-        gathered = Gathered(self.folder)
+        gathered = Gathered(self.folder, plan)
         gathered.rounded += notes["rounded"]
         group = publish.open_begun(self.folder)
-        publish.build(group, self.folder, self.runner, gathered)
+        publish.build(group, self.folder, self.runner, gathered, plan)
         self._keep_layers()
         tables.write_added(group, plan, gathered, self.records())
         publish.check(self.folder, self.runner, gathered)
@@ -313,13 +313,13 @@ class Job:
         notes = {"rounded": 0, "summed": 0}
         write_tables: Callable[[], None] | None = self._write_tables
         if not plan.direct:
-            todo = [k for k in range(len(plan.spans)) if not os.path.exists(f"{spill.window_path(self.folder, k)}.npz")]
+            todo = [k for k in range(len(plan.spans)) if not os.path.exists(f"{spill.span_path(self.folder, k)}.npz")]
             tasks = [(self.folder, k) for k in todo]
             sizes = [plan.n_obs / len(plan.spans)] * len(todo)
-            self.runner.run(spill.scatter_window, tasks, sizes, title="read", meanwhile=write_tables)
-            notes = spill.index_windows(self.folder)
+            self.runner.run(spill.scatter_span, tasks, sizes, title="read", meanwhile=write_tables)
+            notes = spill.index_spans(self.folder, plan)
             write_tables = None
-        number = n_shards(shard.n_entries(self.folder))
+        number = n_shards(shard.n_entries(self.folder, plan))
         todo = [k for k in range(number) if not os.path.exists(shard.result_path(self.folder, k))]
         sizes = [plan.n_obs / max(1, number)] * len(todo)
         self.runner.run(shard.make_shard, [(self.folder, k) for k in todo], sizes, title="convert", meanwhile=write_tables)

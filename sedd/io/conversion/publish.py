@@ -12,7 +12,7 @@ import zarr
 
 from sedd.errors import warn_user
 from sedd.io.conversion.counts import TOLERANCE, dense_rows, index_dtype, to_counts
-from sedd.io.conversion.inputs import Plan, load_plan
+from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.runner import TaskRunner
 from sedd.io.conversion.shard import array_path, widen_shard
 from sedd.io.conversion.statistics import Gathered
@@ -52,11 +52,10 @@ def open_begun(folder: str) -> zarr.Group:
     return zarr.open_group(f"{folder}/store", mode="a", zarr_format=3)
 
 
-def build(group: zarr.Group, folder: str, runner: TaskRunner, gathered: Gathered) -> None:
+def build(group: zarr.Group, folder: str, runner: TaskRunner, gathered: Gathered, plan: Plan) -> None:
     """Make X in `group` from the shards in `folder`."""
     narrow = [k for k, dtype in enumerate(gathered.dtypes) if dtype != gathered.dtype]
     runner.run(widen_shard, [(folder, k, gathered.dtype.name) for k in narrow], [0] * len(narrow), title="widen")
-    plan = load_plan(folder)
     for name, dtype in (("data", gathered.dtype), ("indices", index_dtype(plan.n_vars))):
         for number in range(n_shards(gathered.n)):
             made = array_path(folder, number, name, dtype)

@@ -52,9 +52,8 @@ class Run(NamedTuple):
     rounded: int
 
 
-def n_entries(folder: str) -> int:
+def n_entries(folder: str, plan: Plan) -> int:
     """Entries of the store; those of a spill are known when all of it is written."""
-    plan = load_plan(folder)
     return plan.entries[-1] if plan.direct else int(first_entries(folder)[-1])
 
 
@@ -77,15 +76,15 @@ def make_shard(folder: str, number: int) -> None:
     Raises
     ------
     UntidyError
-        If the input must take the road through the spill.
+        If the input must go through the spill.
     UserError
         At the first value or index that is not right.
     """
     plan = load_plan(folder)
-    road = _Input(folder, plan, number) if plan.direct else _Spill(folder, plan, number)
+    source = _Input(folder, plan, number) if plan.direct else _Spill(folder, plan, number)
     while True:
         try:
-            return _make(folder, number, road, _value_dtype(folder, plan))
+            return _make(folder, plan, number, source, _value_dtype(folder, plan))
         except _TooNarrowError:  # it has left a mark, so that this and all later shards begin wider
             continue
 
@@ -93,7 +92,7 @@ def make_shard(folder: str, number: int) -> None:
 def _value_dtype(folder: str, plan: Plan) -> np.dtype[Any]:
     """The type to begin a shard with."""
     if not plan.direct or plan.settings["values"] == "real":
-        return value_dtype(folder) if not plan.direct else np.dtype(np.float32)
+        return value_dtype(folder, plan) if not plan.direct else np.dtype(np.float32)
     for kind in (np.uint32, np.uint16):
         if os.path.exists(_wide_path(folder, np.dtype(kind))):
             return np.dtype(kind)
@@ -104,18 +103,18 @@ def _wide_path(folder: str, dtype: np.dtype[Any]) -> str:
     return f"{folder}/shards/{dtype.name}"
 
 
-def _make(folder: str, number: int, road: _Input | _Spill, dtype: np.dtype[Any]) -> None:
-    plan, n = load_plan(folder), n_entries(folder)
-    row, n_rows = road.rows()
+def _make(folder: str, plan: Plan, number: int, source: _Input | _Spill, dtype: np.dtype[Any]) -> None:
+    n = n_entries(folder, plan)
+    row, n_rows = source.rows()
     counter = Tallier(n_rows, plan.n_vars, real=dtype.kind == "f")
-    counter.follow(road.index_before())
+    counter.follow(source.index_before())
     rounded = size = 0
     with ExitStack() as stack:
         pens = []
         for name, kind in (("data", dtype), ("indices", index_dtype(plan.n_vars))):
             file = stack.enter_context(new_file(array_path(folder, number, name, kind)))
             pens.append(Pen(file, Encoder(name, kind, plan.settings["codec"]), shard_length(n) // CHUNK))
-        for run in road.runs(dtype):
+        for run in source.runs(dtype):
             check_stopped()
             if run.values.dtype != dtype:
                 Path(_wide_path(folder, run.values.dtype)).touch()
@@ -131,16 +130,16 @@ def _make(folder: str, number: int, road: _Input | _Spill, dtype: np.dtype[Any])
     save_arrays(result_path(folder, number), row=row, n=size, dtype=dtype.name, rounded=rounded, **counter.result()._asdict())
 
 
-class _Road:
+class _Entries:
     """Where the entries of a shard come from."""
 
     def __init__(self, folder: str, plan: Plan, number: int) -> None:
         self.folder, self.plan = folder, plan
-        n = n_entries(folder)
+        n = n_entries(folder, plan)
         self.begin, self.end = number * shard_length(n), min(n, (number + 1) * shard_length(n))
 
 
-class _Input(_Road):
+class _Input(_Entries):
     """Straight from tidy CSR input."""
 
     def __init__(self, folder: str, plan: Plan, number: int) -> None:
@@ -149,7 +148,7 @@ class _Input(_Road):
         for source, base in enumerate(plan.entries[:-1]):
             lo, hi = max(self.begin, base) - base, min(self.end, plan.entries[source + 1]) - base
             if lo < hi:
-                indptr = open_source(folder, source).matrix.indptr
+                indptr = open_source(folder, plan, source).matrix.indptr
                 first, last = row_of(indptr, lo), int(np.searchsorted(indptr, hi))
                 self.stretches.append((source, lo, hi, first, last))
 
@@ -162,13 +161,13 @@ class _Input(_Road):
     def index_before(self) -> int:
         """Index of the entry before the first, -1 if that begins a cell."""
         source, lo, _, first, _ = self.stretches[0]
-        matrix = open_source(self.folder, source).matrix
+        matrix = open_source(self.folder, self.plan, source).matrix
         return int(matrix.indices.read(lo - 1, lo)[0]) if lo > matrix.indptr[first] else -1
 
     def runs(self, dtype: np.dtype[Any]) -> Iterator[Run]:
         """The entries; counts as `dtype`, or wider where they need it."""
         for source, lo, hi, first, last in self.stretches:
-            src = open_source(self.folder, source)
+            src = open_source(self.folder, self.plan, source)
             indptr, row = src.matrix.indptr, self.plan.offsets[source] + first
             for at, raw_indices, raw in src.matrix.entries(lo, hi, self.plan.block):
                 indices = check_indices(src, raw_indices, 0, indptr, at)
@@ -184,7 +183,7 @@ def _place(indptr: np.ndarray, indices: np.ndarray, at: int, k: int) -> tuple[in
     return row_of(indptr, at + k), int(indices[k])
 
 
-class _Spill(_Road):
+class _Spill(_Entries):
     """From the spill; its methods are those of `_Input`."""
 
     def __init__(self, folder: str, plan: Plan, number: int) -> None:
@@ -203,7 +202,7 @@ class _Spill(_Road):
 
     def runs(self, dtype: np.dtype[Any]) -> Iterator[Run]:
         for part in self.parts:
-            indptr, indices, values = gather_part(self.folder, part, dtype)
+            indptr, indices, values = gather_part(self.folder, self.plan, part, dtype)
             at = int(self.first[part])
             own = slice(max(self.begin - at, 0), min(self.end - at, values.size))
             if own.start < own.stop:
@@ -212,7 +211,8 @@ class _Spill(_Road):
 
 def widen_shard(folder: str, number: int, dtype: str) -> None:
     """Encode the values of a shard again in a wider type, which another shard turned out to need; a task."""
-    plan, n, wide = load_plan(folder), n_entries(folder), np.dtype(dtype)
+    plan = load_plan(folder)
+    n, wide = n_entries(folder, plan), np.dtype(dtype)
     with np.load(result_path(folder, number)) as result:
         arrays = dict(result)
     was = np.dtype(str(arrays["dtype"]))

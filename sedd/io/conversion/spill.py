@@ -1,8 +1,8 @@
 """Deal entries of the input out to the parts of the store, through files of bounded size.
 
 Cells that are shuffled, genes that are matched, and input that is dense, CSC or untidy take this road. A *part* is a run of
-consecutive cells of the store. `scatter_window` reads one stretch of input and writes its entries sorted by part (the *spill*);
-`gather_part` reads what all windows hold for one part.
+consecutive cells of the store. `scatter_span` reads one stretch of input and writes its entries sorted by part (the *spill*);
+`gather_part` reads what all spans hold for one part.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from sedd.io.files import new_file, save_arrays
 from sedd.kernels.gather import take_rows
 
 ALIGN = 8
-"""Every array of a piece begins at a multiple of this many bytes."""
+"""Every array of a share begins at a multiple of this many bytes."""
 
 
-def window_path(folder: str, number: int) -> str:
-    """Stem of the files of window `number`: `.npz` (written last) and `.bin`."""
+def span_path(folder: str, number: int) -> str:
+    """Stem of the files of span `number`: `.npz` (written last) and `.bin`."""
     return f"{folder}/spill/{number:06d}"
 
 
-def scatter_window(folder: str, number: int) -> None:
+def scatter_span(folder: str, number: int) -> None:
     """Deal the entries of one stretch of input out to the parts they belong to."""
     plan = load_plan(folder)
     source, lo, hi = plan.spans[number]
-    columns = open_source(folder, source).matrix.layout == "csc"
+    columns = open_source(folder, plan, source).matrix.layout == "csc"
     rows, lengths, indices, values, row_cuts, entry_cuts, notes = (_scatter_columns if columns else _scatter_rows)(
         plan, folder, source, lo, hi
     )
     if values.dtype.kind != "f":
         notes["largest"] = int(values.max()) if values.size else 0
         values = values.astype(count_dtype(notes["largest"]), copy=False)
-    stem = window_path(folder, number)
+    stem = span_path(folder, number)
     with new_file(f"{stem}.bin") as file:
         for part in range(plan.n_parts):
             r, e = slice(*row_cuts[part : part + 2]), slice(*entry_cuts[part : part + 2])
@@ -57,7 +57,7 @@ def scatter_window(folder: str, number: int) -> None:
 
 def _scatter_rows(plan: Plan, folder: str, source: int, lo: int, hi: int):  # type: ignore[no-untyped-def]
     """Rows of CSR or dense input: each goes whole to one part."""
-    src = open_source(folder, source)
+    src = open_source(folder, plan, source)
     if src.matrix.layout == "dense":
         indptr, raw_indices, raw_values = dense_rows(src.matrix.read_dense(lo, hi))
         indices = check_indices(src, raw_indices, lo, indptr)
@@ -66,7 +66,7 @@ def _scatter_rows(plan: Plan, folder: str, source: int, lo: int, hi: int):  # ty
         values, rounded, untidy = counts.values, counts.n_rounded, counts.n_zero > 0
         del raw_indices, raw_values
     else:
-        indptr, indices, values, rounded, untidy = read_rows(folder, src, lo, hi)
+        indptr, indices, values, rounded, untidy = read_rows(plan, src, lo, hi)
     summed = 0
     if src.genes is not None or untidy:
         indptr, indices, values, summed = clean_rows(indptr, indices, values, plan.n_vars, src.genes)
@@ -81,7 +81,7 @@ def _scatter_rows(plan: Plan, folder: str, source: int, lo: int, hi: int):  # ty
 
 def _scatter_columns(plan: Plan, folder: str, source: int, lo: int, hi: int):  # type: ignore[no-untyped-def]
     """Columns of CSC input: each entry finds its part by itself."""
-    src = open_source(folder, source)
+    src = open_source(folder, plan, source)
     indptr, raw_rows, raw_values = src.matrix.read_major(lo, hi)
     rows = check_indices(src, raw_rows, lo, indptr)
     counts = take_values(plan, src, raw_values, np.dtype(plan.narrow), lambda k: (int(rows[k]), row_of(indptr, k) + lo))
@@ -97,21 +97,20 @@ def _scatter_columns(plan: Plan, folder: str, source: int, lo: int, hi: int):  #
     return local, np.empty(0, np.uint32), indices, values, cuts, cuts, {"rounded": rounded, "summed": summed}
 
 
-def index_windows(folder: str) -> dict[str, int]:
-    """Collect the tables of all windows, once all are written, into files that tasks map.
+def index_spans(folder: str, plan: Plan) -> dict[str, int]:
+    """Collect the tables of all spans, once all are written, into files that tasks map.
 
     Returns
     -------
     notes : how many values were "rounded", and entries "summed"
     """
-    plan = load_plan(folder)
     cuts = np.zeros((len(plan.spans), plan.n_parts + 1, 2), np.int64)
     kinds = np.zeros(len(plan.spans), np.dtype([("dtype", "U4"), ("runs", np.bool_), ("largest", np.int64)]))
     notes = {"rounded": 0, "summed": 0}
-    for window in range(len(plan.spans)):
-        with np.load(f"{window_path(folder, window)}.npz") as meta:
-            cuts[window, :, 0], cuts[window, :, 1] = meta["row_cuts"], meta["entry_cuts"]
-            kinds[window] = str(meta["dtype"]), bool(meta["runs"]), int(meta["largest"]) if "largest" in meta else 0
+    for span in range(len(plan.spans)):
+        with np.load(f"{span_path(folder, span)}.npz") as meta:
+            cuts[span, :, 0], cuts[span, :, 1] = meta["row_cuts"], meta["entry_cuts"]
+            kinds[span] = str(meta["dtype"]), bool(meta["runs"]), int(meta["largest"]) if "largest" in meta else 0
             notes["rounded"] += int(meta["rounded"])
             notes["summed"] += int(meta["summed"])
     entries = np.diff(cuts[:, :, 1], axis=1).sum(axis=0)
@@ -136,29 +135,29 @@ def first_entries(folder: str) -> np.ndarray:
     return _tables(folder)[2]
 
 
-def value_dtype(folder: str) -> np.dtype:
+def value_dtype(folder: str, plan: Plan) -> np.dtype:
     """The narrowest type that holds all values of the spill."""
-    if load_plan(folder).settings["values"] == "real":
+    if plan.settings["values"] == "real":
         return np.dtype(np.float32)
     return count_dtype(int(_tables(folder)[1]["largest"].max()))
 
 
 def close_spill() -> None:
-    """Drop what `read_piece` holds."""
+    """Drop what `read_share` holds."""
     _load_tables.cache_clear()
 
 
-def read_piece(folder: str, window: int, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What `window` holds for `part`: local rows, lengths of their runs (empty: one entry each), indices, values."""
+def read_share(folder: str, plan: Plan, span: int, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `span` holds for `part`: local rows, lengths of their runs (empty: one entry each), indices, values."""
     cuts, kinds, _ = _tables(folder)
-    table = np.asarray(cuts[window, : part + 2])
+    table = np.asarray(cuts[span, : part + 2])
     n_rows, n_entries = np.diff(table, axis=0).T
-    index = index_dtype(load_plan(folder).n_vars)
-    value = np.dtype(str(kinds[window]["dtype"]))
-    runs = bool(kinds[window]["runs"])
+    index = index_dtype(plan.n_vars)
+    value = np.dtype(str(kinds[span]["dtype"]))
+    runs = bool(kinds[span]["runs"])
     widths = (4 * n_rows, 4 * n_rows * runs, value.itemsize * n_entries, index.itemsize * n_entries)
     sizes = np.stack([-(-width // ALIGN) * ALIGN for width in widths])
-    raw = np.fromfile(f"{window_path(folder, window)}.bin", np.uint8, int(sizes[:, part].sum()), offset=int(sizes[:, :part].sum()))
+    raw = np.fromfile(f"{span_path(folder, span)}.bin", np.uint8, int(sizes[:, part].sum()), offset=int(sizes[:, :part].sum()))
     starts = np.cumsum(sizes[:, part]) - sizes[:, part]
     counts = (n_rows[part], n_rows[part] * runs, n_entries[part], n_entries[part])
     dtypes = (np.dtype(np.uint32), np.dtype(np.uint32), value, index)
@@ -169,20 +168,19 @@ def read_piece(folder: str, window: int, part: int) -> tuple[np.ndarray, np.ndar
     return rows, lengths, indices, values
 
 
-def gather_part(folder: str, number: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Put part `number` together from what the windows hold for it: tidy CSR, `indptr` from 0, values as `dtype`."""
-    plan = load_plan(folder)
+def gather_part(folder: str, plan: Plan, number: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Put part `number` together from what the spans hold for it: tidy CSR, `indptr` from 0, values as `dtype`."""
     n_rows = min(plan.step, plan.n_obs - number * plan.step)
-    pieces = [read_piece(folder, window, number) for window in range(len(plan.spans))]
+    shares = [read_share(folder, plan, span, number) for span in range(len(plan.spans))]
     counts = np.zeros(n_rows, np.int64)
-    for rows, lengths, _, _ in pieces:
+    for rows, lengths, _, _ in shares:
         counts += np.bincount(rows, lengths if lengths.size else None, n_rows).astype(np.int64)
     indptr = np.concatenate([[0], np.cumsum(counts)])
     indices, values = np.empty(indptr[-1], index_dtype(plan.n_vars)), np.empty(indptr[-1], dtype)
     cursor = indptr[:-1].copy()
-    for rows, lengths, own_indices, own_values in pieces:
+    for rows, lengths, own_indices, own_values in shares:
         place_runs(cursor, rows, lengths, (own_indices, own_values), (indices, values))
-    del pieces
+    del shares
     if first_disorder(indptr, indices) >= 0:  # columns whose genes changed order
         indptr, indices, wide, _ = clean_rows(indptr, indices, values, plan.n_vars, None)
         values = wide.astype(dtype)

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 from scipy import sparse
 
-from sedd.io.conversion.inputs import load_plan
+from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.shard import n_entries, result_path
 from sedd.io.format.histogram import KeyCounter, with_zeros
 from sedd.io.format.shards import n_shards
@@ -26,10 +26,9 @@ class Gathered:
     histogram : (n_vars, max + 1) of counts, None for real values
     """
 
-    def __init__(self, folder: str) -> None:
-        plan = load_plan(folder)
+    def __init__(self, folder: str, plan: Plan) -> None:
         real_values = plan.settings["values"] == "real"
-        self.n, self.n_obs = n_entries(folder), plan.n_obs
+        self.n, self.n_obs = n_entries(folder, plan), plan.n_obs
         self.row_nnz, self.hashes = np.zeros(self.n_obs, np.int32), np.zeros(self.n_obs, np.uint64)
         self.total = np.zeros(self.n_obs, np.float64 if real_values else np.int64)
         self.largest = np.full(self.n_obs, -np.inf, np.float32) if real_values else np.zeros(self.n_obs, np.uint32)

@@ -127,7 +127,7 @@ def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_resume_reads_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: bool) -> None:
     in_small_pieces(monkeypatch)
     source = write(tmp_path / "a.h5ad", counts(200, 60))
-    name = "scatter_window" if shuffle else "make_shard"
+    name = "scatter_span" if shuffle else "make_shard"
     module = spill if shuffle else shard
     real = getattr(module, name)
     seen: list[int] = []

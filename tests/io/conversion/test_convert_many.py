@@ -57,7 +57,7 @@ def test_inputs_are_joined_by_gene_name(
 
 
 def test_one_input_in_its_own_order_takes_the_short_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sedd.io.conversion.spill.scatter_window", None)
+    monkeypatch.setattr("sedd.io.conversion.spill.scatter_span", None)
     paths = [write(tmp_path / f"{k}.h5ad", counts(seed=k)) for k in range(2)]
     store = convert(paths, tmp_path / "o.zarr", progress=False)
     np.testing.assert_array_equal(

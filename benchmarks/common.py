@@ -1,0 +1,131 @@
+"""What the benchmarks share: clocks, the machine, contestants in processes of their own, summaries, results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sedd import metrics as m
+from sedd.binning import Binning, smoothed_log_shares
+from sedd.io.files import new_file
+from sedd.model import SEDDTransformer
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("numba", "numpy", "torch", "zarr", "numcodecs", "anndata", "dask")
+
+
+class Stopwatch:
+    """Seconds on the wall and of the processor while it runs; they differ where other programs run.
+
+    It runs inside its `with`, several times if need be, and their seconds add up.
+    """
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._began = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.wall += time.perf_counter() - self._began[0]
+        self.cpu += time.process_time() - self._began[1]
+
+    def rates(self, n: int) -> dict[str, float]:
+        """Cells a second, n of them, by either time."""
+        return {"cells_per_s": round(n / self.wall, 3), "cells_per_cpu_s": round(n / self.cpu, 3)}
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
+def machine(packages: Sequence[str] = PACKAGES, device: str = "cpu") -> dict[str, Any]:
+    """Processor or GPU, cores, load and versions."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def peak_mib() -> int:
+    """The most memory that this process has held."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used >> (20 if sys.platform == "darwin" else 10)
+
+
+def in_process(words: list[str], timeout: float | None = None) -> dict[str, Any]:
+    """Run a contestant and read the JSON on its last line."""
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median and range of every figure over the rounds; what is no figure, or never differs, as it is."""
+    result: dict[str, Any] = {}
+    for name, first in rounds[0].items():
+        values = [one[name] for one in rounds]
+        if isinstance(first, dict):
+            result[name] = summary(values)
+        elif isinstance(first, (int, float)) and any(value != first for value in values):
+            result[name] = {"median": statistics.median(values), "range": [min(values), max(values)]}
+        else:
+            result[name] = first
+    return result
+
+
+def median(figure: Any) -> float:
+    """The median of a figure that `summary` made."""
+    return float(figure["median"] if isinstance(figure, dict) else figure)
+
+
+def write_result(path: Path, content: Any) -> None:
+    """Write a result as JSON, whole or not at all; not-a-number is allowed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def with_record(path: Path, record: dict[str, Any], key: Sequence[str], within: str | None = None) -> list[dict[str, Any]]:
+    """The records of a result, under `within` in it, with one more in place of that which it repeats by `key`."""
+    old = json.loads(path.read_text()) if path.exists() else []
+    records = (old[within] if old else []) if within else old
+    return [r for r in records if any(r[k] != record[k] for k in key)] + [record]
+
+
+def new_model(train: Any, n_bins: int, sizes: Any, **settings: Any) -> SEDDTransformer:
+    """A model that starts at the marginals of training counts; `sizes` has its hidden_dim, num_layers, num_heads and seed."""
+    torch.manual_seed(sizes.seed)
+    histogram = m.count_histogram(train, n_bins).astype(np.float64)
+    falloff = Binning("identity", n_bins, None, np.arange(n_bins)).falloff
+    return SEDDTransformer(
+        train.shape[1],
+        n_bins,
+        hidden_dim=sizes.hidden_dim,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        log_marginals=torch.from_numpy(smoothed_log_shares(histogram, falloff)),
+        **settings,
+    )
