@@ -1,9 +1,14 @@
-"""The commands of `sedd` besides `train`: a dataclass each, whose fields are its flags."""
+"""The commands of `sedd` besides `train`: a dataclass each, whose fields are its flags.
+
+A setting that several commands have is a field of a class that they share. A command passes its settings by the signature
+of the function that it calls (`given`), so nothing here lists them a second time.
+"""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +21,24 @@ from sedd.processes import is_main
 if TYPE_CHECKING:
     import anndata as ad
 
-Output = Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    from sedd.inference.pretrained import Pretrained
+
+
+def given(command: Any, function: Callable[..., Any], **instead: Any) -> dict[str, Any]:
+    """Choose those settings of a command that a function takes.
+
+    Parameters
+    ----------
+    command
+        A dataclass. A field that is None is left to the default of the function.
+    function
+        Its parameters name the fields to pass.
+    instead
+        Values in place of those of the fields, or for parameters that no field is named after.
+    """
+    taken = inspect.signature(function).parameters
+    named = {field.name for field in fields(command)} & taken.keys() - instead.keys()
+    return {name: value for name in named if (value := getattr(command, name)) is not None} | instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +76,7 @@ class Convert:
     values: Literal["counts", "real"] = "counts"
     """counts: whole numbers, anything else is an error. real: keep real values as float32."""
     resume: bool = False
-    """Go on with a conversion that was stopped."""
+    """Resume a conversion that was interrupted."""
     overwrite: bool = False
     """Replace an existing output."""
     dry_run: bool = False
@@ -67,11 +89,7 @@ class Convert:
         if len(self.paths) < 2:
             raise UserError("expected INPUT.h5ad [INPUT2.h5ad ...] OUTPUT.zarr; found fewer than two paths.")
         *inputs, output = self.paths
-        settings: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "paths"}
-        settings["obs"], settings["keep_layers"] = list(self.obs) or None, list(self.keep_layers)
-        if self.codec is None:
-            del settings["codec"]
-        store = convert(list(inputs), output, **settings)
+        store = convert(**given(self, convert, inputs=inputs, output=output, obs=list(self.obs) or None))
         if store is not None:
             print(f"{output}: {store.n_obs} cells x {store.n_vars} genes, {store.nnz} counts as {store.dtype}")
         return 0
@@ -117,78 +135,113 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Impute:
-    """Predict unobserved genes of cells from their observed ones."""
+class _OfModel:
+    """What a command is given that uses a model."""
 
     checkpoint: Positional[str]
     """A checkpoint or an experiment directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfCells(_OfModel):
+    """What it is given if it applies the model to cells."""
+
     data: Positional[str]
     """An .h5ad or a .zarr store of counts."""
-    output: Output
-    """The .h5ad or .zarr to write, a block of cells at a time."""
-    predict: tuple[str, ...] = ()
-    """Genes to predict in every cell."""
-    hide: float = 0.0
-    """Share of each cell's genes to hide and predict, to see how well it works; with neither, zeros are predicted."""
     cells: Literal["all", "train", "val"] = "all"
     """Which cells, for the data that the model was trained on."""
     layer: str | None = None
     """Take counts from this layer instead of X."""
-    num_samples: int = 0
-    """Also draw joint samples of the hidden genes, into layers sedd_sample_0, ..., sedd_mean and sedd_std."""
-    num_steps: int = 64
-    """Steps of the sampler that draws them."""
-    sampler: Literal["analytic", "euler"] = "analytic"
-    """Reverse process that draws them."""
-    new_genes: tuple[str, ...] = ()
-    """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
-    gene_embeddings: str | None = None
-    """Vectors of the new genes, for a model trained with --gene_embeddings."""
-    batch_size: int = 64
-    """Cells at a time."""
-    seed: int = 0
-    """Seed of the hidden genes and the samples."""
-    resume: bool = False
-    """Go on with an output that this command began and did not finish."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Makes:
+    """What it is given if it makes something."""
+
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """The .h5ad or .zarr to write, a block of cells at a time."""
     overwrite: bool = False
     """Replace an existing output."""
+    batch_size: int = 64
+    """Cells at a time."""
 
-    def run(self) -> int:
-        """Impute and write."""
-        check_output(self.output, self.overwrite, self.resume)
-        from sedd.tasks import impute
 
-        names = (
-            "predict",
-            "hide",
-            "cells",
-            "layer",
-            "num_samples",
-            "num_steps",
-            "sampler",
-            "batch_size",
-            "seed",
-            "output",
-            "resume",
-        )
-        _say_written(impute(_with_new_genes(self), self.data, **_given(self, *names)), self.output)
+@dataclass(frozen=True, kw_only=True)
+class _Writes(_Makes):
+    """What it is given if it writes cells."""
+
+    resume: bool = False
+    """Resume an output that this command left unfinished."""
+
+    def check(self) -> None:
+        """Refuse an output that cannot be made, before any work is done."""
+        from sedd.inference.output_parts import check_output
+
+        check_output(self.output, overwrite=self.overwrite, resume=self.resume)
+
+    def write(self, function: Callable[..., ad.AnnData], **instead: Any) -> int:
+        """Call the function that makes the output, and say what was made."""
+        made = function(**given(self, function, **instead))
+        if is_main():
+            print(f"{self.output}: {made.n_obs} cells x {made.n_vars} genes")
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Denoise:
-    """Replace counts by the rates behind them, as the whole cell tells them."""
+class _Draws:
+    """What it is given if it draws counts."""
 
-    checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
-    data: Positional[str]
-    """An .h5ad or a .zarr store of counts."""
-    output: Output
-    """The .h5ad or .zarr to write, a block of cells at a time."""
-    cells: Literal["all", "train", "val"] = "all"
-    """Which cells, for the data that the model was trained on."""
-    layer: str | None = None
-    """Take counts from this layer instead of X."""
+    seed: int = 0
+    """Seed of all random choices."""
+    num_steps: int = 64
+    """Steps of the reverse process."""
+    sampler: Literal["analytic", "euler"] = "analytic"
+    """The reverse process that draws counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Predicts(_Draws, _OfCells, _Writes):
+    """What it is given if it predicts counts of cells."""
+
+    new_genes: tuple[str, ...] = ()
+    """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
+    gene_embeddings: str | None = None
+    """Vectors of the new genes, for a model trained with --gene_embeddings."""
+
+    def model(self) -> str | Pretrained:
+        """Return the model, on the genes that it was not trained on as well if any are named."""
+        if not self.new_genes:
+            return self.checkpoint
+        if self.gene_embeddings is None:
+            raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
+        from sedd.tasks import add_genes
+
+        return add_genes(**given(self, add_genes, model=self.checkpoint, genes=self.new_genes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impute(_Predicts):
+    """Predict unobserved genes of cells from their observed ones."""
+
+    predict: tuple[str, ...] = ()
+    """Genes to predict in every cell."""
+    hide: float = 0.0
+    """Share of each cell's genes to hide and predict, to see how well it works; with neither, zeros are predicted."""
+    num_samples: int = 0
+    """Also draw joint samples of the hidden genes, into layers sedd_sample_0, ..., sedd_mean and sedd_std."""
+
+    def run(self) -> int:
+        """Impute and write."""
+        self.check()
+        from sedd.tasks import impute
+
+        return self.write(impute, model=self.model())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoise(_Predicts):
+    """Replace counts by the rates behind them, estimated from the whole cell."""
+
     rounds: int = 4
     """Random partitions of the genes to average over."""
     folds: int = 4
@@ -199,42 +252,21 @@ class Denoise:
     """Also give the expected log1p(CP10k), in the layer sedd_log1p."""
     num_samples: int = 0
     """Also draw every count this many times; mean and spread of the draws go into layers sedd_mean and sedd_std."""
-    num_steps: int = 64
-    """Steps of the sampler that draws them."""
-    sampler: Literal["analytic", "euler"] = "analytic"
-    """Reverse process that draws them."""
-    new_genes: tuple[str, ...] = ()
-    """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
-    gene_embeddings: str | None = None
-    """Vectors of the new genes, for a model trained with --gene_embeddings."""
-    batch_size: int = 64
-    """Cells at a time."""
-    seed: int = 0
-    """Seed of the partitions."""
-    resume: bool = False
-    """Go on with an output that this command began and did not finish."""
-    overwrite: bool = False
-    """Replace an existing output."""
 
     def run(self) -> int:
         """Denoise and write."""
-        check_output(self.output, self.overwrite, self.resume)
+        self.check()
         from sedd.tasks import denoise
 
-        names = ("cells", "layer", "rounds", "folds", "own_counts", "log1p", "num_samples", "num_steps", "sampler")
-        settings = _given(self, *names, "batch_size", "seed", "output", "resume")
-        _say_written(denoise(_with_new_genes(self), self.data, **settings), self.output)
-        return 0
+        return self.write(denoise, model=self.model())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(_Draws, _Writes, _OfModel):
     """Draw new cells from a model."""
 
-    checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
-    output: Output
-    """The .h5ad or .zarr to write, a block of cells at a time."""
+    num_steps: int = 128
+    """Steps of the reverse process."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 500
     """Number of cells."""
     where: tuple[str, ...] = ()
@@ -243,26 +275,14 @@ class Generate:
     """Total count to ask for, in a model conditioned on it."""
     guidance: float = 1.0
     """Strength of classifier-free guidance; 1 is the conditional model."""
-    num_steps: int = 128
-    """Steps of the reverse process."""
-    sampler: Literal["analytic", "euler"] = "analytic"
-    """Reverse process."""
     temperature: float = 1.0
     """Below 1 sharpens the distribution of each draw."""
     order: Literal["random", "confidence"] = "random"
     """random: the reverse process. confidence: surest genes first, which is biased."""
-    batch_size: int = 64
-    """Cells at a time."""
-    seed: int = 0
-    """Seed of the draws."""
-    resume: bool = False
-    """Go on with an output that this command began and did not finish."""
-    overwrite: bool = False
-    """Replace an existing output."""
 
     def run(self) -> int:
         """Generate and write."""
-        check_output(self.output, self.overwrite, self.resume)
+        self.check()
         where = {}
         for text in self.where:
             column, separator, label = text.partition("=")
@@ -271,67 +291,33 @@ class Generate:
             where[column] = label
         from sedd.tasks import generate
 
-        names = (
-            "library_size",
-            "guidance",
-            "num_steps",
-            "sampler",
-            "temperature",
-            "order",
-            "batch_size",
-            "seed",
-            "output",
-            "resume",
-        )
-        _say_written(generate(self.checkpoint, self.n, where=where, **_given(self, *names)), self.output)
-        return 0
+        return self.write(generate, model=self.checkpoint, where=where)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embed:
+class Embed(_OfCells, _Writes):
     """Put the network's state for each cell into obsm["X_sedd"]."""
-
-    checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
-    data: Positional[str]
-    """An .h5ad or a .zarr store of counts."""
-    output: Output
-    """The .h5ad or .zarr to write."""
-    cells: Literal["all", "train", "val"] = "all"
-    """Which cells, for the data that the model was trained on."""
-    layer: str | None = None
-    """Take counts from this layer instead of X."""
-    batch_size: int = 64
-    """Cells at a time."""
-    resume: bool = False
-    """Go on with an output that this command began and did not finish."""
-    overwrite: bool = False
-    """Replace an existing output."""
 
     def run(self) -> int:
         """Embed and write."""
-        check_output(self.output, self.overwrite, self.resume)
+        self.check()
         from sedd.tasks import embed
 
-        names = ("cells", "layer", "batch_size", "output", "resume")
-        _say_written(embed(self.checkpoint, self.data, **_given(self, *names)), self.output)
-        return 0
+        return self.write(embed, model=self.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(_OfCells, _Makes):
     """Measure likelihood, imputation and generation beside baselines, and write a report."""
 
-    checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """Directory for metrics.json, steps.json and report.html."""
+    overwrite: bool = False
+    """Replace what is there of these."""
     data: Positional[str]
     """The data of the training run (its validation cells are used) or other cells on the same genes."""
-    output: Output
-    """Directory for metrics.json, steps.json and report.html."""
-    cells: Literal["val", "all"] | None = None
+    cells: Literal["val", "all"] | None = None  # type: ignore[assignment]
     """Which cells; val for the data of the training run, else all."""
-    layer: str | None = None
-    """Take counts from this layer instead of X."""
     imputed: str | None = None
     """What `sedd impute --hide` made of the same cells; made anew if not given."""
     generated: str | None = None
@@ -341,40 +327,23 @@ class Evaluate:
     n_masks: int = 32
     """Masks per cell of the likelihood bound."""
     num_steps: int = 128
-    """Steps of the sampler."""
+    """Steps of the reverse process."""
     steps: tuple[int, ...] = (1, 4, 16)
     """Fewer steps to try, for the curve of quality against steps; --steps without a number draws none."""
     umap: bool = True
     """Draw a UMAP as well, where umap-learn is installed; it takes ten seconds or more."""
-    batch_size: int = 64
-    """Cells at a time."""
     seed: int = 0
-    """Seed of the masks and the samples."""
-    overwrite: bool = False
-    """Replace what is there of these."""
+    """Seed of all random choices."""
 
     def run(self) -> int:
         """Evaluate, write the report and print the table."""
-        directory = Path(self.output)
-        for name in ("metrics.json", "steps.json", "report.html"):
-            check_output(str(directory / name), self.overwrite)
         from sedd.evaluation.evaluate import evaluate
+        from sedd.inference.output_parts import check_output
         from sedd.metrics import metrics_table, steps_table
 
-        names = (
-            "cells",
-            "layer",
-            "imputed",
-            "generated",
-            "hide",
-            "n_masks",
-            "num_steps",
-            "steps",
-            "umap",
-            "batch_size",
-            "seed",
-        )
-        found = evaluate(self.checkpoint, self.data, output=directory, **_given(self, *names))
+        for name in ("metrics.json", "steps.json", "report.html"):
+            check_output(f"{self.output}/{name}", overwrite=self.overwrite)
+        found = evaluate(**given(self, evaluate, model=self.checkpoint))
         print(metrics_table(found.metrics))
         if found.steps:
             print(f"\n{steps_table(found.steps)}")
@@ -404,11 +373,9 @@ class Runs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(_OfModel):
     """Write a trained model into a directory to hand on: safetensors, settings, panel and a model card."""
 
-    checkpoint: Positional[str]
-    """A checkpoint or an experiment directory."""
     directory: Positional[str]
     """The directory to make; the other commands take it like a checkpoint."""
     overwrite: bool = False
@@ -438,21 +405,6 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def _given(command: Any, *names: str) -> dict[str, Any]:
-    return {name: getattr(command, name) for name in names}
-
-
-def _with_new_genes(command: Impute | Denoise) -> Any:
-    """The model of the command, on the genes it was not trained on as well if any are named."""
-    if not command.new_genes:
-        return command.checkpoint
-    if command.gene_embeddings is None:
-        raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
-    from sedd.tasks import add_genes
-
-    return add_genes(command.checkpoint, command.data, command.new_genes, command.gene_embeddings, layer=command.layer)
-
-
 def format_facts(facts: dict[str, Any], indent: str = "") -> str:
     """Named facts as aligned lines; a list of facts becomes indented blocks."""
     width = max(map(len, facts), default=0)
@@ -467,27 +419,3 @@ def format_facts(facts: dict[str, Any], indent: str = "") -> str:
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             lines.append(f"{indent}{name.ljust(width)}  {text}")
     return "\n".join(lines)
-
-
-def check_output(path: str, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output that exists or was begun, and a directory that cannot be written, before any work is done."""
-    from sedd.inference.output_parts import partial_folder
-
-    if not is_main():  # the main process may have begun already
-        return
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise UserError(f"{path}: exists already; pass --overwrite to replace it, or another name.")
-    begun = partial_folder(path)
-    if begun.exists() and not (overwrite or resume):
-        raise UserError(f"{begun}: holds what was begun; pass --resume to go on with it or --overwrite to start again.")
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{path}: {parent} is not a directory that can be written; choose another output.")
-
-
-def _say_written(result: ad.AnnData, path: str) -> None:
-    if is_main():
-        print(f"{path}: {result.n_obs} cells x {result.n_vars} genes")

@@ -27,7 +27,7 @@ from sedd.errors import UserError
 from sedd.inference.cells import obs_digest
 from sedd.inference.pretrained import Pretrained
 from sedd.io.files import fingerprint, new_file, only_writer, save_arrays
-from sedd.processes import Processes
+from sedd.processes import Processes, is_main
 
 _VALUES = 1 << 22  # in a layer of a piece, at most
 _CELLS = 2048  # in a piece, at most
@@ -55,6 +55,26 @@ def check_batch_size(batch_size: int) -> None:
 def partial_folder(output: str | Path) -> Path:
     """Where the pieces of an output are until it is complete."""
     return Path(f"{output}.partial")
+
+
+def check_output(output: str, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse an output before any work is done.
+
+    Raises
+    ------
+    UserError
+        If it exists or is unfinished and neither `overwrite` nor `resume` allows that, or its directory cannot be written.
+    """
+    if not is_main():  # the main process may be at work already
+        return
+    target, unfinished = Path(output), partial_folder(output)
+    if target.exists() and not overwrite:
+        raise UserError(f"{output}: exists already; pass --overwrite to replace it, or another name.")
+    if unfinished.exists() and not (overwrite or resume):
+        raise UserError(f"{unfinished}: holds an unfinished output; pass --resume to complete it or --overwrite to start again.")
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{output}: {parent} is not a directory that can be written; choose another output.")
 
 
 class Pieces(ABC):

@@ -118,7 +118,7 @@ def test_embedding_keeps_all_that_the_file_holds_without_reading_it(
             assert found.obs.equals(adata.obs) and (found.obsm["X_pca"] == 1).all()
 
 
-def test_the_command_asks_before_it_drops_what_was_begun(
+def test_the_command_asks_before_it_drops_an_unfinished_output(
     tiny_run: Path, tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [
@@ -146,7 +146,7 @@ def test_the_command_asks_before_it_drops_what_was_begun(
     said = capsys.readouterr().err
     assert "No space left on device" in said and "make room and go on with --resume" in said
     assert main(command) == 2
-    assert "pass --resume to go on with it or --overwrite to start again" in capsys.readouterr().err
+    assert "pass --resume to complete it or --overwrite to start again" in capsys.readouterr().err
     other = tmp_path / "other.h5ad"
     make_counts(240, seed=3).write_h5ad(other)
     assert main([*command[:2], str(other), *command[3:], "--resume"]) == 2
