@@ -8,7 +8,6 @@ and loading it executes nothing: `torch.load(weights_only=True)` on a zip archiv
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import re
 import threading
@@ -21,6 +20,7 @@ import scipy.sparse as sp
 import torch
 
 from sedd.errors import UserError, warn_user
+from sedd.io.files import new_file
 from sedd.training.parallel import whole
 
 FORMAT = 1
@@ -42,27 +42,12 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     OSError
         If the disk is full or the directory cannot be written; the old file is then still whole and no part is left.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
+        with new_file(path, sync=True) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        # torch reports a failed write of the archive as a RuntimeError of its own, after the disk's error.
-        if isinstance(error, RuntimeError):
-            cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).splitlines()[0])
-            raise OSError(cause.errno, f"could not be written: {cause.strerror or cause}", str(path)) from error
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    except RuntimeError as error:  # torch reports a failed write of the archive so, after the disk's error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).splitlines()[0])
+        raise OSError(cause.errno, f"could not be written: {cause.strerror or cause}", str(path)) from error
 
 
 def load(path: str | Path) -> dict[str, Any]:

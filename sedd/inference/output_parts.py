@@ -195,7 +195,7 @@ class PiecesInFolder(Pieces):
                 )
             return
         self._clear()
-        with new_file(str(plan)) as file:
+        with new_file(plan) as file:
             file.write(json.dumps(self._identity, indent=1).encode())
 
     def _path(self, lo: int) -> Path:
@@ -216,7 +216,7 @@ class PiecesInFolder(Pieces):
                 csr = sp.vstack([sp.csr_matrix(p) for p in parts], format="csr")
                 fields = {"data": csr.data, "indices": csr.indices, "indptr": csr.indptr, "shape": np.array(csr.shape)}
                 arrays.update({f"{name}/{field}": value for field, value in fields.items()})
-        save_arrays(str(self._path(start)), **arrays)
+        save_arrays(self._path(start), **arrays)
         self._waiting.clear()
 
     def complete(self) -> None:

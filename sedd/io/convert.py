@@ -21,6 +21,9 @@ from sedd.io.files import parse_bytes
 if TYPE_CHECKING:
     from sedd.io.store import CellStore
 
+LEAST_BUDGET = 64 << 20
+"""Bytes of memory that a conversion needs for data."""
+
 
 def convert(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -80,6 +83,9 @@ def convert(
     UserError
         For bad input, in one line; nothing is left behind.
     """
+    budget = parse_bytes(memory_budget)
+    if budget < LEAST_BUDGET:
+        raise UserError(f"memory_budget is {memory_budget}; a conversion needs at least {LEAST_BUDGET >> 20}MiB.")
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     target = str(output).rstrip("/")
     job = Job(
@@ -92,7 +98,7 @@ def convert(
         shuffle=shuffle,
         seed=seed,
         codec=codec,
-        budget=parse_bytes(memory_budget),
+        budget=budget,
         workers=workers,
         scheduler=scheduler,
         slurm_workers=slurm_workers,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import hashlib
 import os
 import re
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,23 +26,56 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 @contextmanager
-def new_file(path: str) -> Iterator[BinaryIO]:
-    """Write a file that gets its name when it is complete; nothing is left behind otherwise."""
-    partial = f"{path}.{os.getpid()}.tmp"  # two Dask workers may do the same task: each its own file, the same bytes
+def new_file(path: str | os.PathLike[str], *, sync: bool = False) -> Iterator[BinaryIO]:
+    """Write a file that gets its name when it is complete; nothing is left behind otherwise.
+
+    Until then it is beside its place, as `.NAME.HOST.PROCESS.RANDOM.part`: two workers may do the same task, each in its own file.
+
+    Parameters
+    ----------
+    path : a file that is there is replaced
+    sync : return only when the file and its name are on the disk
+    """
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    shown = os.fsdecode(os.fsencode(name)[:160])  # a name has 255 bytes at most
+    writer = f"{socket.gethostname()[:32]}.{os.getpid()}.{os.urandom(4).hex()}"
+    part = os.path.join(folder, f".{shown}.{writer}.part")
     try:
-        with open(partial, "wb") as file:
+        with open(part, "xb") as file:
             yield file
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.exists(partial):
-            os.unlink(partial)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+        if sync:
+            _sync(folder or ".")
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        if isinstance(error, OSError) and error.filename == part:
+            error.filename = path
         raise
 
 
-def save_arrays(path: str, **arrays: Any) -> None:
+def save_arrays(path: str | os.PathLike[str], **arrays: Any) -> None:
     """Write an `.npz` whole or not at all."""
     with new_file(path) as file:
         np.savez(file, **arrays)
+
+
+def move_into_place(made: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Move a complete file or folder to its name, over what is there."""
+    old = f"{os.fspath(made)}.replaced"
+    if os.path.isdir(path):  # a folder cannot be replaced in one step as a file can
+        os.rename(path, old)
+    try:
+        os.replace(made, path)
+    except OSError:
+        if os.path.isdir(old):
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def begin_to_sync(file: BinaryIO) -> None:
@@ -56,11 +93,15 @@ def sync_tree(root: str) -> None:
                 begin_to_sync(file)
     for folder, _, names in os.walk(root):
         for path in (*(f"{folder}/{name}" for name in names), folder):
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _sync(path)
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def fingerprint(path: str) -> str:
@@ -84,25 +125,25 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-def parse_bytes(text: str | int) -> int:
-    """Bytes of "1GiB", "500 MB" or a number.
+def parse_bytes(size: str | int) -> int:
+    """Bytes of a size as people write it: "1GiB", "500 MB", "1.5g", "1e9" or a number.
 
     Raises
     ------
     UserError
-        If it is no size, or under 64 MiB.
+        If it is no size, or less than a byte.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
+    match = re.fullmatch(r"(.+?)(?:([kmgt])(i?))?b?", "".join(str(size).lower().split()))
     try:
-        number = float(match[1]) if match else float("nan")
-    except ValueError:
-        number = float("nan")
-    if not match or not np.isfinite(number) or (match[3] and not match[2]):
-        raise UserError(f"the memory budget {text!r} is not a size; write 1GiB or 500MB.")
-    size = int(number * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
-    if size < 64 << 20:
-        raise UserError(f"the memory budget is {text}; at least 64MiB are needed.")
-    return size
+        number = Decimal(match[1]) if match else Decimal("nan")
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not match or not number.is_finite() or number.adjusted() > 24:
+        raise UserError(f"memory_budget is {size!r}, which is not a size; expected a size such as 2GiB or 500MB.")
+    n_bytes = int(number * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+    if n_bytes < 1:
+        raise UserError(f"memory_budget is {size!r}; expected more than nothing, such as 2GiB or 500MB.")
+    return n_bytes
 
 
 @contextmanager

@@ -14,11 +14,12 @@ import torch
 
 from sedd.binning import Binning
 from sedd.errors import UserError, warn_user
+from sedd.io.files import parse_bytes
 from sedd.io.format.histogram import histogram
 from sedd.io.loading.batch import Batch, CSRBatch
 from sedd.io.loading.pipeline import Pipeline, Recipe
 from sedd.io.loading.rows import RowReader, WholeStore
-from sedd.io.loading.selection import cumulative_weights, encode_label, find_genes, make_split, parse_bytes
+from sedd.io.loading.selection import cumulative_weights, encode_label, find_genes, make_split
 from sedd.io.loading.torch_dataset import TorchDataset
 from sedd.io.plan import FULL_SHUFFLE_BYTES, CellList, EpochOrder, RankPlan, Split
 from sedd.io.store import CellStore

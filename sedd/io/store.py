@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -218,6 +219,13 @@ def span_hashes(path: str, lo: int, hi: int) -> np.ndarray:
     """Hashes of cells `lo:hi` of the store at `path`, from what is on the disk; a Dask task."""
     changed = 0 if "://" in path else os.stat(f"{path}/zarr.json").st_mtime_ns
     return cell_hashes(*_opened(path, changed).read_rows(lo, hi))
+
+
+def consolidate(root: zarr.Group) -> None:
+    """Gather the metadata of a Zarr store in one place, as anndata does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that consolidated metadata extend Zarr v3; anndata writes them too
+        zarr.consolidate_metadata(root.store, zarr_format=root.metadata.zarr_format)
 
 
 def _open_group(path: str) -> zarr.Group:

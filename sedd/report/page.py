@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -17,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sedd.errors import UserError
+from sedd.io.files import new_file
 from sedd.metrics.table import METRICS, SECTIONS, better_text, reading, section_reading
 from sedd.report.figures import (
     calibration,
@@ -230,28 +229,16 @@ def write_report(path: str | os.PathLike[str], data: ReportData, *, umap: bool =
             if figure is not None:
                 svg = _save(figure, folder / f"{plot.name}.svg")
                 gallery.setdefault(plot.section, []).append(_figure_html(plot, svg))
-    _write_whole(page, _page(data, gallery).encode("utf-8"))
+    html = _page(data, gallery).encode()
+    with new_file(page) as file:
+        file.write(html)
     return page
 
 
 def _save(figure: Figure, path: Path) -> bytes:
-    vector = io.BytesIO()
-    figure.savefig(vector, format="svg", dpi=200, metadata={"Date": None})
-    _write_whole(path, vector.getvalue())
-    return vector.getvalue()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name first, so that a reader never meets half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with new_file(path) as file:
+        figure.savefig(file, format="svg", dpi=200, metadata={"Date": None})
+    return path.read_bytes()
 
 
 def _figure_html(plot: _Plot, svg: bytes) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from sedd.checkpoint import numbered_checkpoints
 from sedd.errors import UserError
+from sedd.io.files import new_file
 
 _FILES = ("best.pt", "final.pt", "args.json", "history.json", "metrics.jsonl")
 
@@ -76,21 +76,15 @@ class RunDirectory:
                     kept.append(line + "\n")
             except (ValueError, KeyError):  # the last line of a run that was killed can be cut off
                 continue
-        _write_whole(path, "".join(kept))
+        with new_file(path) as file:
+            file.write("".join(kept).encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under its name only when complete. Not-a-number is an error: it is not JSON."""
-    _write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with new_file(path) as file:
+        file.write(text.encode())
 
 
 _TOLD = ("model", "attention", "genes", "batch_size", "learning_rate", "seed")

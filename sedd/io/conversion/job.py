@@ -16,7 +16,7 @@ from sedd.io.conversion.counts import dense_rows, index_dtype, to_counts
 from sedd.io.conversion.genes import match_genes, read_gene_list, unique_names
 from sedd.io.conversion.inputs import SAMPLE, Plan, explain, load_plan, row_of
 from sedd.io.conversion.runner import TaskRunner
-from sedd.io.files import fingerprint, only_writer, sync_tree
+from sedd.io.files import fingerprint, move_into_place, only_writer, sync_tree
 from sedd.io.format.shards import check_codec, n_shards, shard_length
 from sedd.io.h5ad import H5ad, Matrix
 
@@ -234,9 +234,7 @@ class Job:
             if fingerprint(path) != known:
                 raise UserError(f"{path}: changed while it was converted. Convert it again.")
         sync_tree(f"{self.folder}/store")
-        if os.path.exists(self.output):
-            os.rename(self.output, f"{self.folder}/replaced")
-        os.rename(f"{self.folder}/store", self.output)
+        move_into_place(f"{self.folder}/store", self.output)
         self._clear()
         store = publish.CellStore(self.output)
         publish.report(store, self.paths[0] if len(self.paths) == 1 else self.output)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,7 +18,7 @@ from sedd.io.conversion.genes import match_genes, unique_names
 from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.statistics import Gathered
 from sedd.io.h5ad import H5ad
-from sedd.io.store import FORMAT
+from sedd.io.store import FORMAT, consolidate
 
 ROWS = 1 << 20
 """Rows of a column in one chunk: few files."""
@@ -70,9 +69,7 @@ def write_added(group: zarr.Group, plan: Plan, gathered: Gathered, inputs: list[
     var = group["var"]
     names = ad.io.read_elem(var[var.attrs["_index"]])
     _write(group["uns"], {"sedd": _added(plan, gathered, inputs, names.tolist())})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that consolidated metadata are an extension of Zarr v3; anndata writes them too
-        zarr.consolidate_metadata(group.store, zarr_format=3)
+    consolidate(group)
 
 
 def _write(group: zarr.Group, elements: dict[str, Any]) -> None:

@@ -12,21 +12,6 @@ from sedd.errors import UserError
 from sedd.io.plan import CellList, Split
 from sedd.io.store import CellStore
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-
-
-def parse_bytes(size: int | str) -> int:
-    """Read a size such as `2GiB`, `500 MB` or a number of bytes."""
-    text = str(size).replace(" ", "").lower()
-    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
-    try:
-        value = int(float(digits) * _UNITS[text[len(digits) :]])
-    except (KeyError, ValueError):
-        raise UserError(f"memory_budget is '{size}'; expected a size such as 2GiB or 500MB") from None
-    if value <= 0:
-        raise UserError(f"memory_budget is '{size}'; expected more than nothing")
-    return value
-
 
 def make_split(store: CellStore, split: Any, val_fraction: float, seed: int, limit: int | None) -> Split | CellList:
     """Describe the cells that `split` (a name, a Split, or cell numbers) means, at most `limit` of them."""

@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_clear_error(small_disk: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"No space left on device.*--resume"):
         convert(source, small_disk / "a.zarr", progress=False)
     assert [item.name for item in small_disk.iterdir()] == ["a.zarr.partial"]
-    assert not list(small_disk.rglob("*.tmp"))
+    assert not list(small_disk.rglob("*.part"))
 
 
 def test_a_file_size_limit_is_one_clear_error(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from scipy import sparse
 
 from sedd.errors import SeddWarning, UserError
 from sedd.io.convert import convert
-from sedd.io.files import parse_bytes
 from sedd.io.verify import verify
 from tests.io.h5ads import counts, write
 
@@ -129,14 +128,6 @@ def test_raw_is_converted_with_its_own_genes(tmp_path: Path) -> None:
     adata.write_h5ad(tmp_path / "a.h5ad")
     store = convert(tmp_path / "a.h5ad", tmp_path / "a.zarr", raw=True, progress=False)
     np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), counts().toarray())
-
-
-def test_memory_budget_is_read_as_people_write_it() -> None:
-    assert parse_bytes("1GiB") == 1 << 30
-    assert parse_bytes("500 MB") == 500_000_000
-    for text in ("lots", "1MB"):
-        with pytest.raises(UserError, match="memory budget"):
-            parse_bytes(text)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
