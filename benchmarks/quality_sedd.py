@@ -14,6 +14,7 @@ from sedd import tasks
 from sedd.errors import UserError
 from sedd.evaluation.evaluate import within_nats
 from sedd.inference import posterior
+from sedd.inference.cells import open_cells
 from sedd.inference.pretrained import Pretrained
 from sedd.likelihood import CellBatch, nelbo
 from sedd.sampling import AnalyticSampler
@@ -35,8 +36,8 @@ def batches(
     model: Pretrained, adata: anndata.AnnData, batch_size: int = 64, *, whole: bool = False
 ) -> Iterator[tuple[int, int, Any, Any]]:
     """Tokens of successive cells in the task's gene order: (lo, hi, tokens, context)."""
-    cells = tasks.open_cells(model, adata, "all", None)
-    for lo, hi, _, tokens, context in posterior.batches(model, cells, batch_size, "quality", False, whole=whole):
+    cells = open_cells(model, adata, "all", None)
+    for lo, hi, _, _, tokens, context in posterior.batches(model, cells, batch_size, "quality", False, whole=whole):
         yield lo, hi, tokens, context
 
 

@@ -112,7 +112,7 @@ class Info:
             return 0
         from sedd.inference.pretrained import Pretrained
 
-        print(Pretrained.load(path, device="cpu").describe())
+        print(Pretrained.load(path, device="cpu").summary())
         return 0
 
 

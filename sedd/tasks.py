@@ -5,8 +5,8 @@ Every prediction is the model's posterior p(hidden genes | visible genes) of a c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,19 +17,20 @@ import scipy.sparse as sp
 import torch
 
 from sedd import __version__
-from sedd.binning import COUNT_KINDS, smoothed_log_shares
+from sedd.binning import COUNT_KINDS
 from sedd.errors import UserError
 from sedd.inference import posterior
-from sedd.inference.cells import Cells, cells_of_split, opened, read_anndata
+from sedd.inference.cells import Cells, Data, open_cells
+from sedd.inference.new_genes import add_genes
 from sedd.inference.output_file import assemble, attach
-from sedd.inference.output_parts import identity, open_pieces
-from sedd.inference.posterior import batches, spans_of_batches
+from sedd.inference.output_parts import Parts, open_parts
+from sedd.inference.posterior import TokenBatch, batches, spans_of_batches
 from sedd.inference.pretrained import Pretrained
 from sedd.kernels.mask import exact_mask
-from sedd.nn.gene_vectors import read_gene_vectors
-from sedd.sampling import make_sampler
 
-Data: TypeAlias = ad.AnnData | str | Path
+Blocks: TypeAlias = dict[str, np.ndarray]
+
+__all__ = ["add_genes", "denoise", "embed", "generate", "impute"]
 
 
 def impute(
@@ -81,7 +82,7 @@ def impute(
         Write to this .h5ad or .zarr, a block of cells at a time, in place of keeping the result in memory. Processes of
         `accelerate launch` share the cells.
     resume
-        Go on with an `output` that was begun with the same arguments and stopped; the result is that of one run.
+        Complete an `output` that was left unfinished; all arguments must be the same. The result is that of one run.
     progress
         Show a bar.
 
@@ -98,49 +99,43 @@ def impute(
     UserError
         On bad input.
     """
+    arguments = dict(locals())
     model = Pretrained.load(model)
     model.check_knows_masks("Imputation")
+    posterior.check_draws(folds, num_samples)
     if not 0 <= hide < 1:
         raise UserError(f"--hide is {hide}; expected a share from 0 up to 1, such as 0.15.")
-    reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
-    with opened(data, layer or model.state["args"]["layer"]) as adata:
-        source = open_cells(model, adata, cells, layer, _name(data))
+    reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
+    with open_cells(model, data, cells, layer) as source:
         named = _gene_mask(model, predict) | source.missing
         zeros = not named.any() and hide == 0
         count = round(hide * len(named))
         what = "zeros" if zeros else "missing and chosen genes" if not count else f"{hide:.0%} of the genes"
-        drawn_by = {"num_samples": num_samples, "num_steps": num_steps, "sampler": sampler}
-        asked = {"predict": list(predict), "hide": hide, "cells": cells, "layer": layer, "folds": folds, "seed": seed}
-        made_from = identity(model, data, output, resume, task="impute", batch_size=batch_size, **asked, **drawn_by)
-        size = {"n_obs": len(source), "n_vars": len(named), "batch_size": batch_size}
-        with open_pieces(output, made_from, resume=resume, **size) as pieces:
-            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "impute", progress, pieces):
-                here = source.indices[lo:hi]
-                hidden = np.broadcast_to(named, counts.shape).copy()
-                if count:
-                    hidden |= exact_mask(seed, 0, here, len(named), count)
+
+        def make(batch: TokenBatch) -> Blocks:
+            counts, hidden = batch.counts, np.broadcast_to(named, batch.counts.shape).copy()
+            if count:
+                hidden |= exact_mask(seed, 0, batch.cells, len(named), count)
+            if zeros:
+                found = posterior.predict_all(model, batch, folds, 1, seed)
+                mean, std, hidden = found.mean, found.std, counts == 0
+            else:
+                mean, std = posterior.predict_hidden(model, batch, hidden)
+            layers: Blocks = {"counts": counts, "sedd_hidden": hidden.astype(np.uint8)}
+            layers["sedd_std"] = np.where(hidden, std, 0).astype(np.float32)
+            drawn = posterior.Moments()
+            for k in range(num_samples):
                 if zeros:
-                    found = posterior.cross_predict(model, tokens, context, here, folds, 1, seed)
-                    mean, std = found.mean, found.std
-                    hidden = counts == 0
+                    values = posterior.draw_all(model, reverse, batch, folds, k, seed)
                 else:
-                    mean, std = posterior.predict(model, tokens, hidden, context)
-                layers: dict[str, np.ndarray] = {"sedd_std": np.where(hidden, std, 0).astype(np.float32)}
-                drawn = posterior.Moments()
-                for k in range(num_samples):
-                    if zeros:
-                        values = posterior.cross_draw(model, reverse, tokens, context, here, folds, k, seed)
-                    else:
-                        at = posterior.sample_seed(seed, k)
-                        values = posterior.draw(model, reverse, tokens, hidden, context, here, at)
-                    layers[f"sedd_sample_{k}"] = np.where(hidden, values, counts)
-                    drawn.add(layers[f"sedd_sample_{k}"])
-                if num_samples:
-                    layers |= {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
-                values = np.where(hidden, mean, counts).astype(np.float32)
-                pieces.add(lo, X=values, counts=counts, sedd_hidden=hidden.astype(np.uint8), **layers)
-            details = {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
-            return assemble(output, source.obs, source.var, pieces, _described(model, "impute", details))
+                    values = posterior.draw_hidden(model, reverse, batch, hidden, posterior.sample_seed(seed, k))
+                layers[f"sedd_sample_{k}"] = np.where(hidden, values, counts)
+                drawn.add(layers[f"sedd_sample_{k}"])
+            return {"X": np.where(hidden, mean, counts).astype(np.float32), **layers, **drawn.layers()}
+
+        details = {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
+        finish = partial(assemble, output, source.obs, source.var, uns=_described(model, "impute", details))
+        return _apply("impute", model, source, arguments, make, finish)
 
 
 def denoise(
@@ -188,47 +183,29 @@ def denoise(
         `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: standard deviation of the rate, or
         by the other genes alone that of the count. `layers["sedd_log1p"]` if asked for. With samples (by the other genes), `layers["sedd_mean"]` and `["sedd_std"]` are those of the draws. With `output`, as in `impute`.
     """
+    arguments = dict(locals())
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
-    posterior.check_folds(folds, rounds)
+    posterior.check_draws(folds, num_samples, rounds)
     own_counts = own_counts and model.binning.kind in COUNT_KINDS
-    reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
-    with opened(data, layer or model.state["args"]["layer"]) as adata:
-        source = open_cells(model, adata, cells, layer, _name(data))
-        asked = {
-            "cells": cells,
-            "layer": layer,
-            "rounds": rounds,
-            "folds": folds,
-            "own_counts": own_counts,
-            "log1p": log1p,
-        }
-        drawn_by = {"num_samples": num_samples, "num_steps": num_steps, "sampler": sampler, "seed": seed}
-        made_from = identity(model, data, output, resume, task="denoise", batch_size=batch_size, **asked, **drawn_by)
-        size = {"n_obs": len(source), "n_vars": len(model.genes), "batch_size": batch_size}
-        with open_pieces(output, made_from, resume=resume, **size) as pieces:
-            for lo, hi, counts, tokens, context in batches(model, source, batch_size, "denoise", progress, pieces):
-                here = source.indices[lo:hi]
-                found = posterior.cross_predict(model, tokens, context, here, folds, rounds, seed)
-                mean, std = found.with_own_counts(counts) if own_counts else (found.mean, found.std)
-                layers = {"sedd_std": std.astype(np.float32)}
-                if log1p:
-                    log = found.log1p_with_own_counts(counts) if own_counts else found.log1p
-                    layers["sedd_log1p"] = log.astype(np.float32)
-                drawn = posterior.Moments()
-                for k in range(num_samples):
-                    drawn.add(posterior.cross_draw(model, reverse, tokens, context, here, folds, k, seed))
-                if num_samples:
-                    layers |= {"sedd_mean": drawn.mean.astype(np.float32), "sedd_std": drawn.std.astype(np.float32)}
-                pieces.add(lo, X=mean.astype(np.float32), counts=counts, **layers)
-            details = {
-                "rounds": rounds,
-                "folds": folds,
-                "own_counts": own_counts,
-                "num_samples": num_samples,
-                "seed": seed,
-            }
-            return assemble(output, source.obs, source.var, pieces, _described(model, "denoise", details))
+    reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
+
+    def make(batch: TokenBatch) -> Blocks:
+        counts, found = batch.counts, posterior.predict_all(model, batch, folds, rounds, seed)
+        mean, std = found.with_own_counts(counts) if own_counts else (found.mean, found.std)
+        layers: Blocks = {"counts": counts, "sedd_std": std.astype(np.float32)}
+        if log1p:
+            log = found.log1p_with_own_counts(counts) if own_counts else found.log1p
+            layers["sedd_log1p"] = log.astype(np.float32)
+        drawn = posterior.Moments()
+        for k in range(num_samples):
+            drawn.add(posterior.draw_all(model, reverse, batch, folds, k, seed))
+        return {"X": mean.astype(np.float32), **layers, **drawn.layers()}
+
+    details = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
+    with open_cells(model, data, cells, layer) as source:
+        finish = partial(assemble, output, source.obs, source.var, uns=_described(model, "denoise", details))
+        return _apply("denoise", model, source, arguments, make, finish)
 
 
 def generate(
@@ -279,6 +256,7 @@ def generate(
     UserError
         If a label or column is not known to the model, or a number is out of range.
     """
+    arguments = dict(locals())
     model = Pretrained.load(model)
     if n < 1:
         raise UserError(f"-n is {n}; expected at least one cell.")
@@ -301,17 +279,8 @@ def generate(
         for column in model.categories
     ]
     n_vars, mask = len(model.genes), model.binning.n_bins
-    reverse = make_sampler(
-        sampler,
-        model.model,
-        model.graph,
-        model.noise,
-        num_steps=num_steps,
-        temperature=temperature,
-        guidance=guidance,
-        order=order,
-        batch_size=batch_size,
-    )
+    steps = {"num_steps": num_steps, "temperature": temperature, "guidance": guidance, "order": order}
+    reverse = model.sampler(sampler, **steps, batch_size=batch_size)
     totals = np.full(n, np.nan if library_size is None else library_size)
     if by_library and library_size is None and not where:  # else the model draws totals that go with the labels
         # One total from each n-th of the training cells, in random order: few cells have the spread of many.
@@ -321,12 +290,8 @@ def generate(
     obs = pd.DataFrame(where, index=[f"generated_{i}" for i in range(n)])
     var = pd.DataFrame(model.state["var"], index=pd.Index(model.genes))
     details = {"n": n, "num_steps": num_steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
-    details["seed"] = seed
-    asked = {**details, "where": where, "library_size": library_size, "order": order, "batch_size": batch_size}
-    made_from = identity(model, None, output, resume, task="generate", **asked)
-    size = {"n_obs": n, "n_vars": n_vars, "batch_size": batch_size}
-    with open_pieces(output, made_from, resume=resume, **size) as pieces:
-        for lo, hi in spans_of_batches(pieces.spans, batch_size, "generate", progress, pieces.done):
+    with open_parts("generate", model, arguments, n) as parts:
+        for lo, hi in spans_of_batches(parts.spans, batch_size, "generate", progress, parts.done):
             context: dict[str, Any] = {"condition": None, "library": None}
             if codes:
                 context["condition"] = torch.tensor([codes] * (hi - lo), device=model.device)
@@ -335,78 +300,8 @@ def generate(
                 context["library"] = torch.as_tensor(total, dtype=torch.float32, device=model.device)
             start = torch.full((hi - lo, n_vars), mask, device=model.device)
             tokens = reverse.sample(start, seed=seed, cells=np.arange(lo, hi), **context)
-            pieces.add(lo, X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
-        return assemble(output, obs, var, pieces, _described(model, "generate", details))
-
-
-def add_genes(
-    model: Pretrained | str | Path,
-    data: Data,
-    genes: Sequence[str],
-    gene_embeddings: str | Path,
-    *,
-    layer: str | None = None,
-) -> Pretrained:
-    """The model on a panel that also holds genes it was not trained on, which it knows by pretrained vectors.
-
-    Parameters
-    ----------
-    model
-        Trained with `--gene_embeddings`.
-    data
-        Cells in which the new genes are counted; their marginals, where the output of a new gene starts, are learned on it.
-    genes
-        Names of the new genes.
-    gene_embeddings
-        A file of vectors as in training, which knows the new genes.
-    layer
-        Take counts from this layer instead of X.
-
-    Returns
-    -------
-    model : Pretrained
-        For `impute`, `denoise` and `embed`. What it says of the old genes changes only by what it sees of the new ones.
-
-    Raises
-    ------
-    UserError
-        If the model learned its own gene vectors, a gene is not new, or it has no vector or no counts.
-    """
-    model = Pretrained.load(model)
-    if model.model.config["gene_embedding_dim"] is None:
-        raise UserError(
-            "the model learned a vector per gene and cannot meet new ones; train it with --gene_embeddings FILE."
-        )
-    old = set(model.genes)
-    twice = [gene for gene in genes if gene in old]
-    if twice or not genes:
-        raise UserError(f"the new genes {twice[:3]} are in the model already; expected names of other genes.")
-    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
-    source = Cells(adata, np.array(genes, object), layer=layer or model.state["args"]["layer"])
-    if source.missing.any():
-        raise UserError(
-            f"the new gene {genes[int(source.missing.argmax())]!r} is not in the data; its counts are needed."
-        )
-    counts = [source.counts(lo, min(lo + 1024, len(source))) for lo in range(0, len(source), 1024)]
-    tokens = np.concatenate([model.binning.tokens(block) for block in counts])
-    mass = np.zeros((len(genes), model.binning.n_bins), np.int64)
-    for gene, column in enumerate(tokens.T):
-        mass[gene] = np.bincount(column, minlength=model.binning.n_bins)
-    histogram = sp.csr_array(sp.vstack([model.histogram, sp.csr_array(mass)], format="csr"))
-    vectors = read_gene_vectors(gene_embeddings, list(genes))
-    known = model.model.state_dict()["backbone.genes.pretrained"].cpu().numpy()
-    if vectors.shape[1] != known.shape[1]:
-        raise UserError(
-            f"{gene_embeddings}: its vectors have {vectors.shape[1]} numbers; the model was trained with {known.shape[1]}."
-        )
-    network = model.model.for_genes(
-        smoothed_log_shares(histogram.toarray().astype(np.float64), model.binning.falloff),
-        np.concatenate([known, vectors]),
-        known=[*range(len(model.genes)), *[-1] * len(genes)],
-    )
-    return replace(
-        model, model=network, genes=np.concatenate([model.genes, np.array(genes, object)]), histogram=histogram
-    )
+            parts.add(lo, X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
+        return assemble(output, obs, var, parts, uns=_described(model, "generate", {**details, "seed": seed}))
 
 
 def embed(
@@ -435,39 +330,51 @@ def embed(
     embedded : AnnData
         The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var and uns alone.
     """
+    arguments = dict(locals())
     model = Pretrained.load(model)
-    with opened(data, layer or model.state["args"]["layer"]) as adata:
-        source = open_cells(model, adata, cells, layer, _name(data))
+    with open_cells(model, data, cells, layer) as source:
         if source.missing.any():
             model.check_knows_masks("Embedding cells that lack genes of the model")
-        made_from = identity(model, data, output, resume, task="embed", cells=cells, layer=layer, batch_size=batch_size)
-        size = {"n_obs": len(source), "n_vars": len(model.genes), "batch_size": batch_size}
-        with open_pieces(output, made_from, resume=resume, **size) as pieces:
-            for lo, _, _, tokens, context in batches(model, source, batch_size, "embed", progress, pieces, whole=True):
-                hidden = torch.from_numpy(np.broadcast_to(source.missing, tokens.shape).copy()).to(tokens.device)
-                with torch.no_grad():
-                    shown = tokens.masked_fill(hidden, model.binning.n_bins)
-                    states = model.model.embed(shown, model.sigma(hidden), **context).float().cpu().numpy()
-                pieces.add(lo, X_sedd=states)
-            chosen = None if cells == "all" else source.indices
-            return attach(output, data, chosen, pieces, _described(model, "embed", {}))
+
+        @torch.no_grad()
+        def make(batch: TokenBatch) -> Blocks:
+            hidden = torch.from_numpy(np.broadcast_to(source.missing, batch.counts.shape).copy()).to(batch.tokens.device)
+            shown = batch.tokens.masked_fill(hidden, model.binning.n_bins)
+            return {"X_sedd": model.model.embed(shown, model.sigma(hidden), **batch.context).float().cpu().numpy()}
+
+        chosen = None if cells == "all" else source.indices
+        finish = partial(attach, output, data, chosen, uns=_described(model, "embed", {}))
+        return _apply("embed", model, source, arguments, make, finish, whole=True)
 
 
-def open_cells(model: Pretrained, data: Data, part: str, layer: str | None, name: str | None = None) -> Cells:
-    """The cells of `part` of `data`, aligned to the model's genes.
+def _apply(
+    task: str,
+    model: Pretrained,
+    source: Cells,
+    arguments: dict[str, Any],
+    make: Callable[[TokenBatch], Blocks],
+    finish: Callable[[Parts], ad.AnnData],
+    *,
+    whole: bool = False,
+) -> ad.AnnData:
+    """Make what a task makes of each cell, a batch at a time, and the result of it.
 
     Parameters
     ----------
-    name
-        What messages call the data; its path if not given.
+    arguments
+        Of the task.
+    make
+        From a batch to named matrices of what is made of its cells.
+    finish
+        Makes the result of all parts.
+    whole
+        Whether `make` hides nothing.
     """
-    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
-    name = name or _name(data)
-    chosen = cells_of_split(adata, part, model.state, name)
-    layer = layer or model.state["args"]["layer"]
-    if "sedd" in adata.uns and layer is not None and layer not in adata.layers:
-        layer = None  # a store made from that layer holds it as X
-    return Cells(adata, model.genes, layer=layer, cells=chosen, real=not model.state["data"]["is_counts"], name=name)
+    batch_size, progress = arguments["batch_size"], arguments["progress"]
+    with open_parts(task, model, arguments, len(source)) as parts:
+        for batch in batches(model, source, batch_size, task, progress, parts, whole=whole):
+            parts.add(batch.lo, **make(batch))
+        return finish(parts)
 
 
 def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
@@ -477,18 +384,6 @@ def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
             f"--predict: the model does not know {unknown[:3]}; its {len(model.genes)} genes are in `sedd info`."
         )
     return np.isin(model.genes.astype(str), list(names))
-
-
-def _name(data: Data) -> str:
-    """What messages call the data."""
-    return "the AnnData" if isinstance(data, ad.AnnData) else str(data)
-
-
-def _sampler(model: Pretrained, num_samples: int, name: str, num_steps: int, batch_size: int) -> Any:
-    """The reverse process of `num_samples` draws."""
-    if num_samples < 0:
-        raise UserError(f"--num_samples is {num_samples}; expected 0 or more.")
-    return make_sampler(name, model.model, model.graph, model.noise, num_steps=num_steps, batch_size=batch_size)
 
 
 def _described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:

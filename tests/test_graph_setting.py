@@ -101,7 +101,7 @@ def test_a_model_of_before_the_setting_is_of_the_absorbing_graph(tiny_run: Path,
     checkpoint.save(tmp_path / "old.pt", state)
     model = Pretrained.load(tmp_path / "old.pt")
     assert model.knows_masks
-    assert "absorbing graph, loglinear noise" in model.describe()
+    assert "absorbing graph, loglinear noise" in model.summary()
 
 
 def test_geometric_noise_trains_with_the_absorbing_graph_and_draws(joint_h5ad: Path, tmp_path: Path) -> None:

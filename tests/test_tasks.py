@@ -17,10 +17,11 @@ from scipy.stats import geom
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation.evaluate import evaluate
+from sedd.inference.cells import open_cells
 from sedd.inference.pretrained import Pretrained
 from sedd.likelihood import CellBatch, nelbo
 from sedd.metrics import CountBaselines
-from sedd.tasks import add_genes, denoise, embed, generate, impute, open_cells
+from sedd.tasks import add_genes, denoise, embed, generate, impute
 
 
 def test_hidden_entries_are_predicted_and_all_others_are_bit_identical(model: Pretrained) -> None:

@@ -17,14 +17,13 @@ from sedd import tasks
 from sedd.binning import COUNT_KINDS, Binning
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
-from sedd.inference.cells import Cells, obs_digest, read_anndata
+from sedd.inference.cells import Cells, Data, obs_digest, open_cells, read_anndata
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
 from sedd.report.page import ReportData, write_report
-from sedd.sampling import make_sampler
 from sedd.training.directory import write_json
 
 
@@ -53,13 +52,13 @@ class Evaluation:
 
 def evaluate(
     model: Pretrained | str | Path,
-    data: tasks.Data,
+    data: Data,
     *,
     output: str | Path | None = None,
     cells: str | None = None,
     layer: str | None = None,
-    imputed: tasks.Data | None = None,
-    generated: tasks.Data | None = None,
+    imputed: Data | None = None,
+    generated: Data | None = None,
     hide: float | None = None,
     n_masks: int = 32,
     num_steps: int = 128,
@@ -110,7 +109,7 @@ def evaluate(
     name = "the AnnData" if isinstance(data, ad.AnnData) else str(data)
     own = obs_digest(adata.obs_names) == model.state["data"]["obs_digest"]
     part = cells or ("val" if own else "all")
-    held_out = tasks.open_cells(model, adata, part, layer, name)
+    held_out = open_cells(model, adata, part, layer, name)
     train = _training_cells(model, adata if own else None, name)
     counts, train_counts = _matrix(held_out), _matrix(train)
     hidden = None
@@ -118,7 +117,7 @@ def evaluate(
         hide = hide if hide is not None else model.config.model.mask_ratio
         hidden = _hidden_entries(model, held_out, imputed, hide, seed)
     if generated is None:  # what cannot be drawn with is said before hours of measuring
-        make_sampler("analytic", model.model, model.graph, model.noise, num_steps=num_steps, batch_size=batch_size)
+        model.sampler("analytic", num_steps=num_steps, batch_size=batch_size)
 
     likelihood, nats = _likelihood(model, held_out, counts, train_counts, n_masks, batch_size, seed, progress)
     metrics: dict[str, Any] = {"likelihood": likelihood}
@@ -165,7 +164,7 @@ def _training_cells(model: Pretrained, own: ad.AnnData | None, name: str) -> Cel
                 "learned on its training cells. Put it back, or evaluate on the data of the training run."
             )
         adata, name = read_anndata(path), path
-    return tasks.open_cells(model, adata, "train", None, name)
+    return open_cells(model, adata, "train", None, name)
 
 
 def _matrix(cells: Cells) -> sp.csr_matrix:
@@ -202,10 +201,9 @@ def _likelihood(
     progress: bool,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The bound and the baselines: on counts, or on tokens where bins are not of whole numbers."""
-    names = torch.from_numpy(cells.indices)
     given = (
-        CellBatch(tokens, context["condition"], context["library"], names[lo:hi])
-        for lo, hi, _, tokens, context in batches(model, cells, batch_size, "likelihood", progress, whole=True)
+        CellBatch(batch.tokens, **batch.context, cell=torch.from_numpy(batch.cells))
+        for batch in batches(model, cells, batch_size, "likelihood", progress, whole=True)
     )
     per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
     of_counts = model.binning.kind in COUNT_KINDS
@@ -236,7 +234,7 @@ def _likelihood(
     return rows, per_cell
 
 
-def _hidden_entries(model: Pretrained, cells: Cells, imputed: tasks.Data | None, hide: float, seed: int) -> np.ndarray:
+def _hidden_entries(model: Pretrained, cells: Cells, imputed: Data | None, hide: float, seed: int) -> np.ndarray:
     """Which entries were hidden, (n_cells, n_vars) bool."""
     if imputed is None:
         if not 0 < hide < 1:
@@ -264,7 +262,7 @@ def _imputation(
     """Recovery of the hidden entries, and (true, mean, cdf) of each for the figures."""
     values = model.decode_values
     means, log_probs, belows = [], [], []
-    for lo, hi, _, tokens, context in batches(model, cells, batch_size, "imputation", False):
+    for lo, hi, _, _, tokens, context in batches(model, cells, batch_size, "imputation", False):
         mask = torch.from_numpy(hidden[lo:hi] | cells.missing).to(tokens.device)
         readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
         rows, genes = torch.from_numpy(hidden[lo:hi]).to(tokens.device).nonzero(as_tuple=True)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import anndata as ad
 import h5py
@@ -17,7 +17,10 @@ import scipy.sparse as sp
 import zarr
 
 from sedd.errors import UserError, warn_user
+from sedd.inference.pretrained import Pretrained
 from sedd.io.plan import Split
+
+Data: TypeAlias = ad.AnnData | str | Path
 
 WINDOW = 2048  # cells that are read together: a store has many in a chunk
 MIN_OVERLAP = 0.5  # below this share of the panel the prediction is mostly the training mean
@@ -58,6 +61,7 @@ class Cells:
         name: str = "the AnnData",
     ) -> None:
         self.name = name
+        self._files = contextlib.ExitStack()
         if layer is not None and layer not in adata.layers:
             there = ", ".join(adata.layers) or "none"
             raise UserError(f"{self.name}: no layer {layer!r}; there are: {there}. Pass --layer with one of them.")
@@ -89,6 +93,17 @@ class Cells:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __enter__(self) -> Cells:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def close_with(self, files: contextlib.ExitStack) -> Cells:
+        """Have `files` closed with these cells."""
+        self._files = files
+        return self
 
     def counts(self, lo: int, hi: int) -> np.ndarray:
         """Values of the cells lo..hi-1 over the panel, (hi - lo, n_vars) float32; 0 at missing genes.
@@ -148,8 +163,27 @@ def read_anndata(path: str | Path) -> ad.AnnData:
         raise UserError(f"{path}: cannot be read as AnnData ({reason[:200]}); expected an .h5ad or a .zarr store.") from error
 
 
+def open_cells(model: Pretrained, data: Data, part: str, layer: str | None, name: str | None = None) -> Cells:
+    """The cells of `part` of `data`, aligned to the model's genes; a context manager where `data` is a file.
+
+    Parameters
+    ----------
+    name
+        What messages call the data; its path if not given.
+    """
+    layer = layer or model.state["args"]["layer"]
+    name = name or ("the AnnData" if isinstance(data, ad.AnnData) else str(data))
+    real = not model.state["data"]["is_counts"]
+    with contextlib.ExitStack() as stack:
+        adata = stack.enter_context(opened(data, layer))
+        if "sedd" in adata.uns and layer is not None and layer not in adata.layers:
+            layer = None  # a store made from that layer holds it as X
+        chosen = cells_of_split(adata, part, model.state, name)
+        return Cells(adata, model.genes, layer=layer, cells=chosen, real=real, name=name).close_with(stack.pop_all())
+
+
 @contextlib.contextmanager
-def opened(data: ad.AnnData | str | Path, layer: str | None = None) -> Iterator[ad.AnnData]:
+def opened(data: Data, layer: str | None = None) -> Iterator[ad.AnnData]:
     """An AnnData whose counts stay in the file where they can be read by rows, so that it may be larger than memory.
 
     Parameters

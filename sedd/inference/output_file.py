@@ -1,6 +1,6 @@
 """Blocks of cells become an AnnData in memory, or a file that grows block by block.
 
-A file is written in the folder of its pieces and moved to its name when it is complete; it is an ordinary `.h5ad` or an ordinary
+A file is written in the folder of its parts and moved to its name when it is complete; it is an ordinary `.h5ad` or an ordinary
 AnnData Zarr store, and at no time more than a block of cells is in memory.
 """
 
@@ -21,7 +21,7 @@ import scipy.sparse as sp
 import zarr
 
 from sedd.inference.cells import read_anndata
-from sedd.inference.output_parts import Pieces, is_mostly_full, partial_folder
+from sedd.inference.output_parts import Parts, is_mostly_full, partial_folder
 from sedd.io.files import move_into_place
 from sedd.io.store import consolidate
 
@@ -31,7 +31,7 @@ _EMPTY = ("obsm", "varm", "obsp", "varp", "layers")
 
 
 def assemble(
-    output: str | Path | None, obs: pd.DataFrame, var: pd.DataFrame, pieces: Pieces, uns: dict[str, Any]
+    output: str | Path | None, obs: pd.DataFrame, var: pd.DataFrame, parts: Parts, uns: dict[str, Any]
 ) -> ad.AnnData:
     """Put blocks of successive cells together.
 
@@ -41,7 +41,7 @@ def assemble(
         An .h5ad or a .zarr, replaced when the new one is complete, or None for memory.
     obs, var
         The tables of all cells and genes.
-    pieces
+    parts
         Blocks of `X` and layers by name, each (B, n_vars).
 
     Returns
@@ -49,16 +49,16 @@ def assemble(
     result
         Whole in memory; its `obs`, `var` and `uns` if the rest is in a file.
     """
-    pieces.complete()
+    parts.complete()
     if output is not None:
-        if pieces.writes:
+        if parts.writes:
             with _GrowingFile(Path(output), obs, var, uns) as file:
-                for block in pieces.all():
+                for block in parts.all():
                     file.add(**block)
                 file.finish()
         return ad.AnnData(obs=obs, var=var, uns=uns)
     gathered: dict[str, list[sp.csr_matrix]] = {}
-    for block in pieces.all():
+    for block in parts.all():
         for name, part in block.items():
             gathered.setdefault(name, []).append(sp.csr_matrix(part))
     layers: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def attach(
     output: str | Path | None,
     data: ad.AnnData | str | Path,
     chosen: np.ndarray | None,
-    pieces: Pieces,
+    parts: Parts,
     uns: dict[str, Any],
 ) -> ad.AnnData:
     """Put what was made of each cell into the obsm of a copy of the data.
@@ -85,17 +85,17 @@ def attach(
         A file of the same kind as `output` is copied without being read.
     chosen
         Which cells; all if None.
-    pieces
+    parts
         Blocks of arrays for obsm by name.
     """
-    pieces.complete()
-    if not pieces.writes:
+    parts.complete()
+    if not parts.writes:
         return ad.AnnData(uns=uns)
     whole: dict[str, list[np.ndarray]] = {}
-    for block in pieces.all():
+    for block in parts.all():
         for name, part in block.items():
             whole.setdefault(name, []).append(part.toarray() if sp.issparse(part) else part)
-    obsm = {name: np.concatenate(parts) for name, parts in whole.items()}
+    obsm = {name: np.concatenate(blocks) for name, blocks in whole.items()}
     if (
         output is not None
         and chosen is None

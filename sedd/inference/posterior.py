@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sedd.errors import UserError, warn_user
 from sedd.inference.cells import Cells
 from sedd.inference.expected_log1p import expected_log1p
-from sedd.inference.output_parts import Pieces, check_batch_size
+from sedd.inference.output_parts import Parts, check_batch_size
 from sedd.inference.pretrained import Pretrained
 from sedd.kernels.mask import exact_mask
 from sedd.processes import is_main, launched
@@ -24,15 +24,38 @@ _AT_A_TIME = 1 << 15  # entries whose distributions exist at a time
 _DRAWN = 1 << 20  # rounds from here on are the partitions of joint draws, those below of posterior means
 
 
+class TokenBatch(NamedTuple):
+    """Successive cells as a model is given them.
+
+    Attributes
+    ----------
+    lo, hi
+        Their places among the cells in hand.
+    cells : (B,) int64
+        Their numbers in the data, which random choices go by.
+    counts : (B, n_vars) float32
+    tokens : (B, n_vars) int64
+    context
+        "condition" and "library", as in `SEDDTransformer.forward`.
+    """
+
+    lo: int
+    hi: int
+    cells: np.ndarray
+    counts: np.ndarray
+    tokens: torch.Tensor
+    context: dict[str, Any]
+
+
 def spans_of_batches(
     spans: list[tuple[int, int]], batch_size: int, task: str, progress: bool, done: int = 0
 ) -> Iterator[tuple[int, int]]:
-    """Cut runs of cells into batches, under a bar of cells with the time left; a log gets a line every 20 seconds.
+    """Cut spans of cells into batches, under a bar of cells with the time left; a log gets a line every 20 seconds.
 
     Parameters
     ----------
     spans
-        The runs (lo, hi).
+        Successive cells (lo, hi).
     done
         How many cells were made before.
     """
@@ -57,17 +80,17 @@ def batches(
     batch_size: int,
     task: str,
     progress: bool,
-    pieces: Pieces | None = None,
+    parts: Parts | None = None,
     *,
     whole: bool = False,
-) -> Iterator[tuple[int, int, np.ndarray, torch.Tensor, dict[str, Any]]]:
-    """Successive cells: (lo, hi, counts, tokens, {"condition", "library"}); those that `pieces` lack, or all.
+) -> Iterator[TokenBatch]:
+    """Read the cells that `parts` lack, or all.
 
-    A model that takes totals is told them only if cells are seen `whole`: where entries are hidden, the total would give
+    A model that takes totals is given them only if cells are seen `whole`: where entries are hidden, the total would give
     their sum away.
     """
     warned = False
-    spans, done = ([(0, len(source))], 0) if pieces is None else (pieces.spans, pieces.done)
+    spans, done = ([(0, len(source))], 0) if parts is None else (parts.spans, parts.done)
     for lo, hi in spans_of_batches(spans, batch_size, task, progress, done):
         counts = source.counts(lo, hi)
         if not warned and model.binning.kind == "identity" and counts.max(initial=0) >= model.binning.n_bins:
@@ -91,17 +114,15 @@ def batches(
             # With genes missing the total over the panel is not known.
             total[:] = total if whole and not source.missing.any() else np.nan
             context["library"] = torch.from_numpy(total).to(model.device)
-        yield lo, hi, counts, tokens, context
+        yield TokenBatch(lo, hi, source.indices[lo:hi], counts, tokens, context)
 
 
 @torch.no_grad()
-def predict(
-    model: Pretrained, tokens: torch.Tensor, hidden: np.ndarray, context: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
+def predict_hidden(model: Pretrained, batch: TokenBatch, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and standard deviation of the hidden entries given the others, in one forward pass."""
-    mask = torch.from_numpy(hidden).to(tokens.device)
-    shown = tokens.masked_fill(mask, model.binning.n_bins)
-    mean, var = model.model.expectation(shown, model.sigma(mask), model.decode_values, **context)
+    mask = torch.from_numpy(hidden).to(batch.tokens.device)
+    shown = batch.tokens.masked_fill(mask, model.binning.n_bins)
+    mean, var = model.model.expectation(shown, model.sigma(mask), model.decode_values, **batch.context)
     return mean.cpu().numpy(), var.clamp_min(0).sqrt().cpu().numpy()
 
 
@@ -160,25 +181,17 @@ class Posterior:
 
 
 @torch.no_grad()
-def cross_predict(
-    model: Pretrained,
-    tokens: torch.Tensor,
-    context: dict[str, Any],
-    cells: np.ndarray,
-    folds: int,
-    rounds: int,
-    seed: int,
-) -> Posterior:
+def predict_all(model: Pretrained, batch: TokenBatch, folds: int, rounds: int, seed: int) -> Posterior:
     """The posterior of every entry, each predicted while hidden with a random 1/folds of its cell, averaged over rounds."""
-    check_folds(folds, rounds)
+    tokens = batch.tokens
     values = model.decode_values.double()
     logs = torch.log1p(1e4 * values / values[tokens].sum(1).clamp_min(1)[:, None])
     first, second, zero, log = (np.zeros(tokens.shape) for _ in range(4))
     for round_ in range(rounds):
-        fold = _folds(seed, round_, cells, tokens.shape[1], folds)
+        fold = _folds(seed, round_, batch, folds)
         for k in range(folds):
             mask = torch.from_numpy(fold == k).to(tokens.device)
-            readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **context)
+            readout = model.model.readout(tokens.masked_fill(mask, model.binning.n_bins), model.sigma(mask), **batch.context)
             where = mask.nonzero(as_tuple=True)
             for part in torch.arange(len(where[0]), device=tokens.device).split(_AT_A_TIME):
                 rows, genes = where[0][part], where[1][part]
@@ -193,58 +206,56 @@ def cross_predict(
     return Posterior(mean, std, zero / rounds, log / rounds)
 
 
-def draw(
+def draw_hidden(
     model: Pretrained,
     sampler: AnalyticSampler | EulerSampler,
-    tokens: torch.Tensor,
+    batch: TokenBatch,
     hidden: np.ndarray,
-    context: dict[str, Any],
-    cells: np.ndarray,
     seed: int,
 ) -> np.ndarray:
     """One joint draw of the hidden entries given the others, decoded to counts, (B, n_vars)."""
-    masked = tokens.masked_fill(torch.from_numpy(hidden).to(tokens.device), model.binning.n_bins)
-    return model.binning.decode(sampler.sample(masked, seed=seed, cells=cells, **context).cpu().numpy())
+    masked = batch.tokens.masked_fill(torch.from_numpy(hidden).to(batch.tokens.device), model.binning.n_bins)
+    return model.binning.decode(sampler.sample(masked, seed=seed, cells=batch.cells, **batch.context).cpu().numpy())
 
 
-def cross_draw(
+def draw_all(
     model: Pretrained,
     sampler: AnalyticSampler | EulerSampler,
-    tokens: torch.Tensor,
-    context: dict[str, Any],
-    cells: np.ndarray,
+    batch: TokenBatch,
     folds: int,
     k: int,
     seed: int,
 ) -> np.ndarray:
     """The k-th draw of every entry, the parts of a random partition drawn jointly one after the other, (B, n_vars)."""
-    check_folds(folds, 1)
-    fold = _folds(seed, _DRAWN + k, cells, tokens.shape[1], folds)
-    out = np.zeros(tokens.shape, np.float32)
+    fold = _folds(seed, _DRAWN + k, batch, folds)
+    out = np.zeros(batch.counts.shape, np.float32)
     for part in range(folds):
         hidden = fold == part
-        drawn = draw(model, sampler, tokens, hidden, context, cells, sample_seed(seed, k * folds + part))
+        drawn = draw_hidden(model, sampler, batch, hidden, sample_seed(seed, k * folds + part))
         out[hidden] = drawn[hidden]
     return out
 
 
-def check_folds(folds: int, rounds: int) -> None:
-    """Check the partitions of a cell's genes.
+def check_draws(folds: int, num_samples: int, rounds: int = 1) -> None:
+    """Check the partitions of a cell's genes, and how many draws are made.
 
     Raises
     ------
     UserError
-        If there are fewer than 2 folds or no round.
+        If there are fewer than 2 folds, no round, or a negative number of draws.
     """
+    if num_samples < 0:
+        raise UserError(f"--num_samples is {num_samples}; expected 0 or more.")
     if folds < 2 or rounds < 1:
         raise UserError(f"folds is {folds} and rounds {rounds}; expected at least 2 folds and 1 round.")
 
 
-def _folds(seed: int, round_: int, cells: np.ndarray, n_vars: int, folds: int) -> np.ndarray:
+def _folds(seed: int, round_: int, batch: TokenBatch, folds: int) -> np.ndarray:
     """A random partition of each cell's genes into `folds` parts of equal size, (B, n_vars)."""
-    fold = np.zeros((len(cells), n_vars), np.int64)
+    n_cells, n_vars = batch.counts.shape
+    fold = np.zeros((n_cells, n_vars), np.int64)
     for k in range(1, folds):  # nested: the k * n / folds smallest hashes of a cell are the parts 0 .. k-1
-        fold += ~exact_mask(seed, round_, cells, n_vars, k * n_vars // folds)
+        fold += ~exact_mask(seed, round_, batch.cells, n_vars, k * n_vars // folds)
     return fold
 
 
@@ -266,12 +277,9 @@ class Moments:
         self._mean = self._mean + before / self.n
         self._second = self._second + before * (values - self._mean)
 
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean of the draws."""
-        return self._mean
-
-    @property
-    def std(self) -> np.ndarray:
-        """Their standard deviation, 0 for a single one."""
-        return np.sqrt(self._second / max(1, self.n))
+    def layers(self) -> dict[str, np.ndarray]:
+        """Return mean and standard deviation as layers of a result; none if there were no draws."""
+        if not self.n:
+            return {}
+        std = np.sqrt(self._second / self.n)
+        return {"sedd_mean": self._mean.astype(np.float32), "sedd_std": std.astype(np.float32)}

@@ -19,6 +19,7 @@ from sedd.inference.export import is_export, read_export, write_export
 from sedd.model import SEDDTransformer
 from sedd.noise import Noise, make_noise
 from sedd.processes import default_device
+from sedd.sampling import AnalyticSampler, EulerSampler, make_sampler
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Pretrained:
     def decode_values(self) -> torch.Tensor:
         """What each token decodes to, (n_bins,) float32."""
         return torch.as_tensor(self.binning.values, dtype=torch.float32, device=self.device)
+
+    def sampler(self, name: str, **settings: Any) -> AnalyticSampler | EulerSampler:
+        """The reverse process of the model; see `sedd.sampling.make_sampler`."""
+        return make_sampler(name, self.model, self.graph, self.noise, **settings)
 
     @classmethod
     def load(cls, path: Pretrained | str | Path, *, device: str | torch.device | None = None) -> Pretrained:
@@ -195,7 +200,7 @@ class Pretrained:
         """The noise level at which the given share of genes is masked, (B,), for cells masked like `masked` (B, n_vars)."""
         return self.noise.sigma_at(masked.double().mean(1)).float()
 
-    def describe(self) -> str:
+    def summary(self) -> str:
         """A few lines for people: what it is, what it was trained on, how well it does."""
         state, model = self.state, self.model.config
         data, split = state["data"], state["split"]

@@ -1,0 +1,87 @@
+"""A trained model on genes that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+
+from sedd.binning import smoothed_log_shares
+from sedd.errors import UserError
+from sedd.inference.cells import Cells, Data, read_anndata
+from sedd.inference.pretrained import Pretrained
+from sedd.nn.gene_vectors import read_gene_vectors
+
+
+def add_genes(
+    model: Pretrained | str | Path,
+    data: Data,
+    genes: Sequence[str],
+    gene_embeddings: str | Path,
+    *,
+    layer: str | None = None,
+) -> Pretrained:
+    """The model on a panel that also holds genes it was not trained on, which it knows by pretrained vectors.
+
+    Parameters
+    ----------
+    model
+        Trained with `--gene_embeddings`.
+    data
+        Cells in which the new genes are counted; their marginals, where the output of a new gene starts, are learned on it.
+    genes
+        Names of the new genes.
+    gene_embeddings
+        A file of vectors as in training, which knows the new genes.
+    layer
+        Take counts from this layer instead of X.
+
+    Returns
+    -------
+    model : Pretrained
+        For `impute`, `denoise` and `embed`. What it says of the old genes changes only by what it sees of the new ones.
+
+    Raises
+    ------
+    UserError
+        If the model learned its own gene vectors, a gene is not new, or it has no vector or no counts.
+    """
+    model = Pretrained.load(model)
+    if model.model.config["gene_embedding_dim"] is None:
+        raise UserError(
+            "the model learned a vector per gene and cannot meet new ones; train it with --gene_embeddings FILE."
+        )
+    old = set(model.genes)
+    twice = [gene for gene in genes if gene in old]
+    if twice or not genes:
+        raise UserError(f"the new genes {twice[:3]} are in the model already; expected names of other genes.")
+    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
+    source = Cells(adata, np.array(genes, object), layer=layer or model.state["args"]["layer"])
+    if source.missing.any():
+        raise UserError(
+            f"the new gene {genes[int(source.missing.argmax())]!r} is not in the data; its counts are needed."
+        )
+    counts = [source.counts(lo, min(lo + 1024, len(source))) for lo in range(0, len(source), 1024)]
+    tokens = np.concatenate([model.binning.tokens(block) for block in counts])
+    mass = np.zeros((len(genes), model.binning.n_bins), np.int64)
+    for gene, column in enumerate(tokens.T):
+        mass[gene] = np.bincount(column, minlength=model.binning.n_bins)
+    histogram = sp.csr_array(sp.vstack([model.histogram, sp.csr_array(mass)], format="csr"))
+    vectors = read_gene_vectors(gene_embeddings, list(genes))
+    known = model.model.state_dict()["backbone.genes.pretrained"].cpu().numpy()
+    if vectors.shape[1] != known.shape[1]:
+        raise UserError(
+            f"{gene_embeddings}: its vectors have {vectors.shape[1]} numbers; the model was trained with {known.shape[1]}."
+        )
+    network = model.model.for_genes(
+        smoothed_log_shares(histogram.toarray().astype(np.float64), model.binning.falloff),
+        np.concatenate([known, vectors]),
+        known=[*range(len(model.genes)), *[-1] * len(genes)],
+    )
+    return replace(
+        model, model=network, genes=np.concatenate([model.genes, np.array(genes, object)]), histogram=histogram
+    )
