@@ -7,11 +7,11 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from sedd.errors import UserError
@@ -32,8 +32,7 @@ from sedd.report.figures import (
     umap_is_installed,
     validation_nelbo,
 )
-from sedd.report.style import CSS
-from sedd.report.tables import glance_table, section_table, settings_tables
+from sedd.report.tables import headlines, section_table, settings_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,13 +221,13 @@ def write_report(path: str | os.PathLike[str], data: ReportData, *, umap: bool =
         page = page / "report.html"
     folder = page.parent / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    gallery: dict[str, list[str]] = {}
+    gallery: dict[str, list[dict[str, str]]] = {}
     with style():
         for plot in _plots(data, umap):
             figure = plot.draw()
             if figure is not None:
-                svg = _save(figure, folder / f"{plot.name}.svg")
-                gallery.setdefault(plot.section, []).append(_figure_html(plot, svg))
+                svg = base64.b64encode(_save(figure, folder / f"{plot.name}.svg")).decode()
+                gallery.setdefault(plot.section, []).append({"name": plot.name, "caption": plot.caption, "svg": svg})
     html = _page(data, gallery).encode()
     with new_file(page) as file:
         file.write(html)
@@ -239,12 +238,6 @@ def _save(figure: Figure, path: Path) -> bytes:
     with new_file(path) as file:
         figure.savefig(file, format="svg", dpi=200, metadata={"Date": None})
     return path.read_bytes()
-
-
-def _figure_html(plot: _Plot, svg: bytes) -> str:
-    source = "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
-    caption = escape(plot.caption)
-    return f'<figure id="{plot.name}"><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
 def summary(data: ReportData) -> str:
@@ -297,28 +290,31 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
-def _page(data: ReportData, gallery: Mapping[str, Sequence[str]]) -> str:
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in data.notes)
-    sections, links = [], []
-    found = [*SECTIONS, *(name for name in data.metrics if name not in SECTIONS)]
-    for name in found:
-        rows = data.metrics.get(name, {})
-        said = section_reading(name, rows)
-        how = f'<p class="how">{escape(said)}</p>' if said else ""
-        table = section_table(rows) if rows else ""
-        plots = f'<div class="gallery">{"".join(gallery[name])}</div>' if name in gallery else ""
-        if table or plots:
-            title = SECTIONS.get(name, name)
-            sections.append(f'<section id="{escape(name)}"><h2>{escape(title)}</h2>{how}{plots}{table}</section>')
-            links.append((name, title))
-    glance = glance_table(data.metrics)
-    navigation = "".join(
-        f'<a href="#{escape(name)}">{escape(title)}</a>' for name, title in [*links, ("run", "What was run")]
+def _page(data: ReportData, gallery: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(data.title)}</title><style>{CSS}</style></head><body><header><h1>{escape(data.title)}</h1>"
-        f'<p class="lead">{escape(summary(data))}</p>{notes}<nav>{navigation}</nav></header><main>'
-        f"{glance}{''.join(sections)}{settings_tables(data.settings)}</main></body></html>\n"
+    sections = [
+        {
+            "name": name,
+            "title": SECTIONS.get(name, name),
+            "reading": section_reading(name, data.metrics.get(name, {})),
+            "figures": gallery.get(name),
+            "table": section_table(data.metrics.get(name, {})),
+        }
+        for name in [*SECTIONS, *(name for name in data.metrics if name not in SECTIONS)]
+        if data.metrics.get(name) or name in gallery
+    ]
+    return environment.get_template("page.html.jinja").render(
+        title=data.title,
+        lead=summary(data),
+        notes=data.notes,
+        headlines=headlines(data.metrics),
+        sections=sections,
+        settings=settings_groups(data.settings),
     )
