@@ -39,6 +39,7 @@ from sklearn.decomposition import PCA
 
 from sedd import metrics as m
 from sedd import tasks
+from sedd.likelihood import confidence_interval
 from sedd.metrics.baselines import nb_cdf, nb_log_prob
 
 FRACTIONS = (15, 30, 50)
@@ -172,8 +173,8 @@ def score_imputation(task: Task, method: str, fraction: int, mean: np.ndarray, *
 
 
 def score_likelihood(task: Task, method: str, nats: np.ndarray, conditions_on: str) -> Record:
-    mean, low, high = m.mean_confidence_interval(nats)
-    scores = {"nats_per_cell": mean, "ci_low": low, "ci_high": high, "conditions_on": conditions_on}
+    low, high = confidence_interval(nats)
+    scores = {"nats_per_cell": float(nats.mean()), "ci_low": low, "ci_high": high, "conditions_on": conditions_on}
     return {"protocol": "likelihood", "method": method, "seed": task.seed, **scores}
 
 

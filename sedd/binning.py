@@ -248,7 +248,7 @@ class Binning:
     def falloff(self) -> np.ndarray:
         """Mass of each bin when counts fall off as 1 / (1 + count), (n_bins,) float64: where smoothing leans."""
         if self.kind != "geometric":
-            return 1.0 / (1.0 + np.arange(self.n_bins))
+            return count_falloff(self.n_bins)
         return self.widths / (1.0 + self.values)
 
     def token_histogram(self, hist: sp.csr_array) -> sp.csr_array:
@@ -310,19 +310,24 @@ def geometric_edges(num_bins: int, top: int) -> np.ndarray:
     return np.maximum.accumulate(edges - np.arange(n)) + np.arange(n)  # rounding must not join two
 
 
+def count_falloff(n_counts: int) -> np.ndarray:
+    """Return 1 / (1 + count) of the counts 0 .. n_counts - 1, (n_counts,) float64."""
+    return 1.0 / (1.0 + np.arange(n_counts))
+
+
 def smoothed_log_shares(mass: np.ndarray, falloff: np.ndarray, pseudocount: float = 2.0) -> np.ndarray:
-    """Log of the shares of a table's rows, smoothed so that no bin is impossible.
+    """Log of the shares of a table's rows, smoothed so that no bin (or count) is impossible.
 
     Parameters
     ----------
     mass : (n_vars, n_bins) counts
-    falloff : (n_bins,) positive, `Binning.falloff`
+    falloff : (n_bins,) positive, `Binning.falloff` or `count_falloff`
     pseudocount : float
         Total mass added to each row, shared among the bins in proportion to `falloff`.
 
     Returns
     -------
-    log_shares : (n_vars, n_bins) float32, each row sums to one when exponentiated
+    log_shares : (n_vars, n_bins) float64, each row sums to one when exponentiated
     """
     smoothed = mass + pseudocount * falloff / falloff.sum()
-    return np.log(smoothed / smoothed.sum(axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(np.log(smoothed / smoothed.sum(axis=1, keepdims=True)))

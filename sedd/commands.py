@@ -312,8 +312,6 @@ class Evaluate(_OfCells, _Makes):
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """Directory for metrics.json, steps.json and report.html."""
-    overwrite: bool = False
-    """Replace what is there of these."""
     data: Positional[str]
     """The data of the training run (its validation cells are used) or other cells on the same genes."""
     cells: Literal["val", "all"] | None = None  # type: ignore[assignment]
@@ -344,16 +342,11 @@ class Evaluate(_OfCells, _Makes):
         for name in ("metrics.json", "steps.json", "report.html"):
             check_output(f"{self.output}/{name}", overwrite=self.overwrite)
         found = evaluate(**given(self, evaluate, model=self.checkpoint))
-        print(metrics_table(found.metrics))
-        if found.steps:
-            print(f"\n{steps_table(found.steps)}")
         low, high = found.metrics["likelihood"]["nats_per_cell"]["ci"]
-        for note in found.notes:
-            print(f"\n{note}")
-        print(
-            f"\nThe held-out NELBO lies between {low:.1f} and {high:.1f} nats per cell (95 % interval over cells and masks)."
-        )
-        print(f"\nreport: {found.report}")
+        bound = f"between {low:.1f} and {high:.1f} nats per cell (95 % interval over cells and masks)"
+        tables = [metrics_table(found.metrics), *([steps_table(found.steps)] if found.steps else [])]
+        lines = [*tables, *found.notes, f"The held-out NELBO lies {bound}.", f"report: {found.report}"]
+        print("\n\n".join(lines))
         return 0
 
 

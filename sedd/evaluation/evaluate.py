@@ -17,9 +17,10 @@ from sedd import tasks
 from sedd.binning import COUNT_KINDS, Binning
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
-from sedd.inference.cells import Cells, Data, obs_digest, open_cells, read_anndata
+from sedd.inference.cells import Cells, Data, open_cells, read_anndata
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
+from sedd.io.files import obs_digest
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
@@ -124,8 +125,7 @@ def evaluate(
     arrays: dict[str, Any] = {"nats": nats}
     notes = []
     if model.categories:
-        told = ", ".join(model.categories)
-        notes.append(f"The NELBO and the imputation are given each cell's {told}; the baselines are told nothing of it.")
+        notes.append(f"The NELBO and the imputation are given each cell's {', '.join(model.categories)}; the baselines are not.")
     if hidden is not None:
         metrics["imputation"], entries = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
         arrays.update(entries)

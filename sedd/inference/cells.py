@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +17,7 @@ import zarr
 
 from sedd.errors import UserError, warn_user
 from sedd.inference.pretrained import Pretrained
+from sedd.io.files import obs_digest
 from sedd.io.plan import Split
 
 Data: TypeAlias = ad.AnnData | str | Path
@@ -228,11 +228,6 @@ def _lazy(root: Any, layer: str | None) -> ad.AnnData | None:
         adata.layers[name.removeprefix("layers/")] = matrix
     adata.uns.update(dict.fromkeys(root["uns"]) if "uns" in root else {})
     return adata
-
-
-def obs_digest(names: Iterable[Any]) -> str:
-    """An identity of cells by their names in their order, which any container of them keeps."""
-    return hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]
 
 
 def cells_of_split(data: ad.AnnData, part: str, state: dict[str, Any], name: str) -> np.ndarray | None:

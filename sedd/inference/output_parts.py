@@ -24,9 +24,8 @@ import scipy.sparse as sp
 
 from sedd import __version__
 from sedd.errors import UserError
-from sedd.inference.cells import obs_digest
 from sedd.inference.pretrained import Pretrained
-from sedd.io.files import fingerprint, new_file, only_writer, save_arrays
+from sedd.io.files import fingerprint, new_file, obs_digest, only_writer, save_arrays
 from sedd.processes import Processes, is_main
 
 _VALUES = 1 << 22  # in a layer of a part, at most

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from typing import Any, BinaryIO
@@ -123,6 +123,11 @@ def fingerprint(path: str) -> str:
             file.seek(int(place))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def obs_digest(names: Iterable[Any]) -> str:
+    """Identity of cells: a hash of their names in their order, which any container of them keeps."""
+    return hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]
 
 
 def parse_bytes(size: str | int) -> int:

@@ -14,6 +14,7 @@ from scipy import sparse
 from scipy.special import digamma, gammaln
 from scipy.stats import nbinom, poisson
 
+from sedd.binning import count_falloff, smoothed_log_shares
 from sedd.metrics.counts import Matrix
 
 MAX_DISPERSION = 1e6  # beyond this a negative binomial is a Poisson to float precision
@@ -43,24 +44,6 @@ def count_histogram(counts: Matrix, n_values: int | None = None) -> np.ndarray:
     histogram = flat.reshape(csc.shape[1], width).astype(np.int64)
     histogram[:, 0] += csc.shape[0] - np.diff(csc.indptr)
     return histogram
-
-
-def log_marginals(histogram: np.ndarray, pseudo_count: float = 1.0) -> np.ndarray:
-    """Smoothed log probability of each count for each gene.
-
-    Parameters
-    ----------
-    histogram : (n_vars, n_values) counts of cells
-    pseudo_count : float
-        Weight, in cells, of the uniform distribution that is mixed in.
-
-    Returns
-    -------
-    log_p : (n_vars, n_values) float64, each row sums to 1 after `exp`
-    """
-    histogram = np.asarray(histogram, dtype=np.float64)
-    smoothed = histogram + pseudo_count / histogram.shape[1]
-    return np.log(smoothed) - np.log(smoothed.sum(axis=1, keepdims=True))
 
 
 def nb_log_prob(
@@ -199,7 +182,7 @@ class CountBaselines:
         return cls(
             mean=mean,
             histogram=histogram,
-            log_p=log_marginals(histogram),
+            log_p=smoothed_log_shares(histogram, count_falloff(width)),
             dispersion=fit_nb_dispersion(csr),
             share=mean / max(mean.sum(), _MIN_MEAN),
             dispersion_scaled=fit_nb_dispersion(csr, library),

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import sparse
 from scipy.stats import spearmanr
 
+from sedd.likelihood import confidence_interval
 from sedd.metrics.baselines import CountBaselines
 from sedd.metrics.counts import Matrix, to_dense
 
@@ -189,14 +190,6 @@ def visible_library(counts: Matrix, hidden: np.ndarray, share: np.ndarray) -> np
     return np.asarray(visible / np.maximum(expected, 1e-12))
 
 
-def mean_confidence_interval(values: np.ndarray, level_z: float = 1.959964) -> tuple[float, float, float]:
-    """Mean of independent values and its normal 95 % interval: `(mean, low, high)`."""
-    values = np.asarray(values, np.float64)
-    mean = float(values.mean())
-    half = float(level_z * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return mean, mean - half, mean + half
-
-
 def likelihood_table(
     baselines: CountBaselines,
     nelbo: np.ndarray,
@@ -205,7 +198,7 @@ def likelihood_table(
     top: int | None = None,
     chunk: int = 1024,
 ) -> Rows:
-    """Held-out likelihood beside the baselines that, like the model, are told nothing about a cell.
+    """Held-out likelihood beside the baselines that, like the model, are given nothing of a cell.
 
     Parameters
     ----------
@@ -229,7 +222,7 @@ def likelihood_table(
         block = csr[start : start + chunk].toarray().astype(np.int64)
         for name, log_p in baselines.log_probs(gene, block, top=top).items():
             totals[name] = totals.get(name, 0.0) - float(log_p.sum())
-    mean, low, high = mean_confidence_interval(nelbo)
+    mean, (low, high) = float(nelbo.mean()), confidence_interval(nelbo)
     per_cell = {name: total / n_cells for name, total in totals.items()}
     return {
         "nats_per_cell": {"sedd": mean, "ci": (low, high), "baselines": per_cell},

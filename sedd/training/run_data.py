@@ -16,8 +16,8 @@ from sedd.binning import Binning, smoothed_log_shares
 from sedd.checkpoint import pack_histogram, unpack_histogram
 from sedd.config import DataConfig, ModelConfig, TrainConfig
 from sedd.errors import NotCountsError, UserError, warn_user
-from sedd.inference.cells import obs_digest
 from sedd.io.convert import ensure_store
+from sedd.io.files import obs_digest
 from sedd.io.format.histogram import histogram, select_genes
 from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch

@@ -31,9 +31,10 @@ def test_histogram_equals_counting_by_hand(counts: sparse.csr_array) -> None:
     np.testing.assert_array_equal(clipped[:, 3], expected[:, 3:].sum(axis=1))
 
 
-def test_log_marginals_are_smoothed_shares() -> None:
-    log_p = m.log_marginals(np.array([[3, 1, 0]]))
-    np.testing.assert_allclose(np.exp(log_p), [[(3 + 1 / 3) / 5, (1 + 1 / 3) / 5, (1 / 3) / 5]])
+def test_marginals_are_shares_of_the_cells_and_two_more_that_fall_off_with_the_count() -> None:
+    log_p = m.CountBaselines.fit(np.array([[0], [0], [1], [0]])).log_p
+    prior = np.array([1, 1 / 2, 1 / 3])  # also of the first count that no cell has
+    np.testing.assert_allclose(np.exp(log_p), [(np.array([3, 1, 0]) + 2 * prior / prior.sum()) / 6])
 
 
 def test_nb_log_prob_is_scipys_and_its_tail_completes_the_sum_to_one() -> None:
@@ -163,7 +164,7 @@ def test_likelihood_table_sums_log_probabilities_over_genes(counts: sparse.csr_a
     row = table["nats_per_cell"]
     assert row["baselines"]["NB per gene"] == pytest.approx(expected)
     assert row["sedd"] == pytest.approx(2.0)
-    assert row["ci"] == pytest.approx((2 - 1.959964 / np.sqrt(3), 2 + 1.959964 / np.sqrt(3)))
+    assert row["ci"] == pytest.approx(stats.t.interval(0.95, 2, loc=2.0, scale=1 / np.sqrt(3)))
     assert table["nats_per_gene"]["sedd"] == pytest.approx(2 / 30)
 
 
