@@ -211,7 +211,7 @@ class Binning:
         return widths
 
     def within(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What a token leaves open: the law of a count inside its bin.
+        """Return what a token leaves open: the law of a count inside its bin.
 
         Uniform over the whole numbers of a bin, geometric in the last one, which has no end. With it a law of tokens is one
         of counts: `log P(count) = log P(token) + log P(count | token)`. Both are 0 where a bin holds one count.

@@ -86,7 +86,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint that `path` names: a file, or of an experiment directory the best, else the final, else the newest.
+    """Return the checkpoint that `path` names: a file, or of an experiment directory the best, else the final, else the newest.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def numbered_checkpoints(directory: str | Path, kind: str | None = None) -> list
 
 
 def find_newest(directory: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run, passing over damaged ones with a warning; None if there is none."""
+    """Return the newest whole checkpoint of a run, passing over damaged ones with a warning; None if there is none."""
     directory = Path(directory)
     found = [p for p in directory.glob("*.pt") if p.name in ("best.pt", "final.pt") or _NUMBERED.match(p.name)]
     progress = []
@@ -176,7 +176,7 @@ class CheckpointWriter:
 
 
 def snapshot(value: Any, *, keep: bool = True) -> Any:
-    """A copy of nested containers whose tensors lie in memory of their own on the CPU.
+    """Return a copy of nested containers whose tensors lie in memory of their own on the CPU.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def snapshot(value: Any, *, keep: bool = True) -> Any:
 
 
 def pack_histogram(histogram: sp.csr_array) -> dict[str, Any]:
-    """A sparse integer matrix as tensors, for a checkpoint."""
+    """Return a sparse integer matrix as tensors, for a checkpoint."""
     return {
         "shape": list(histogram.shape),
         "indptr": torch.from_numpy(histogram.indptr.astype(np.int64)),
@@ -206,7 +206,7 @@ def pack_histogram(histogram: sp.csr_array) -> dict[str, Any]:
 
 
 def unpack_histogram(packed: dict[str, Any]) -> sp.csr_array:
-    """The inverse of `pack_histogram`."""
+    """Return the inverse of `pack_histogram`."""
     parts = tuple(packed[name].numpy() for name in ("data", "indices", "indptr"))
     return sp.csr_array(parts, shape=tuple(packed["shape"]))
 

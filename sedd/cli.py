@@ -125,7 +125,7 @@ def _parse(cls: Any, name: str, arguments: list[str]) -> Any:
 
 
 def _one_line(box: str) -> str:
-    """The text inside tyro's box of an error, without its title and its pointer to the help."""
+    """Return the text inside tyro's box of an error, without its title and its pointer to the help."""
     lines = [line.strip("│╭╰╮╯─ \t") for line in box.splitlines()]
     words = " ".join(line for line in lines[1:] if line.strip("-"))  # rules are dashes where there are no box characters
     words = re.split(r"For full helptext", words)[0]

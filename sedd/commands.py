@@ -28,14 +28,14 @@ Output = Annotated[str, tyro.conf.arg(aliases=["-o"])]
 
 
 def called_by(command: Any) -> Callable[..., Any]:
-    """The function that a command calls, imported now: its `calls` is MODULE:FUNCTION, its `uses` names fields of other uses."""
+    """Return the function that a command calls, imported now: its `calls` is MODULE:FUNCTION, its `uses` names fields of other uses."""
     module, _, name = command.calls.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
 
 
 def given(command: Any, function: Callable[..., Any]) -> dict[str, Any]:
-    """The fields of a command that are parameters of `function`, by name."""
+    """Return the fields of a command that are parameters of `function`, by name."""
     taken = inspect.signature(function).parameters
     return {field.name: getattr(command, field.name) for field in dataclasses.fields(command) if field.name in taken}
 
@@ -173,7 +173,7 @@ class _Task(_OfModel):
         return given(self, called_by(self))
 
     def model(self) -> Any:
-        """The model that the function is given."""
+        """Return the model that the function is given."""
         return self.checkpoint
 
     def run(self) -> int:
@@ -192,7 +192,7 @@ class _Prediction(_NewGenes, _Draws, _Cells, _Task):
     uses: ClassVar[tuple[str, ...]] = (*_Task.uses, "new_genes", "gene_embeddings")
 
     def model(self) -> Any:
-        """The model, on the genes it was not trained on as well if any are named."""
+        """Return the model, on the genes it was not trained on as well if any are named."""
         if not self.new_genes:
             return self.checkpoint
         if self.gene_embeddings is None:

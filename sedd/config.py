@@ -99,7 +99,7 @@ class ConversionSettings:
         return parse_bytes(self.memory_budget)
 
     def of_the_store(self) -> dict[str, Any]:
-        """What the contents of the store depend on, as JSON has it; of a file of genes its name."""
+        """Return what the contents of the store depend on, as JSON has it; of a file of genes its name."""
         found = {name: value for name, value in dataclasses.asdict(self).items() if name not in _WHERE}
         lists = {"obs": list(self.obs) or None, "keep_layers": list(self.keep_layers)}
         return {**found, **lists, "seed": self.seed if self.shuffle else 0}
@@ -315,7 +315,7 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, flat: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_flat`; missing settings take their defaults.
+        """Return the inverse of `to_flat`; missing settings take their defaults.
 
         Raises
         ------
@@ -338,7 +338,7 @@ SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": O
 
 
 def setting_types() -> dict[str, str]:
-    """The name of every setting and its type as written in this file."""
+    """Return the name of every setting and its type as written in this file."""
     return {f.name: str(f.type) for section in SECTIONS.values() for f in dataclasses.fields(section)}
 
 
@@ -360,7 +360,7 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
 
 
 def config_file_arguments(path: str) -> list[str]:
-    """The settings of a YAML (or JSON, such as args.json) file as command-line arguments.
+    """Return the settings of a YAML (or JSON, such as args.json) file as command-line arguments.
 
     Raises
     ------

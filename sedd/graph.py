@@ -201,7 +201,7 @@ class AbsorbingGraph(Graph):
         return torch.where(masked, r * (log_mu.exp().sum(-1) - 1 - picked), 0.0)
 
     def posterior(self, log_mu: Tensor, tokens: Tensor, sigma: Tensor, earlier: Tensor) -> Tensor:
-        """A mask was still one with probability `(1 - exp(-earlier)) / (1 - exp(-sigma))`, else `mu`."""
+        """Draw the past of each mask: it was still one with probability `(1 - exp(-earlier)) / (1 - exp(-sigma))`, else `mu`."""
         stay = (torch.expm1(-earlier.double()) / torch.expm1(-sigma.double()))[:, None, None]
         masked = torch.cat([(1 - stay) * log_mu.double().exp(), stay.expand(*tokens.shape, 1)], -1)
         here = F.one_hot(tokens.long(), self.vocabulary).double()

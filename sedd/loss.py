@@ -59,7 +59,7 @@ def diffusion_loss(
     objective: str = "score_entropy",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of one batch.
+    """Return the loss of one batch.
 
     Parameters
     ----------

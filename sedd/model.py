@@ -197,7 +197,7 @@ class SEDDTransformer(nn.Module):
 
     @torch.no_grad()
     def for_genes(self, log_marginals: Any, gene_embeddings: Any, known: Sequence[int] | None = None) -> SEDDTransformer:
-        """The same network for another gene panel, which it knows by pretrained gene vectors.
+        """Return the same network for another gene panel, which it knows by pretrained gene vectors.
 
         Parameters
         ----------

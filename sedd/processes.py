@@ -57,7 +57,7 @@ def is_main() -> bool:
 
 
 def default_device() -> str:
-    """This process's GPU if there is one, else the CPU."""
+    """Return this process's GPU if there is one, else the CPU."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

@@ -370,7 +370,7 @@ def _for_each_batch(
     asked: dict[str, Any],
     describe: Callable[[Cells], dict[str, Any]],
 ) -> ad.AnnData:
-    """What `make` says of each batch of cells, put together; `embed` puts it beside its input, other tasks make a new table.
+    """Return what `make` says of each batch of cells, put together; `embed` puts it beside its input, other tasks make a new table.
 
     Parameters
     ----------
@@ -405,13 +405,13 @@ def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
 
 
 def _sampler(model: Pretrained, num_samples: int, name: str, num_steps: int, batch_size: int) -> Any:
-    """The reverse process of `num_samples` draws."""
+    """Return the reverse process of `num_samples` draws."""
     if num_samples < 0:
         raise UserError(f"--num_samples is {num_samples}; expected 0 or more.")
     return make_sampler(name, model.model, model.graph, model.noise, num_steps=num_steps, batch_size=batch_size)
 
 
 def _described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:
-    """What a result says of how it was made, for its uns."""
+    """Return what a result says of how it was made, for its uns."""
     done = {"task": task, "version": __version__, "checkpoint": str(model.path), "epoch": int(model.state["epoch"])}
     return {"sedd": {**done, "binning": model.binning.kind, **details}}

@@ -125,7 +125,7 @@ class SEDDTrainer:
         return self.history
 
     def _prepare(self, resumed: dict[str, Any] | None) -> Panel:
-        """The panel, converted and counted by the first rank while the others wait; its errors reach every rank."""
+        """Return the panel, converted and counted by the first rank while the others wait; its errors reach every rank."""
         error: list[str | None] = [None]
         panel = None
         if self.accelerator.is_main_process:
@@ -217,7 +217,7 @@ class SEDDTrainer:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def _train_epoch(self) -> None:
-        """The rest of the epoch under way: all of it, or what a checkpoint left to do."""
+        """Train through the rest of the epoch under way: all of it, or what a checkpoint left to do."""
         if self._loader.epoch != self.epoch:
             self._loader.set_epoch(self.epoch)
         config, sums = self.config.optim, self._sums
@@ -298,7 +298,7 @@ class SEDDTrainer:
 
     @contextlib.contextmanager
     def _averaged_model(self) -> Iterator[SEDDTransformer]:
-        """The model with its averaged weights. Of divided ones a whole copy, which ranks can use independently."""
+        """Return the model with its averaged weights. Of divided ones a whole copy, which ranks can use independently."""
         if self.accelerator.is_fsdp2:
             weights = {**self.model.state_dict(), **({} if self.ema is None else self.ema.average)}
             copy = SEDDTransformer(**self.model.config).to(self.accelerator.device)
@@ -320,7 +320,7 @@ class SEDDTrainer:
     # -- saving and stopping ---------------------------------------------------------------------------------------
 
     def _summed_over_ranks(self) -> dict[str, float]:
-        """The sums of the epoch under way, of all ranks; times are means. Every rank must call this."""
+        """Return the sums of the epoch under way, of all ranks; times are means. Every rank must call this."""
         if self.accelerator.num_processes == 1:
             return dict(self._sums)
         values = torch.tensor(list(self._sums.values()), dtype=torch.float64)
@@ -393,7 +393,7 @@ class SEDDTrainer:
         return path
 
     def _agree(self, signal_number: int, due: bool) -> tuple[int, bool]:
-        """The largest of each over all ranks, so that every rank stops or saves at the same step."""
+        """Return the largest of each over all ranks, so that every rank stops or saves at the same step."""
         if self._cpu_group is None:
             return signal_number, due
         flags = torch.tensor([signal_number, int(due)])

@@ -154,7 +154,7 @@ def evaluate(
 
 
 def _training_cells(model: Pretrained, own: ad.AnnData | None, name: str) -> Cells:
-    """The cells that the model was trained on, for the baselines."""
+    """Return the cells that the model was trained on, for the baselines."""
     args = model.state["args"]
     adata = own
     if adata is None:
@@ -175,7 +175,7 @@ def _matrix(cells: Cells) -> sp.csr_matrix:
 
 
 def _top(model: Pretrained, counts: sp.csr_matrix) -> int | None:
-    """The last bin where it stands for "this many or more", as it does once a count has no bin of its own."""
+    """Return the last bin where it stands for "this many or more", as it does once a count has no bin of its own."""
     kind, n_bins = model.binning.kind, model.binning.n_bins
     return n_bins - 1 if kind == "counts" or (kind == "identity" and counts.max() >= n_bins) else None
 
@@ -185,7 +185,7 @@ def _tokens(model: Pretrained, counts: sp.csr_matrix) -> np.ndarray:
 
 
 def within_nats(binning: Binning, counts: sp.csr_matrix) -> np.ndarray:
-    """What tells the counts of each cell from others in their bins, (n_cells,) nats; beside a bound on the tokens."""
+    """Return what tells the counts of each cell from others in their bins, (n_cells,) nats; beside a bound on the tokens."""
     log_p = counts.astype(np.float64)  # zeros have a bin of their own, so only the others count
     log_p.data = -binning.within(counts.data)[0]
     return np.asarray(log_p.sum(1)).ravel()
@@ -201,7 +201,7 @@ def _likelihood(
     seed: int,
     progress: bool,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The bound and the baselines: on counts, or on tokens where bins are not of whole numbers."""
+    """Return the bound and the baselines: on counts, or on tokens where bins are not of whole numbers."""
     names = torch.from_numpy(cells.indices)
     given = (
         CellBatch(here.tokens, here.context["condition"], here.context["library"], names[here.lo : here.hi])

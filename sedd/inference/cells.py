@@ -151,7 +151,7 @@ def read_anndata(path: str | Path) -> ad.AnnData:
 
 @contextlib.contextmanager
 def opened(data: ad.AnnData | str | Path, layer: str | None = None) -> Iterator[ad.AnnData]:
-    """An AnnData whose counts stay in the file where they can be read by rows, so that it may be larger than memory.
+    """Return an AnnData whose counts stay in the file where they can be read by rows, so that it may be larger than memory.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def opened(data: ad.AnnData | str | Path, layer: str | None = None) -> Iterator[
 
 
 def _lazy(root: Any, layer: str | None) -> ad.AnnData | None:
-    """The AnnData of an open file with its matrices left there; None where they cannot be read by rows."""
+    """Return the AnnData of an open file with its matrices left there; None where they cannot be read by rows."""
     if root.attrs.get("encoding-type") != "anndata":
         return None
     wanted = [name for name in ("X", f"layers/{layer}") if name in root]
@@ -198,7 +198,7 @@ def _lazy(root: Any, layer: str | None) -> ad.AnnData | None:
 
 
 def cells_of_split(data: ad.AnnData, part: str, state: dict[str, Any], name: str) -> np.ndarray | None:
-    """The cells of `part` ("all", "train" or "val") in the data that a model was trained on.
+    """Return the cells of `part` ("all", "train" or "val") in the data that a model was trained on.
 
     Parameters
     ----------
@@ -225,14 +225,14 @@ def cells_of_split(data: ad.AnnData, part: str, state: dict[str, Any], name: str
 
 
 def name_of(data: ad.AnnData | str | Path) -> str:
-    """What messages call the data."""
+    """Return what messages call the data."""
     return "the AnnData" if isinstance(data, ad.AnnData) else str(data)
 
 
 def open_cells(
     model: Pretrained, data: ad.AnnData | str | Path, part: str, layer: str | None, name: str | None = None
 ) -> Cells:
-    """The cells of `part` of `data`, aligned to the model's genes.
+    """Return the cells of `part` of `data`, aligned to the model's genes.
 
     Parameters
     ----------

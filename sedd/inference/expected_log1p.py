@@ -37,7 +37,7 @@ def _expected_log1p(shape: Any, rate: Any, scale: Any, out: Any) -> None:
 
 
 def expected_log1p(shape: np.ndarray, rate: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Expectation of `log1p(scale * n)` of a negative binomial n: Poisson around a rate that has a gamma posterior.
+    """Return the expectation of `log1p(scale * n)` of a negative binomial n: Poisson around a rate that has a gamma posterior.
 
     Parameters
     ----------

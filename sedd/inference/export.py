@@ -1,5 +1,7 @@
 """A model to hand on: a directory of safetensors weights, JSON settings, the panel and a card, and nothing to execute.
 
+::
+
     model.safetensors   averaged weights, histogram of the training tokens, quantiles of the totals
     config.json         size and diffusion of the model, settings and history of the run, checksums
     panel.json          genes with their annotation, bins, labels of conditions
@@ -116,7 +118,7 @@ def _write_files(state: dict[str, Any], weights: dict[str, Tensor], source: Path
 
 
 def read_export(directory: str | Path) -> dict[str, Any]:
-    """What a checkpoint has for users of the model, from a directory that `write_export` made.
+    """Return what a checkpoint has for users of the model, from a directory that `write_export` made.
 
     Raises
     ------
@@ -182,7 +184,7 @@ _MEASURED = {
 
 
 def model_card(config: dict[str, Any], panel: dict[str, Any], source: Path, n_parameters: int) -> str:
-    """The card as Markdown: what the model is, what it was trained on, how well it does, how to use it.
+    """Return the card as Markdown: what the model is, what it was trained on, how well it does, how to use it.
 
     Parameters
     ----------

@@ -25,7 +25,7 @@ def add_genes(
     *,
     layer: str | None = None,
 ) -> Pretrained:
-    """The model on a panel that also holds genes it was not trained on, which it knows by pretrained vectors.
+    """Return the model on a panel that also holds genes it was not trained on, which it knows by pretrained vectors.
 
     Parameters
     ----------

@@ -1,7 +1,6 @@
-"""What a task makes, part by part: kept in memory, or in a folder beside the output, where several processes put theirs
-and from which a run that was stopped goes on.
+"""What a task makes, part by part, in memory or in a folder beside the output.
 
-A part is a run of whole batches. Which cells a batch holds depends on nothing but the number of cells, so the parts of
+Several processes put their parts into that folder, and a task that was stopped is resumed from it. A part is a few whole batches. Which cells a batch holds depends on nothing but the number of cells, so the parts of
 two processes, or of a first and a second run, are bit for bit those of a single one.
 """
 

@@ -187,7 +187,7 @@ class Posterior:
 
 @torch.no_grad()
 def cross_predict(model: Pretrained, here: TaskBatch, folds: int, rounds: int, seed: int) -> Posterior:
-    """The posterior of every entry, each predicted while hidden with a random 1/folds of its cell, averaged over rounds."""
+    """Return the posterior of every entry, each predicted while hidden with a random 1/folds of its cell, averaged over rounds."""
     check_folds(folds, rounds)
     tokens, values = here.tokens, model.decode_values.double()
     logs = torch.log1p(1e4 * values / values[tokens].sum(1).clamp_min(1)[:, None])
@@ -222,7 +222,7 @@ def draw_hidden(
 def cross_draw(
     model: Pretrained, sampler: AnalyticSampler | EulerSampler, here: TaskBatch, folds: int, k: int, seed: int
 ) -> np.ndarray:
-    """The k-th draw of every entry, the parts of a random partition drawn jointly one after the other, (B, n_vars)."""
+    """Return the k-th draw of every entry, the parts of a random partition drawn jointly one after the other, (B, n_vars)."""
     check_folds(folds, 1)
     fold = _folds(seed, _DRAWN + k, here.cells, here.tokens.shape[1], folds)
     out = np.zeros(here.tokens.shape, np.float32)
@@ -246,7 +246,7 @@ def check_folds(folds: int, rounds: int) -> None:
 
 
 def _folds(seed: int, round_: int, cells: np.ndarray, n_vars: int, folds: int) -> np.ndarray:
-    """A random partition of each cell's genes into `folds` parts of equal size, (B, n_vars)."""
+    """Return a random partition of each cell's genes into `folds` parts of equal size, (B, n_vars)."""
     fold = np.zeros((len(cells), n_vars), np.int64)
     for k in range(1, folds):  # nested: the k * n / folds smallest hashes of a cell are the parts 0 .. k-1
         fold += ~exact_mask(seed, round_, cells, n_vars, k * n_vars // folds)
@@ -254,7 +254,7 @@ def _folds(seed: int, round_: int, cells: np.ndarray, n_vars: int, folds: int) -
 
 
 def sample_seed(seed: int, k: int) -> int:
-    """The seed of the k-th of several draws of the same cells."""
+    """Return the seed of the k-th of several draws of the same cells."""
     return seed + 1_000_003 * (k + 1)
 
 

@@ -192,11 +192,11 @@ class Pretrained:
             )
 
     def sigma(self, masked: torch.Tensor) -> torch.Tensor:
-        """The noise level at which the given share of genes is masked, (B,), for cells masked like `masked` (B, n_vars)."""
+        """Return the noise level at which the given share of genes is masked, (B,), for cells masked like `masked` (B, n_vars)."""
         return self.noise.sigma_at(masked.double().mean(1)).float()
 
     def describe(self) -> str:
-        """A few lines for people: what it is, what it was trained on, how well it does."""
+        """Return a few lines for people: what it is, what it was trained on, how well it does."""
         state, model = self.state, self.model.config
         data, split = state["data"], state["split"]
         history = state["history"]

@@ -1,10 +1,10 @@
-"""`.h5ad` files to a store, on threads or a Dask cluster, in bounded memory, never half-written.
+r"""`.h5ad` files to a store, on threads or a Dask cluster, in bounded memory, never half-written.
 
     inputs ----------------------------> make_shard --> shards --check, rename--> OUTPUT.zarr
-       \\--scatter_window--> spill --/
+       \--scatter_span--> spill --/
 
-Here are the functions to call. The steps are in `job.py`, the tasks in `write.py` and `spill.py`. Everything unfinished is
-in `OUTPUT.zarr.partial`, which `resume` goes on from. What is slow to import, for tables and metadata, is imported while the tasks run.
+Here are the functions to call. The steps are in `job.py`, the tasks in `shard.py` and `spill.py`. Everything unfinished is
+in `OUTPUT.zarr.partial`, from which `resume` continues. What is slow to import, for tables and metadata, is imported while the tasks run.
 """
 
 from __future__ import annotations

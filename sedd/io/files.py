@@ -110,7 +110,7 @@ def fingerprint(path: str) -> str:
 
 
 def obs_digest(names: Iterable[Any]) -> str:
-    """An identity of cells by their names in their order, which any container of them keeps."""
+    """Return an identity of cells by their names in their order, which any container of them keeps."""
     return hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]
 
 

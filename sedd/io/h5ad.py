@@ -341,7 +341,7 @@ class H5ad:
             return [str(name) for name in self._frame(table).index]
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
-        """The cells' table, or only some `columns` of it."""
+        """Return the cells' table, or only some `columns` of it."""
         frame = self._frame("obs")
         if columns is None:
             return frame
@@ -351,7 +351,7 @@ class H5ad:
         return frame[columns]
 
     def var(self, raw: bool = False) -> pd.DataFrame:
-        """The genes' table; its index may hold duplicates."""
+        """Return the genes' table; its index may hold duplicates."""
         return self._frame(self._var_name(raw))
 
     def _frame(self, name: str) -> pd.DataFrame:
@@ -382,7 +382,7 @@ class H5ad:
 
 
 def _read_quietly(node: Any) -> Any:
-    """An element of any age; that it is old is no news to the user."""
+    """Return an element of any age; that it is old is no news to the user."""
     import anndata as ad
 
     with warnings.catch_warnings():
@@ -405,7 +405,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _compound_frame(node: h5py.Dataset, uns: Any) -> pd.DataFrame:
-    """A table of anndata 0.6: a compound dataset, with the categories of column `c` in `uns["c_categories"]`."""
+    """Return a table of anndata 0.6: a compound dataset, with the categories of column `c` in `uns["c_categories"]`."""
     import pandas as pd
 
     rows = node[:]

@@ -117,7 +117,7 @@ class CellLoader:
     def _choose_binning(
         self, contents: Contents, panel: np.ndarray | None, chosen: Selection
     ) -> tuple[Binning | None, Callable[[], Binning] | None]:
-        """The rule that makes tokens, and how to fit the values that they decode to if that is still to be done."""
+        """Return the rule that makes tokens, and how to fit the values that they decode to if that is still to be done."""
         binning, n_bins = contents.binning, contents.n_bins
         if contents.dtype == "float32":
             return None, None
@@ -216,7 +216,7 @@ class CellLoader:
         return TorchDataset(self)
 
     def part(self, index: int, parts: int) -> CellLoader:
-        """A loader like this one that takes the `index`-th of `parts` equal shares of this one's cells."""
+        """Return a loader like this one that takes the `index`-th of `parts` equal shares of this one's cells."""
         other = copy.copy(self)
         other._pipeline, other._pid = None, os.getpid()
         other.rank, other.world_size = self.rank + self.world_size * index, self.world_size * parts

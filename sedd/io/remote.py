@@ -23,7 +23,7 @@ def staging(target: str) -> str:
 
 
 def filesystem(target: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it."""
+    """Return the fsspec file system of a URL, and the path in it."""
     try:
         import fsspec
 

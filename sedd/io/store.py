@@ -181,7 +181,7 @@ class CellStore:
         return pd.DataFrame({name: table[name] for name in ("sum", "sum_sq", "nnz", "max")}, index=self.var_names)
 
     def cell_hashes(self) -> np.ndarray:
-        """A hash of each cell's entries, gathered when it was written; what `verify` compares with."""
+        """Return a hash of each cell's entries, gathered when it was written; what `verify` compares with."""
         return np.asarray(self._element("uns/sedd/cells")["hash"])
 
 

@@ -129,7 +129,7 @@ def _compare(store: CellStore, inputs: list[str], hashes: np.ndarray, runner: Ta
 
 
 def _input_hashes(matrix: Matrix, genes: np.ndarray | None, store: CellStore, runner: TaskRunner) -> np.ndarray:
-    """A hash for each cell of an input matrix, as its cells would have in the store."""
+    """Return a hash for each cell of an input matrix, as its cells would have in the store."""
     hashes = np.zeros(matrix.shape[0], np.uint64)
 
     def add(lo: int, hi: int) -> np.ndarray:

@@ -137,7 +137,7 @@ def gather_rows(
 def take_rows(
     indptr: np.ndarray, rows: np.ndarray, indices: np.ndarray, data: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Some rows of a CSR block, in the order asked for.
+    """Return some rows of a CSR block, in the order asked for.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ def mix64_int(x: int) -> int:
 
 @numba.njit(cache=True, nogil=True)
 def sequence(key: Any, n: int) -> Any:
-    """The first `n` words of the splitmix64 sequence that `key` starts, (n,) uint64."""
+    """Return the first `n` words of the splitmix64 sequence that `key` starts, (n,) uint64."""
     out = np.empty(n, np.uint64)
     for i in range(n):
         out[i] = mix64(np.uint64(key) + np.uint64(i + 1) * np.uint64(GOLDEN64))
@@ -76,7 +76,7 @@ def cell_key(stream: Any, cell: Any) -> Any:
 
 
 def signed(word: int) -> int:
-    """The int64 that has the bits of a word of 64 bits: torch has no unsigned ones, and products wrap alike."""
+    """Return the int64 that has the bits of a word of 64 bits: torch has no unsigned ones, and products wrap alike."""
     return word - (1 << 64) if word >> 63 else word
 
 

@@ -209,18 +209,18 @@ class Bins(Protocol):
     """What filling rows needs to know of a `sedd.binning.Binning`; its attributes of these names."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str: ...  # noqa: D102
 
     @property
-    def n_bins(self) -> int: ...
+    def n_bins(self) -> int: ...  # noqa: D102
 
     @property
-    def edges(self) -> np.ndarray | None: ...
+    def edges(self) -> np.ndarray | None: ...  # noqa: D102
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype: ...  # noqa: D102
 
-    def table(self, max_count: int) -> np.ndarray: ...
+    def table(self, max_count: int) -> np.ndarray: ...  # noqa: D102
 
 
 class RowFiller:

@@ -11,7 +11,7 @@ Matrix: TypeAlias = Any  # (n_cells, n_vars): a numpy array or any scipy sparse 
 
 
 def to_dense(counts: Matrix) -> np.ndarray:
-    """A float64 array of a dense or sparse matrix."""
+    """Return a float64 array of a dense or sparse matrix."""
     return np.asarray(counts.toarray() if sparse.issparse(counts) else counts, dtype=np.float64)
 
 

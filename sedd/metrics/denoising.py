@@ -84,7 +84,7 @@ def poisson_nll(predicted: Matrix, held_out: Matrix, kept: Matrix, epsilon: floa
 
 
 def expected_log_cp10k(rate: Matrix, depth: np.ndarray, target: float = 1e4) -> np.ndarray:
-    """Expectation of `log1p(CP10k)` of counts that are Poisson with these rates, in cells of known depth.
+    """Return the expectation of `log1p(CP10k)` of counts that are Poisson with these rates, in cells of known depth.
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ def knn_accuracy(
 
 
 def cluster_ari(embedding: np.ndarray, labels: np.ndarray, seed: int = 0) -> float:
-    """Adjusted Rand index between the labels and k-means with as many clusters as there are labels.
+    """Return the adjusted Rand index between the labels and k-means with as many clusters as there are labels.
 
     Parameters
     ----------

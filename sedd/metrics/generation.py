@@ -228,7 +228,7 @@ def generation_split(n_train: int, n_test: int, seed: int = 0) -> tuple[np.ndarr
 def generation_table(
     generated: Matrix, real: Matrix, train: Matrix, *, seed: int = 0, max_cells: int = 2000, trees: int = 100
 ) -> dict[str, dict[str, Any]]:
-    """Generated cells against held-out cells, beside a baseline and two anchors.
+    """Return the generated cells against held-out cells, beside a baseline and two anchors.
 
     Parameters
     ----------

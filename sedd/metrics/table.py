@@ -178,7 +178,7 @@ def section_reading(section: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The metrics as aligned plain text: a table and a sentence per section, the winner of each row marked with `*`.
+    """Return the metrics as aligned plain text: a table and a sentence per section, the winner of each row marked with `*`.
 
     Parameters
     ----------
@@ -218,7 +218,7 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str
 
 
 def steps_table(points: Sequence[Mapping[str, Any]]) -> str:
-    """Generation metrics by number of sampling steps as aligned plain text, and what they say.
+    """Return the generation metrics by number of sampling steps as aligned plain text, and what they say.
 
     Parameters
     ----------
@@ -244,7 +244,7 @@ def steps_table(points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def metric_label(metric: str) -> str:
-    """The title and unit of a metric, or its key if it is not known."""
+    """Return the title and unit of a metric, or its key if it is not known."""
     info = METRICS.get(metric)
     if info is None:
         return metric

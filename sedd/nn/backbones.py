@@ -39,7 +39,7 @@ class GeneEmbedding(nn.Module):
 
 
 def bin_features(bin_values: Tensor) -> Tensor:
-    """What a visible bin tells: that it is visible, whether anything was counted, and `log1p` of the count.
+    """Return what a visible bin tells: that it is visible, whether anything was counted, and `log1p` of the count.
 
     Parameters
     ----------

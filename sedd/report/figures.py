@@ -48,7 +48,7 @@ MAX_POINTS = 4000
 
 
 def style() -> Any:
-    """The context in which every figure is drawn and saved."""
+    """Return the context in which every figure is drawn and saved."""
     return matplotlib.rc_context(STYLE)
 
 
@@ -83,7 +83,7 @@ def training_loss(history: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 def validation_nelbo(history: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> Figure | None:
-    """Validation NELBO by epoch, the baselines as lines; None without any."""
+    """Return the validation NELBO by epoch, the baselines as lines; None without any."""
     epoch, nelbo = _series(history, "val_nelbo")
     if not len(epoch):
         return None
@@ -281,7 +281,7 @@ def cell_map(
 
 
 def steps_against_quality(steps: Sequence[Mapping[str, Any]], metric: str, title: str) -> Figure | None:
-    """A generation metric against the number of sampling steps, real cells (0 steps) as a line; None without any."""
+    """Return a generation metric against the number of sampling steps, real cells (0 steps) as a line; None without any."""
     rows = sorted((row["steps"], row[metric]) for row in steps if row.get(metric) is not None)
     points = np.array([row for row in rows if row[0]], np.float64).reshape(-1, 2)
     if not len(points):

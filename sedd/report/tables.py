@@ -25,7 +25,7 @@ HEADLINES = (
 
 
 def glance_rows(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The headline metrics: sedd, the best baseline and what real cells get; empty if none of them was measured."""
+    """Return the headline metrics: sedd, the best baseline and what real cells get; empty if none of them was measured."""
     rows = []
     for section, metric in HEADLINES:
         row = metrics.get(section, {}).get(metric)
@@ -52,7 +52,7 @@ def better(metric: str) -> str:
 
 
 def section_table(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """A section's metrics beside their baselines, each with how to read it; None where there are none."""
+    """Return a section's metrics beside their baselines, each with how to read it; None where there are none."""
     if not rows:
         return None
     rivals = list(dict.fromkeys(name for row in rows.values() for name in row.get("baselines", {})))
@@ -80,7 +80,7 @@ def _capital(text: str) -> str:
 
 
 def settings_groups(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What was run, group by group, and the versions that ran it."""
+    """Return what was run, group by group, and the versions that ran it."""
     groups: dict[str, Mapping[str, Any]] = {k: v for k, v in settings.items() if isinstance(v, Mapping)}
     flat = {k: v for k, v in settings.items() if not isinstance(v, Mapping)}
     if flat:
@@ -90,7 +90,7 @@ def settings_groups(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]
 
 
 def setting_text(value: Any) -> str:
-    """A setting as people write it."""
+    """Return a setting as people write it."""
     if value is None:
         return "not set"
     if isinstance(value, float):

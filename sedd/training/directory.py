@@ -27,7 +27,7 @@ class RunDirectory:
         self.path = Path(path)
 
     def files(self) -> list[Path]:
-        """The files of a run that are there."""
+        """Return the files of a run that are there."""
         named = [self.path / name for name in _FILES if (self.path / name).exists()]
         return named + numbered_checkpoints(self.path)
 
@@ -136,7 +136,7 @@ def _state(run: Path) -> str:
 
 
 def _read(path: Path, default: Any) -> Any:
-    """The JSON of a file, or `default` where it is not there or damaged: one bad run does not hide the others."""
+    """Return the JSON of a file, or `default` where it is not there or damaged: one bad run does not hide the others."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -144,7 +144,7 @@ def _read(path: Path, default: Any) -> Any:
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    """The last whole line of a file of JSON lines, which a run may be writing."""
+    """Return the last whole line of a file of JSON lines, which a run may be writing."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

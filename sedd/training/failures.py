@@ -125,7 +125,7 @@ def forecast(
     loader: CellLoader,
     step: Callable[[list[Batch]], object],
 ) -> str:
-    """What `--dry_run` prints: sizes, steps, and the time and memory of a step, which is taken to measure them.
+    """Return what `--dry_run` prints: sizes, steps, and the time and memory of a step, which is taken to measure them.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def _peak_memory() -> str:
 
 
 def largest_batch(batch: Batch, trial: Callable[[Batch], None]) -> int | None:
-    """The most cells of `batch` that fit and divide it, so that whole numbers of them make up the same step; None: not one.
+    """Return the most cells of `batch` that fit and divide it, so that whole numbers of them make up the same step; None: not one.
 
     Parameters
     ----------
@@ -182,7 +182,7 @@ def largest_batch(batch: Batch, trial: Callable[[Batch], None]) -> int | None:
 
 
 def head(batch: Batch, n: int) -> Batch:
-    """The first cells of a batch."""
+    """Return the first cells of a batch."""
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     cut = {name: value[:n] for name, value in values.items() if isinstance(value, torch.Tensor)}
     return dataclasses.replace(batch, **cut, labels={name: codes[:n] for name, codes in batch.labels.items()})

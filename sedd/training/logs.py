@@ -88,7 +88,7 @@ class Tracker:
 
 
 def resolve_logger(log_with: str) -> str:
-    """What `--log_with` means here: `auto` is tensorboard if it is installed, else none."""
+    """Return what `--log_with` means here: `auto` is tensorboard if it is installed, else none."""
     installed = {name: importlib.util.find_spec(name) is not None for name in ("tensorboard", "wandb")}
     if log_with == "auto":
         return "tensorboard" if installed["tensorboard"] else "none"
@@ -170,7 +170,7 @@ class Progress:
         self._bar.update(min(cells, int(self._bar.total or 0) - self._bar.n))  # the last step can be filled up
 
     def status(self, loss: float) -> str:
-        """The figures beside the bar; the time left is that of training alone, without validation."""
+        """Return the figures beside the bar; the time left is that of training alone, without validation."""
         left = max(self._left - self.cells, 0) / max(self.cells_per_s, 1e-9)
         bound = [] if self._nelbo is None else [f"nelbo={self._nelbo:.1f}"]
         shown = [f"loss={loss:.1f}", *bound, f"{self.cells_per_s:.0f} cells/s", f"wait={self.wait_share:.1%}"]

@@ -44,7 +44,7 @@ class DeviceMasks:
 
 
 def device_masks(config: TrainConfig, device: torch.device, noise: Noise) -> DeviceMasks | None:
-    """What draws a run's masks beside the network on `device`; None if the loader does, or the graph needs none.
+    """Return what draws a run's masks beside the network on `device`; None if the loader does, or the graph needs none.
 
     By itself a run has them drawn on a GPU, where that halves what has to be copied to it. On a CPU the loader's kernel is the
     faster one (`benchmarks/train.py`).

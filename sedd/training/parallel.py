@@ -22,7 +22,7 @@ _COLLECTIVE_TIMEOUT = timedelta(hours=24)  # the other ranks wait for the first 
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
-    """The processes and the precision of a run, as `accelerate launch` or a plain start set them up."""
+    """Return the processes and the precision of a run, as `accelerate launch` or a plain start set them up."""
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU, and there is none; use bf16 or no.")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -65,7 +65,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def divide_like(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of `value`, divided as `like` is; `value` itself if that is whole.
+    """Return this process's part of `value`, divided as `like` is; `value` itself if that is whole.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def divide_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def divide_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The `state_dict` of a checkpoint with its tensors divided as the parameters of `optimizer` are."""
+    """Return the `state_dict` of a checkpoint with its tensors divided as the parameters of `optimizer` are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     divided = {
         i: {name: divide_like(v, parameters[i]) if isinstance(v, Tensor) else v for name, v in values.items()}

@@ -12,7 +12,7 @@ from sedd.training.directory import RunDirectory
 
 
 def state_to_resume(run: RunConfig, directory: RunDirectory) -> dict[str, Any] | None:
-    """The state that `--resume` names, or None for a new run.
+    """Return the state that `--resume` names, or None for a new run.
 
     Raises
     ------

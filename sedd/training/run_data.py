@@ -66,7 +66,7 @@ class Panel:
     gene_vectors: np.ndarray | None = None
 
     def build_model(self, config: ModelConfig) -> SEDDTransformer:
-        """A new model for this panel, its output started at the training marginals."""
+        """Return a new model for this panel, its output started at the training marginals."""
         assert config.hidden_dim is not None
         assert config.num_layers is not None
         assert config.num_heads is not None
@@ -90,7 +90,7 @@ class Panel:
     def conditions(
         self, batch: Batch, config: ModelConfig, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the model is told about the cells of a batch: label codes (B, columns) with 0 for missing, log totals (B,)."""
+        """Return what the model is told about the cells of a batch: label codes (B, columns) with 0 for missing, log totals (B,)."""
         condition = library = None
         if self.categories:
             codes = torch.stack([batch.labels[name] for name in self.categories], 1)
@@ -100,7 +100,7 @@ class Panel:
         return condition, library
 
     def _var(self) -> dict[str, list[Any]]:
-        """What the data says about the genes, for the cells that the model makes: text and numbers, by column."""
+        """Return what the data says about the genes, for the cells that the model makes: text and numbers, by column."""
         rows = self.store.var.iloc[pd.Index(self.store.var_names).get_indexer(self.genes)]
         plain = {}
         for name, values in rows.items():
@@ -109,7 +109,7 @@ class Panel:
         return plain
 
     def state(self) -> dict[str, Any]:
-        """The part of a checkpoint that belongs to the data."""
+        """Return the part of a checkpoint that belongs to the data."""
         split = self.train_cells
         return {
             "genes": list(self.genes),
@@ -189,7 +189,7 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
 
 
 def _open_store(data: DataConfig) -> CellStore:
-    """The store of the data: of counts if they are counts, of real values if the binning takes those."""
+    """Return the store of the data: of counts if they are counts, of real values if the binning takes those."""
     try:
         return ensure_store(data.data_path, cache_dir=data.cache_dir, layer=data.layer)
     except NotCountsError:
@@ -266,7 +266,7 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore,
 
 
 def _choose_genes(data: DataConfig, store: CellStore, hist: sp.csr_array | None, n_train: int) -> list[str]:
-    """The panel that `--genes` names."""
+    """Return the panel that `--genes` names."""
     text = data.genes or "all"
     if text == "all":
         return list(map(str, store.var_names))
@@ -329,7 +329,7 @@ def _plain_loader(config: TrainConfig, store: CellStore, cells: Split, genes: li
 def _count_tokens(
     config: TrainConfig, store: CellStore, cells: Split, genes: list[str], binning: Binning
 ) -> sp.csr_array:
-    """The histogram of tokens by a pass over the cells, for bins that no histogram of counts can give."""
+    """Return the histogram of tokens by a pass over the cells, for bins that no histogram of counts can give."""
     counted = np.zeros(len(genes) * binning.n_bins, np.int64)
     offsets = np.arange(len(genes)) * binning.n_bins
     with _plain_loader(config, store, cells, genes, binning) as loader:
@@ -351,7 +351,7 @@ def _sample_values(store: CellStore, cells: Split, genes: list[str], n: int = 10
 
 
 def _categories(store: CellStore, column: str) -> list[str]:
-    """The labels of an obs column that a model can be conditioned on."""
+    """Return the labels of an obs column that a model can be conditioned on."""
     obs = store.obs
     if column not in obs:
         raise UserError(f"--condition {column}: no such obs column; there are: {', '.join(obs.columns) or 'none'}.")

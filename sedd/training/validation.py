@@ -61,7 +61,7 @@ class Validator:
 
     @torch.no_grad()
     def run(self, model: SEDDTransformer, *, stop: Callable[[], bool]) -> torch.Tensor:
-        """Sums over this rank's cells: cells, nats, nats squared, hidden entries, their negative log score, their error.
+        """Return the sums over this rank's cells: cells, nats, nats squared, hidden entries, their negative log score, their error.
 
         Only the absorbing graph hides entries.
 

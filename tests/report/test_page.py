@@ -26,6 +26,7 @@ class Balanced(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
@@ -34,6 +35,9 @@ class Balanced(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,25 @@ def test_page_shows_the_numbers_with_the_winner_marked_and_text_escaped(page: Pa
     assert '<td data-label="real cells" class="anchor">0.5000</td>' in text
     assert "Mind the gap." in text
     assert "hidden_dim" in text
+
+
+def test_whatever_a_user_names_is_shown_as_text_and_never_read_as_markup(tmp_path: Path) -> None:
+    names = [f'<i class="{k}">{k} & \'co\'</i>' for k in ("title", "note", "section", "metric", "baseline", "anchor", "file", "key", "group")]
+    title, note, section, metric, baseline, anchor, file, key, group = names
+    row = {"sedd": 1.0, "baselines": {baseline: 2.0}, "anchors": {anchor: 0.5}}
+    given = ReportData(
+        title=title,
+        notes=[note],
+        metrics={section: {metric: row}, "imputation": {"nll": row}},  # the winner of the second is named in sentences too
+        settings={"data_path": f"/data/{file}.h5ad", group: {key: [file]}},
+    )
+    parser = Balanced()
+    parser.feed(write_report(tmp_path, given).read_text(encoding="utf-8"))
+    assert "i" not in {tag for tag, _ in parser.found}
+    assert all(name in parser.text for name in names)
+    labels = {attrs.get("data-label") for _, attrs in parser.found}
+    assert {"sedd", baseline, anchor} <= labels
+    assert section in {attrs.get("id") for _, attrs in parser.found}
 
 
 def test_summary_says_plainly_who_wins(data: ReportData) -> None:

@@ -43,7 +43,7 @@ def read_gene_list(genes: str | os.PathLike[str] | list[str] | None) -> list[str
 def match_genes(
     paths: list[str], names: list[list[str]], join: str, wanted: list[str] | None, *, aloud: bool = True
 ) -> tuple[list[str], list[np.ndarray | None]]:
-    """The genes of the result, and for each input the new number of each of its genes (-1: left out).
+    """Return the genes of the result, and for each input the new number of each of its genes (-1: left out).
 
     Parameters
     ----------

@@ -173,7 +173,7 @@ def check_indices(src: Source, indices: np.ndarray, lo: int, indptr: np.ndarray,
 def take_values(
     plan: Plan, src: Source, raw: np.ndarray, narrow: np.dtype[Any], place_of: Callable[[int], tuple[int, int]]
 ) -> Counts:
-    """Counts in type `narrow` or a wider one, or float32 real values.
+    """Return the counts in type `narrow` or a wider one, or float32 real values.
 
     Raises
     ------
@@ -199,7 +199,7 @@ SAMPLE = 1 << 16
 def explain(
     file: H5ad, matrix: Matrix, values: np.ndarray, bad: int, place_of: Callable[[int], tuple[int, int]]
 ) -> str:
-    """The error message for `values[bad]`, which is no count.
+    """Return the error message for `values[bad]`, which is no count.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ def explain(
 
 
 def looks_like(values: np.ndarray) -> str:
-    """A guess at what was done to counts to give these values."""
+    """Return a guess at what was done to counts to give these values."""
     sample = values[:SAMPLE].astype(np.float64)
     sample = sample[np.isfinite(sample)]
     if sample.size and sample.min() < 0:

@@ -75,7 +75,7 @@ class Job:
         return bool(store.uns_sedd["inputs"] == self.records() and store.uns_sedd["settings"] == self.settings)
 
     def records(self) -> list[dict[str, str]]:
-        """What the store remembers of its inputs."""
+        """Return what the store remembers of its inputs."""
         named = zip(self.paths, self.fingerprints, strict=True)
         return [{"path": path if "://" in path else os.path.abspath(path), "fingerprint": f} for path, f in named]
 
@@ -142,7 +142,7 @@ class Job:
                 os.unlink(path)
 
     def _earlier_plan(self, resume: bool, overwrite: bool) -> Plan | None:
-        """The plan of an unfinished conversion that we can go on with."""
+        """Return the plan of an unfinished conversion that we can go on with."""
         inputs.close_inputs()
         spill.close_spill()
         if not os.path.exists(f"{self.folder}/plan.json"):
@@ -304,7 +304,7 @@ class Job:
         return max(kinds, key=lambda dtype: dtype.itemsize)
 
     def block(self, matrices: list[Matrix], n_vars: int) -> int:
-        """Stored values that one task may hold: half the budget, by what an entry takes from file to shard."""
+        """Return the stored values that one task may hold: half the budget, by what an entry takes from file to shard."""
         stored = max(m.dtype.itemsize + (m.indices.dtype.itemsize if m.layout != "dense" else 8) for m in matrices)
         return int(min(LARGEST_BLOCK, self.asked.budget / 2 / self.runner.workers / (stored + 4 * (index_dtype(n_vars).itemsize + 4))))
 
@@ -333,7 +333,7 @@ class Job:
         self._news = tables.write(publish.begin(self.folder), self.folder, load_plan(self.folder))
 
     def forecast(self) -> str:
-        """What the conversion would do, as text: sizes, types, bytes and a time measured on a sample."""
+        """Return what the conversion would do, as text: sizes, types, bytes and a time measured on a sample."""
         from sedd.io.conversion import publish
 
         with ExitStack() as stack:

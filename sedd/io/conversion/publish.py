@@ -48,7 +48,7 @@ def begin(folder: str) -> zarr.Group:
 
 
 def open_begun(folder: str) -> zarr.Group:
-    """The store under construction."""
+    """Return the store under construction."""
     return zarr.open_group(f"{folder}/store", mode="a", zarr_format=3)
 
 

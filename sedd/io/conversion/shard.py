@@ -58,7 +58,7 @@ def n_entries(folder: str, plan: Plan) -> int:
 
 
 def result_path(folder: str, number: int) -> str:
-    """The file that says that shard `number` is made, and what was counted."""
+    """Return the file that says that shard `number` is made, and what was counted."""
     return f"{folder}/shards/{number:06d}.npz"
 
 
@@ -90,7 +90,7 @@ def make_shard(folder: str, number: int) -> None:
 
 
 def _value_dtype(folder: str, plan: Plan) -> np.dtype[Any]:
-    """The type to begin a shard with."""
+    """Return the type to begin a shard with."""
     if not plan.direct or plan.settings["values"] == "real":
         return value_dtype(folder, plan) if not plan.direct else np.dtype(np.float32)
     for kind in (np.uint32, np.uint16):
@@ -153,7 +153,7 @@ class _Input(_Entries):
                 self.stretches.append((source, lo, hi, first, last))
 
     def rows(self) -> tuple[int, int]:
-        """Number of the first cell, and how many there are."""
+        """Return the number of the first cell, and how many there are."""
         (source, _, _, first, _), (until, _, _, _, last) = self.stretches[0], self.stretches[-1]
         begin = self.plan.offsets[source] + first
         return begin, self.plan.offsets[until] + last - begin
@@ -165,7 +165,7 @@ class _Input(_Entries):
         return int(matrix.indices.read(lo - 1, lo)[0]) if lo > matrix.indptr[first] else -1
 
     def runs(self, dtype: np.dtype[Any]) -> Iterator[Run]:
-        """The entries; counts as `dtype`, or wider where they need it."""
+        """Return the entries; counts as `dtype`, or wider where they need it."""
         for source, lo, hi, first, last in self.stretches:
             src = open_source(self.folder, self.plan, source)
             indptr, row = src.matrix.indptr, self.plan.offsets[source] + first

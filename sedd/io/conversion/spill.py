@@ -136,7 +136,7 @@ def first_entries(folder: str) -> np.ndarray:
 
 
 def value_dtype(folder: str, plan: Plan) -> np.dtype:
-    """The narrowest type that holds all values of the spill."""
+    """Return the narrowest type that holds all values of the spill."""
     if plan.settings["values"] == "real":
         return np.dtype(np.float32)
     return count_dtype(int(_tables(folder)[1]["largest"].max()))
@@ -148,7 +148,7 @@ def close_spill() -> None:
 
 
 def read_share(folder: str, plan: Plan, span: int, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What `span` holds for `part`: local rows, lengths of their runs (empty: one entry each), indices, values."""
+    """Return what `span` holds for `part`: local rows, lengths of their runs (empty: one entry each), indices, values."""
     cuts, kinds, _ = _tables(folder)
     table = np.asarray(cuts[span, : part + 2])
     n_rows, n_entries = np.diff(table, axis=0).T

@@ -71,5 +71,5 @@ class Gathered:
         self.genes["nnz"] = self.genes["nnz"].astype(np.int64)
 
     def content(self) -> str:
-        """A hash of the matrix: of every cell's entries, in order."""
+        """Return a hash of the matrix: of every cell's entries, in order."""
         return hashlib.blake2b(self.hashes.tobytes(), digest_size=16).hexdigest()

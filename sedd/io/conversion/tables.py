@@ -80,7 +80,7 @@ def _write(group: zarr.Group, elements: dict[str, Any]) -> None:
 
 
 def _added(plan: Plan, gathered: Gathered, inputs: list[dict[str, str]], names: list[str]) -> dict[str, Any]:
-    """What goes under `uns["sedd"]`."""
+    """Return what goes under `uns["sedd"]`."""
     identity = json.dumps([gathered.content(), gathered.n_obs, plan.settings["values"], names])
     meta = {
         "format": FORMAT,
@@ -112,7 +112,7 @@ def _few_chunks(func: Any, group: Any, key: str, element: Any, dataset_kwargs: A
 
 
 def join_var(frames: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame:
-    """The genes' table of the result: each gene's row from the first input that has it."""
+    """Return the genes' table of the result: each gene's row from the first input that has it."""
     joined = frames[0].reindex(genes) if len(frames) == 1 or genes.isin(frames[0].index).all() else None
     if joined is None:
         joined = frames[0]

@@ -21,19 +21,19 @@ class Store(Protocol):
     """What counting needs of a `sedd.io.store.CellStore`; its attributes of these names."""
 
     @property
-    def n_obs(self) -> int: ...
+    def n_obs(self) -> int: ...  # noqa: D102
 
     @property
-    def n_vars(self) -> int: ...
+    def n_vars(self) -> int: ...  # noqa: D102
 
     @property
-    def max_value(self) -> float: ...
+    def max_value(self) -> float: ...  # noqa: D102
 
-    def gene_histogram(self) -> sparse.csr_array: ...
+    def gene_histogram(self) -> sparse.csr_array: ...  # noqa: D102
 
-    def read_rows(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+    def read_rows(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...  # noqa: D102
 
-    def spans(self, entries: int) -> Iterable[tuple[int, int]]: ...
+    def spans(self, entries: int) -> Iterable[tuple[int, int]]: ...  # noqa: D102
 
 
 def histogram(store: Store, cells: np.ndarray | None = None, progress: bool = False) -> sparse.csr_array:
@@ -127,7 +127,7 @@ def _tally_cells(store: Store, chosen: np.ndarray, progress: bool) -> sparse.csr
 
 
 def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:
-    """The `n_top` most variable genes, as scanpy's `highly_variable_genes(flavor="seurat_v3")` chooses them.
+    """Return the `n_top` most variable genes, as scanpy's `highly_variable_genes(flavor="seurat_v3")` chooses them.
 
     The standardised variance needs only how often each gene has each count, so no cell is read.
 

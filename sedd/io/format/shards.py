@@ -88,7 +88,7 @@ class Encoder:
         return memoryview(encoded), sizes  # type: ignore[arg-type]
 
     def decode(self, encoded: bytes | memoryview) -> np.ndarray:
-        """The `CHUNK` values of an encoded inner chunk.
+        """Return the `CHUNK` values of an encoded inner chunk.
 
         Raises
         ------
@@ -103,7 +103,7 @@ class Encoder:
 
 
     def decode_all(self, encoded: bytes, sizes: np.ndarray) -> np.ndarray:
-        """The values of encoded chunks that lie one after the other."""
+        """Return the values of encoded chunks that lie one after the other."""
         ends = np.cumsum(sizes)
         if self._blosc is None or not available():
             return np.concatenate([self.decode(encoded[end - size : end]) for end, size in zip(ends, sizes, strict=True)])
@@ -145,7 +145,7 @@ def shard_length(n: int) -> int:
 
 
 def n_shards(n: int) -> int:
-    """Number of shard files of an array of `n` entries."""
+    """Return the number of shard files of an array of `n` entries."""
     return -(-n // shard_length(n))
 
 
@@ -196,7 +196,7 @@ class Pen:
 
 
 def read_shard(path: str, encoder: Encoder, slots: int, n: int, chunks: int = 64) -> Iterator[np.ndarray]:
-    """The first `n` values of a shard file that a `Pen` wrote, some chunks at a time."""
+    """Return the first `n` values of a shard file that a `Pen` wrote, some chunks at a time."""
     with open(path, "rb") as file:
         file.seek(-(slots * 16 + 4), 2)
         sizes = np.frombuffer(file.read(slots * 16), "<u8").reshape(-1, 2)[: -(-n // CHUNK), 1].astype(np.int64)

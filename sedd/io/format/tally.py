@@ -103,7 +103,7 @@ class Tallier:
         return keys, numbers.astype(np.int64)  # exact: bincount adds in float64, the numbers are below 2**53
 
     def result(self) -> Tally:
-        """What was counted so far."""
+        """Return what was counted so far."""
         keys, numbers = self._merged()
         held = np.flatnonzero(self._table)
         if held.size:
@@ -128,7 +128,7 @@ def tally(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_vars: i
 
 
 def _gene_keys(n: int) -> np.ndarray:
-    """A random odd 64-bit number for each of at least `n` genes (splitmix64): the weights of the cells' hashes."""
+    """Return a random odd 64-bit number for each of at least `n` genes (splitmix64): the weights of the cells' hashes."""
     global _KEYS
     keys = _KEYS
     if keys.size < n:

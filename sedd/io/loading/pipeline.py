@@ -326,7 +326,7 @@ class Pipeline:
 
 
 def _csr(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_vars: int) -> sp.csr_matrix:
-    """Some rows of a block as a matrix of their own, without a copy.
+    """Return some rows of a block as a matrix of their own, without a copy.
 
     The rows come from `gather_rows` and are right; scipy would look through them again, which takes as long as gathering 64
     of them. It copies all indices on each slice when the two index types differ.

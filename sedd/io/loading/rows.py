@@ -26,7 +26,7 @@ class Rows:
     stops: np.ndarray
 
     def compact(self) -> Rows:
-        """The same rows, back to back and in order: what is worth sending to another machine."""
+        """Return the same rows, back to back and in order: what is worth sending to another machine."""
         lengths = self.stops - self.starts
         stops = np.cumsum(lengths)
         starts = stops - lengths

@@ -60,7 +60,7 @@ def encode_label(store: CellStore, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cumulative_weights(store: CellStore, cells: Split | CellList, weights: Any) -> np.ndarray | None:
-    """Running sum of the weights of the split's cells.
+    """Return the running sum of the weights of the split's cells.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ class Loader(Protocol):
         """Go to the start of an epoch."""
 
     def part(self, index: int, parts: int) -> AbstractContextManager[Loader]:
-        """The loader that takes the `index`-th of `parts` equal shares of this one's cells."""
+        """Return the loader that takes the `index`-th of `parts` equal shares of this one's cells."""
 
     def __len__(self) -> int: ...
 
