@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -131,3 +132,12 @@ def test_what_is_slow_to_import_is_imported_when_it_is_needed(module: str, absen
     code = f"import sys, {module}; print(*[name for name in {sorted(absent)!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_page_about_the_house_names_every_file_and_no_other() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([a-z_0-9]+)`", page)) | set(re.findall(r"([a-z_0-9]+)\.py`", page))
+    stems = {path.stem for name, path in modules().items() if name and path.stem != "__init__"}
+    assert stems - named == set()
+    rooms = set(re.findall(r"\*\*`([a-z/]+)/`\*\*", page))
+    assert rooms == {str(p.parent.relative_to(ROOT / "sedd")) for p in modules().values() if p.name == "__init__.py"} - {".", "io"}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy.stats import chisquare, kstest
 
-from sedd.kernels.random_bits import random_subsets, uniforms
+from sedd.kernels.random_bits import GOLDEN64, cell_key, cell_keys, mix64_int, random_subsets, sequence, uniforms
 
 
 def test_draws_of_a_cell_do_not_depend_on_the_cells_beside_it() -> None:
@@ -43,3 +44,17 @@ def test_subsets_have_their_size_and_are_equally_likely() -> None:
     assert chisquare(counts.numpy()).pvalue > 1e-3
     ends = random_subsets(5, 0, torch.arange(2), 4, torch.tensor([0, 4]))
     assert torch.equal(ends, torch.tensor([[False] * 4, [True] * 4]))
+
+
+SPLITMIX64 = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B)
+"""The first five outputs of Vigna's reference program for the state 0."""
+
+
+def test_the_mixer_is_splitmix64_in_python_numba_and_torch() -> None:
+    assert [int(word) for word in sequence(0, 5)] == list(SPLITMIX64)
+    assert [mix64_int((i + 1) * GOLDEN64) for i in range(5)] == list(SPLITMIX64)
+    rng = np.random.default_rng(0)
+    stream, cells = int(rng.integers(1 << 63)), rng.integers(0, 1 << 62, 1000)
+    found = cell_keys(stream, torch.from_numpy(cells)).numpy().view(np.uint64)
+    for cell, key in zip(cells.tolist(), found.tolist(), strict=True):
+        assert key == mix64_int(stream + cell * GOLDEN64) == int(cell_key(stream, cell))
