@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
-import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from torch import Tensor
 
 from sedd.errors import UserError, warn_user
 from sedd.io.files import new_file
@@ -61,7 +59,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; expected a .pt file or an experiment directory.")
+        raise UserError(f"{path}: no such checkpoint; expected a .pt file or the directory of a run.")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -86,7 +84,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def find(path: str | Path) -> Path:
-    """Return the checkpoint that `path` names: a file, or of an experiment directory the best, else the final, else the newest.
+    """Return the checkpoint that `path` names: a file, or of a run's directory the best, else the final, else the newest.
 
     Raises
     ------
@@ -97,7 +95,7 @@ def find(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or directory; expected a checkpoint or an experiment directory.")
+        raise UserError(f"{path}: no such file or directory; expected a checkpoint or the directory of a run.")
     for name in ("best.pt", "final.pt"):
         if (path / name).is_file():
             return path / name
@@ -133,68 +131,6 @@ def find_newest(directory: str | Path) -> Path | None:
     return max(progress)[1] if progress else None
 
 
-class CheckpointWriter:
-    """Writes checkpoints in a thread, so that training goes on meanwhile; one write at a time.
-
-    The state handed to `submit` must not change afterwards (`snapshot` copies it). An error of a write is raised by the
-    next `submit`, `check` or `wait`.
-    """
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def submit(self, paths: list[Path], state: dict[str, Any], *, drop: list[Path] | None = None) -> None:
-        """Write `state` to each of `paths`, then delete `drop`."""
-        self.wait()
-
-        def work() -> None:
-            try:
-                for path in paths:
-                    save(path, state)
-                for path in drop or []:
-                    path.unlink(missing_ok=True)
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=work, name="sedd-checkpoint")
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise the error of a write that has failed, without waiting for one that is under way."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
-
-    def wait(self) -> None:
-        """Return when nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-
-def snapshot(value: Any, *, keep: bool = True) -> Any:
-    """Return a copy of nested containers whose tensors lie in memory of their own on the CPU.
-
-    Parameters
-    ----------
-    value
-        May hold tensors that are divided among processes. They are made whole, for which every process must call this.
-    keep
-        Whether this process wants the copy; else tensors become None.
-    """
-    if isinstance(value, torch.Tensor):
-        full = whole(value.detach())
-        return full.to("cpu", copy=True) if keep else None
-    if isinstance(value, dict):
-        return {k: snapshot(v, keep=keep) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [snapshot(v, keep=keep) for v in value]
-    return value
-
-
 def pack_histogram(histogram: sp.csr_array) -> dict[str, Any]:
     """Return a sparse integer matrix as tensors, for a checkpoint."""
     return {
@@ -209,9 +145,3 @@ def unpack_histogram(packed: dict[str, Any]) -> sp.csr_array:
     """Return the inverse of `pack_histogram`."""
     parts = tuple(packed[name].numpy() for name in ("data", "indices", "indptr"))
     return sp.csr_array(parts, shape=tuple(packed["shape"]))
-
-
-def whole(value: Tensor) -> Tensor:
-    """All of a divided tensor; one that is not divided as it is."""
-    full = getattr(value, "full_tensor", None)  # of a DTensor, whose module takes long to import
-    return value if full is None else full()

@@ -209,7 +209,7 @@ class OptimConfig:
     batch_size: int | None = None
     """Cells per step and process; from --model if not given (small and medium: 32, large: 64)."""
     learning_rate: float | None = None
-    """Learning rate of AdamW after the warm-up; constant from there, so a run can be continued at any length. From
+    """Learning rate of AdamW after the warm-up; constant from there, so a run can be resumed at any length. From
     --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4)."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from zero."""
@@ -243,7 +243,7 @@ class RunConfig:
     checkpoint_dir: str = "experiments/rnaseq_diffusion"
     """Directory of the run: checkpoints, args.json, history.json, metrics.jsonl."""
     resume: str | None = None
-    """Continue from this checkpoint file or experiment directory; `auto` finds the newest whole one in --checkpoint_dir."""
+    """Resume from this checkpoint file or directory of a run; `auto` finds the newest whole one in --checkpoint_dir."""
     overwrite: bool = False
     """Start anew in a directory that holds a run, deleting that run."""
     seed: int = 0

@@ -5,7 +5,7 @@ alone, and its value is then drawn from `mu`, its distribution given the genes v
 is drawn before anything else, and the network is asked only for the genes of the step at hand, only in cells that have
 any. Steps that unmask nothing in a cell cost nothing, and cells need not be in the same step to share a batch.
 
-The network is told the noise that goes with the share of the cell that is masked, which is what it saw in training; for
+The network is given the noise that goes with the share of the cell that is masked, which is what it saw in training; for
 whole cells it is the noise of the step up to chance, and for imputation it is right where the time of the step is not.
 
 All draws are by inversion of a float64 cumulative sum with 53-bit uniform numbers: Gumbel noise in float32 makes

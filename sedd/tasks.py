@@ -58,7 +58,7 @@ def impute(
     Parameters
     ----------
     model
-        A checkpoint, an experiment directory or a loaded model.
+        A checkpoint, the directory of a run or a loaded model.
     data
         Cells by genes, raw counts; genes are matched by name. Of a path only a window of cells is read at a time.
     predict

@@ -12,7 +12,7 @@ use_environment() {
 
 restarted() { [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; }
 
-# Sets `arguments`: flags from the environment, then "$@"; a job that SLURM starts again goes on where it was saved
+# Sets `arguments`: flags from the environment, then "$@"; a job that SLURM starts again resumes where it was saved
 # (with --resume auto and a checkpoint there, --overwrite deletes nothing).
 train_arguments() {
   mapfile -d '' -t arguments < <(python "$root/train.py" --flags_from_environment)

@@ -10,18 +10,19 @@ import os
 import sys
 from pathlib import Path
 
-from sedd import cli, trainer
+from sedd import cli
+from sedd.training.learner import Learner
 
-kept: list[trainer.SEDDTrainer] = []
-real = trainer.SEDDTrainer._build
+kept: list[Learner] = []
+real = Learner.__init__
 
 
-def build(self: trainer.SEDDTrainer, *args: object) -> None:
+def build(self: Learner, *args: object) -> None:
     kept.append(self)
     real(self, *args)  # type: ignore[arg-type]
 
 
-trainer.SEDDTrainer._build = build  # type: ignore[method-assign]
+Learner.__init__ = build  # type: ignore[method-assign]
 status = cli.main(["train", *sys.argv[2:]])
 parameters = list(kept[0].model.parameters())
 held = {"held": sum(getattr(p, "_local_tensor", p).numel() for p in parameters), "all": sum(p.numel() for p in parameters)}

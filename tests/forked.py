@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import sedd.evaluation.evaluate  # noqa: F401
-from sedd import cli, trainer
+from sedd import cli
+from sedd.training.learner import Learner
 
 
 def free_port() -> int:
@@ -32,16 +33,16 @@ def free_port() -> int:
 
 
 def record(path: Path) -> None:
-    real = trainer.SEDDTrainer._take_step
+    real = Learner.step
 
-    def recorded(self: Any, group: Any) -> Any:
-        loss, n_cells = real(self, group)
+    def recorded(self: Any, group: Any, *, step: int, epoch: int) -> Any:
+        loss, n_cells = real(self, group, step=step, epoch=epoch)
         cells = [int(cell) for batch in group for cell in batch.cell]
         with open(path, "a") as file:
-            file.write(json.dumps({"step": self.step, "cells": cells, "loss": loss, "n": n_cells}) + "\n")
+            file.write(json.dumps({"step": step + 1, "cells": cells, "loss": loss, "n": n_cells}) + "\n")
         return loss, n_cells
 
-    trainer.SEDDTrainer._take_step = recorded  # type: ignore[method-assign]
+    Learner.step = recorded  # type: ignore[method-assign]
 
 
 def child(run: dict[str, Any], rank: int, port: int) -> None:
@@ -52,15 +53,15 @@ def child(run: dict[str, Any], rank: int, port: int) -> None:
         record(Path(run["record"]) / f"{rank}.jsonl")
     if run["kill"] is not None and rank in run["kill"][2]:
         step, seconds, _ = run["kill"]
-        real, armed = trainer.SEDDTrainer._take_step, []
+        real, armed = Learner.step, []
 
-        def watched(self: Any, group: Any) -> Any:
-            if self.step >= step and not armed:
+        def watched(self: Any, group: Any, **at: int) -> Any:
+            if at["step"] >= step and not armed:
                 armed.append(1)
                 threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            return real(self, group)
+            return real(self, group, **at)
 
-        trainer.SEDDTrainer._take_step = watched  # type: ignore[method-assign]
+        Learner.step = watched  # type: ignore[method-assign]
     try:
         status = cli.main(run["argv"])
     except BaseException:

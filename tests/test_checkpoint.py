@@ -95,16 +95,6 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_no_part(tmp_path: Path, mo
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_the_writer_reports_a_failed_write_at_the_next_call(tmp_path: Path) -> None:
-    writer = checkpoint.CheckpointWriter()
-    writer.submit([tmp_path / "missing" / "a.pt"], state())
-    with pytest.raises(OSError, match="missing"):
-        writer.wait()
-    writer.submit([tmp_path / "a.pt", tmp_path / "b.pt"], state(), drop=[tmp_path / "b.pt"])
-    writer.wait()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
 def test_a_directory_means_its_best_then_final_then_newest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or directory"):
         checkpoint.find(tmp_path / "none")
@@ -140,11 +130,3 @@ def test_a_checkpoint_that_goes_while_they_are_listed_is_passed_over(
 
     monkeypatch.setattr(Path, "stat", gone)
     assert [p.name for p in checkpoint.numbered_checkpoints(tmp_path)] == ["step_1.pt", "step_3.pt"]
-
-
-def test_a_snapshot_shares_no_memory() -> None:
-    tensor = torch.ones(3)
-    copy = checkpoint.snapshot({"a": [tensor, 1], "b": (tensor,)})
-    tensor += 1
-    assert torch.equal(copy["a"][0], torch.ones(3))
-    assert torch.equal(copy["b"][0], torch.ones(3))

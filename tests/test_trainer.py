@@ -311,16 +311,16 @@ def test_auto_resume_passes_over_a_damaged_checkpoint(tiny_h5ad: Path, tmp_path:
 def test_labels_and_totals_are_hidden_together_and_apart(
     tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sedd.training import step as training_step
+    from sedd.training import learner
 
     seen: list[tuple[bool, bool]] = []
-    real = training_step.diffusion_loss
+    real = learner.diffusion_loss
 
     def watched(*args: object, condition: torch.Tensor, library: torch.Tensor, **kwargs: object) -> object:
         seen.extend(zip((condition[:, 0] > 0).tolist(), (~library.isnan()).tolist(), strict=True))
         return real(*args, condition=condition, library=library, **kwargs)
 
-    monkeypatch.setattr(training_step, "diffusion_loss", watched)
+    monkeypatch.setattr(learner, "diffusion_loss", watched)
     flags = ["--condition", "donor", "--condition_library_size", "--condition_dropout", "0.3", "--num_epochs", "4"]
     assert train(tiny_h5ad, tmp_path / "run", *flags) == 0
     share = {pair: seen.count(pair) / len(seen) for pair in ((True, True), (True, False), (False, True), (False, False))}

@@ -74,7 +74,7 @@ def evaluate(
     Parameters
     ----------
     model
-        A checkpoint, an experiment directory or a loaded model.
+        A checkpoint, the directory of a run or a loaded model.
     data
         The data of the training run, whose validation cells are then used, or other cells on the same genes.
     output

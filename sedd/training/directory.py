@@ -1,4 +1,4 @@
-"""The directory of a run: who may write into it, its settings, its curves."""
+"""The directory of a run: who may write into it, its settings and curves, and a table of many."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from sedd.checkpoint import numbered_checkpoints
 from sedd.errors import UserError
 from sedd.io.files import new_file, write_json
 
-_FILES = ("best.pt", "final.pt", "args.json", "history.json", "metrics.jsonl")
+_FILES = ("best.pt", "final.pt", "args.json", "history.json", "metrics.jsonl", "wandb_id")
+_HEADER = ["run", "state", "epochs", "step", "best nats/cell", "at", "cells/s", "model", "attention", "genes", "batch", "lr", "seed"]
+_SETTINGS = ("model", "attention", "genes", "batch_size", "learning_rate", "seed")  # that a table of runs shows
+_QUIET_S = 120  # a run at work writes a line about every second, but none while it validates
 
 
 class RunDirectory:
-    """Files of a training run under `path`. Nothing is made before `create`.
+    """Files of a run, beside its checkpoints. Nothing is made before `create`.
 
     Parameters
     ----------
     path
-        The experiment directory.
+        The directory.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,6 +67,14 @@ class RunDirectory:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def stored(self, name: str, value: str) -> str:
+        """Return the text of a small file of the run, which has `value` from the first call on."""
+        path = self.path / name
+        if not path.exists():
+            with new_file(path) as file:
+                file.write(value.encode())
+        return path.read_text()
+
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of metrics.jsonl past `step`, which a continued run will write again."""
         path = self.path / "metrics.jsonl"
@@ -80,13 +91,8 @@ class RunDirectory:
             file.write("".join(kept).encode())
 
 
-_TOLD = ("model", "attention", "genes", "batch_size", "learning_rate", "seed")
-_HEADER = ["run", "state", "epochs", "step", "best nats/cell", "at", "cells/s", "model", "attention", "genes", "batch", "lr", "seed"]
-_QUIET_S = 120  # a run at work writes a line about every second, but none while it validates
-
-
 def runs_table(directory: str | Path) -> str:
-    """One line for each experiment under `directory`, at any depth.
+    """One line for each run under `directory`, at any depth.
 
     Returns
     -------
@@ -97,21 +103,21 @@ def runs_table(directory: str | Path) -> str:
     Raises
     ------
     UserError
-        If there is no such directory, or no experiment in it.
+        If there is no such directory, or no run in it.
     """
     root = Path(directory)
     if not root.is_dir():
-        raise UserError(f"{root}: no such directory; expected one that holds experiment directories.")
+        raise UserError(f"{root}: no such directory; expected one that holds runs.")
     rows = [_row(path.parent, root) for path in sorted(root.rglob("args.json"))]
     if not rows:
-        raise UserError(f"{root}: holds no experiment (no args.json in any directory); train a model first.")
+        raise UserError(f"{root}: holds no run (no args.json in any directory); train a model first.")
     widths = [max(len(row[i]) for row in [_HEADER, *rows]) for i in range(len(_HEADER))]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in [_HEADER, *rows])
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _row(run: Path, root: Path) -> list[str]:
-    told: dict[str, Any] = _read(run / "args.json", {})
+    settings: dict[str, Any] = _read(run / "args.json", {})
     history: list[dict[str, Any]] = _read(run / "history.json", [])
     best = min(history, key=lambda entry: entry["val_nelbo"], default=None)
     last = _last_line(run / "metrics.jsonl")
@@ -119,11 +125,11 @@ def _row(run: Path, root: Path) -> list[str]:
     return [
         "." if run == root else str(run.relative_to(root)),
         _state(run),
-        f"{len(history)}/{told.get('num_epochs', '?')}",
+        f"{len(history)}/{settings.get('num_epochs', '?')}",
         str(last.get("step", "-")),
         *(["-", "-"] if best is None else [f"{best['val_nelbo']:.1f}", str(best["epoch"])]),
         "-" if speed is None else f"{speed:.0f}",
-        *[str(told.get(name, "?")) for name in _TOLD],
+        *[str(settings.get(name, "?")) for name in _SETTINGS],
     ]
 
 

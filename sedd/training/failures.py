@@ -1,4 +1,4 @@
-"""What a machine can do to a run, and what its user can do about it: no memory, a full disk, a dead process."""
+"""What can stop a run, and what its user can do about it: a loss that is no number, no memory, a full disk, a dead process."""
 
 from __future__ import annotations
 
@@ -6,22 +6,16 @@ import contextlib
 import dataclasses
 import errno
 import math
-import resource
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import islice
 
 import torch
 import torch.distributed as dist
 
 from sedd import checkpoint
 from sedd.config import TrainConfig
-from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch
-from sedd.model import SEDDTransformer
-from sedd.training.run_data import Panel
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # gloo and NCCL say in words only that the other end of a connection is gone.
@@ -70,6 +64,21 @@ def explained(
         raise
 
 
+def check_finite(value: float, found: str) -> None:
+    """Stop before a number that is none reaches a checkpoint.
+
+    Raises
+    ------
+    FloatingPointError
+        If `value` is not finite; its message starts with `found`.
+    """
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the {found}; nothing was saved since the last checkpoint, which is whole. Continue with --resume auto and "
+            "a lower --learning_rate."
+        )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is memory that failed: on the CPU torch says so in the words of a RuntimeError only."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
@@ -116,48 +125,6 @@ def _left(config: TrainConfig) -> str:
         warnings.simplefilter("ignore")  # a damaged checkpoint is passed over again, aloud, when the run continues
         path = checkpoint.find_newest(config.run.checkpoint_dir)
     return "No checkpoint was made yet." if path is None else f"The last whole checkpoint is {path}."
-
-
-def forecast(
-    config: TrainConfig,
-    panel: Panel,
-    model: SEDDTransformer,
-    loader: CellLoader,
-    step: Callable[[list[Batch]], object],
-) -> str:
-    """Return what `--dry_run` prints: sizes, steps, and the time and memory of a step, which is taken to measure them.
-
-    Parameters
-    ----------
-    config, panel, model, loader
-        Of the run.
-    step
-        Trains on the batches of one step.
-    """
-    accumulation, epochs = config.optim.gradient_accumulation_steps, config.optim.num_epochs
-    n_parameters = sum(p.numel() for p in model.parameters())
-    steps = math.ceil(len(loader) / accumulation)
-    group = list(islice(iter(loader), accumulation))
-    seconds = 0.0
-    for _ in range(2):  # the first also compiles
-        began = time.monotonic()
-        step(group)
-        seconds = time.monotonic() - began
-    copies = 5 if config.optim.ema_decay else 4  # weights, their average, gradients, two moments
-    return (
-        f"cells {panel.train_cells.n_cells} to train, {panel.val_cells.n_cells} to validate; genes {len(panel.genes)}; "
-        f"bins {panel.binning.n_bins} ({panel.binning.kind})\n"
-        f"parameters {n_parameters:,}; weights, gradients and optimizer {4 * n_parameters * copies / 2**20:.0f} MiB; "
-        f"{_peak_memory()} with batches of {config.batch_size}\n"
-        f"steps {steps} an epoch, {steps * epochs} in all; {seconds:.3f} s a step, "
-        f"about {steps * epochs * seconds / 60:.1f} minutes"
-    )
-
-
-def _peak_memory() -> str:
-    if torch.cuda.is_available():
-        return f"the GPU's memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
-    return f"the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
 
 
 def largest_batch(batch: Batch, trial: Callable[[Batch], None]) -> int | None:

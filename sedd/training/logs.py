@@ -1,15 +1,19 @@
-"""Where the curves of a run go: metrics.jsonl always, TensorBoard or Weights & Biases on request."""
+"""What a run says while it trains: the bar on the terminal, and curves in files.
+
+metrics.jsonl always has the curves; Accelerate's trackers write them for TensorBoard or Weights & Biases on request.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import sys
 import time
 from types import TracebackType
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
 from sedd.config import TrainConfig
@@ -17,16 +21,24 @@ from sedd.errors import UserError
 from sedd.training.directory import RunDirectory
 
 _EVERY_S = 1.0  # a line of metrics.jsonl at most this often
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} cells{postfix}"
 
 
 class Tracker:
     """Context that logs steps and epochs from the main process.
 
+    A resumed run has one value for each step. Of TensorBoard's curves what lies past the checkpoint is taken back; Weights &
+    Biases are given the id that the run has had from its start, so that it stays one run there, and pass over steps they have.
+
     Parameters
     ----------
-    accelerator, config, directory
+    config, directory
         Of the run. `config.run.log_with` chooses TensorBoard (files under `checkpoint_dir/logs`), Weights & Biases
         (files under `checkpoint_dir/wandb`, sent by `wandb sync`, or at once with WANDB_MODE=online) or neither.
+    step
+        At which it starts.
+    main
+        Whether this is the main process.
 
     Raises
     ------
@@ -34,41 +46,46 @@ class Tracker:
         If the chosen logger is not installed.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, directory: RunDirectory) -> None:
-        self._accelerator = accelerator
+    def __init__(self, config: TrainConfig, directory: RunDirectory, *, step: int, main: bool) -> None:
+        self._main = main
         self._directory = directory
         self._last = 0.0
-        self._backend: Any = None
+        self._tracker: GeneralTracker | None = None
         kind = resolve_logger(config.run.log_with)
-        if not accelerator.is_main_process or kind == "none":
+        if not main or kind == "none":
             return
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.to_flat().items()}
         if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._backend = SummaryWriter(str(directory.path / "logs"))
-            self._backend.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
-        else:
-            import wandb
-
-            os.environ.setdefault("WANDB_SILENT", "true")
+            # Readers drop what earlier files have from `purge_step` on: of a run that is made anew all of it.
+            self._tracker = TensorBoardTracker("logs", directory.path, purge_step=step + 1 if step else 0)
+            self._tracker.start()
+            # Not as Accelerate stores settings: it makes a folder for them, which TensorBoard shows as a run of its own.
+            self._tracker.tracker.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()), step)
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._tracker = WandBTracker(
+            "sedd",
+            name=directory.path.name,
+            id=directory.stored("wandb_id", secrets.token_hex(4)),
+            resume="allow",
+            dir=str(directory.path),
+            config=settings,
             # Unless asked for, nothing leaves the machine, and a node without a network does not wait for one.
-            mode = os.environ.get("WANDB_MODE", "offline")
-            self._backend = wandb.init(
-                project="sedd", name=directory.path.name, dir=str(directory.path), config=settings, mode=mode
-            )
+            mode=os.environ.get("WANDB_MODE", "offline"),
+        )
+        self._tracker.start()
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._backend is not None:
-            getattr(self._backend, "close", getattr(self._backend, "finish", lambda: None))()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     def step(self, step: int, loss: float, learning_rate: float, progress: Progress) -> None:
         """Log an optimizer step; all but one a second are passed over."""
         now = time.monotonic()
-        if not self._accelerator.is_main_process or now - self._last < _EVERY_S:
+        if not self._main or now - self._last < _EVERY_S:
             return
         self._last = now
         speed = {"cells_per_s": progress.cells_per_s, "wait_share": progress.wait_share}
@@ -80,11 +97,8 @@ class Tracker:
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         self._directory.append_metrics({"step": step, "time": time.time(), **values})
-        if hasattr(self._backend, "add_scalar"):
-            for name, value in values.items():
-                self._backend.add_scalar(name, value, step)
-        elif self._backend is not None:
-            self._backend.log(values, step=step)
+        if self._tracker is not None:
+            self._tracker.log(values, step=step)
 
 
 def resolve_logger(log_with: str) -> str:
@@ -96,9 +110,6 @@ def resolve_logger(log_with: str) -> str:
         extra = {"tensorboard": "log", "wandb": "wandb"}[log_with]
         raise UserError(f"--log_with {log_with}: {log_with} is not installed; run `pip install 'sedd[{extra}]'`.")
     return log_with
-
-
-_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} cells{postfix}"
 
 
 class Progress:
@@ -131,7 +142,7 @@ class Progress:
             total=n_cells,
             initial=done,
             desc=f"epoch {epoch + 1}/{num_epochs}",
-            bar_format=_FORMAT,
+            bar_format=_BAR,
             disable=not shown,
             mininterval=0.5 if sys.stderr.isatty() else 20,
             dynamic_ncols=True,

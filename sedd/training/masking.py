@@ -38,8 +38,8 @@ class DeviceMasks:
         cells = batch.cell.to(device, non_blocking=True)
         if self.objective == "masked":
             return exact_mask_torch(self.seed, epoch, cells, n_vars, masked_count(self.mask_ratio, n_vars))
-        # Of the few times of a batch on the CPU, as the loader does: a GPU may round them differently.
-        probability = self.noise.mask_probability(batch.t)
+        # Of the few times of a batch, in float64 and on the CPU as the loader does: else one mask in thousands would differ.
+        probability = self.noise.mask_probability(batch.t.double())
         return random_mask_torch(self.seed, epoch, cells, n_vars, probability.to(device, non_blocking=True))
 
 

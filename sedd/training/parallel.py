@@ -1,4 +1,4 @@
-"""What a training step needs to know of devices and processes."""
+"""The processes of a run: how they are set up, how they agree, and how weights are divided among them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -32,7 +33,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
             f"the launcher asks for FSDP version {version}; expected fsdp_version: 2, as in configs/accelerate/fsdp.yaml."
         )
     accelerator = Accelerator(
-        # Accelerate takes processes without GPUs for single ones unless it is told that they are meant to use the CPU.
+        # Accelerate takes processes without GPUs for single ones unless the use of the CPU is asked for.
         cpu=several and not torch.cuda.is_available(),
         mixed_precision=mixed_precision,
         kwargs_handlers=[
@@ -57,11 +58,42 @@ def _divide_weights(accelerator: Accelerator) -> None:
     state.fsdp_plugin.mixed_precision_policy = None
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices; none on biases, norms and embeddings of single genes."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+class Ranks:
+    """What the processes of a run tell each other, through the CPU, where it does not make a GPU wait.
+
+    Every process must make every call, in the same order.
+
+    Parameters
+    ----------
+    accelerator
+        Of the run.
+
+    Attributes
+    ----------
+    number
+        How many processes there are.
+    first
+        Whether this is the one that writes.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.number: int = accelerator.num_processes
+        self.first: bool = accelerator.is_main_process
+        self._group = dist.new_group(backend="gloo") if self.number > 1 else None
+
+    def largest(self, *values: int) -> list[int]:
+        """Return the largest of each value over all processes."""
+        found = torch.tensor(values)
+        if self._group is not None:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return found.tolist()
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sums of `values` over all processes; with one process `values` as they are."""
+        if self._group is not None:
+            values = values.clone()
+            dist.all_reduce(values, group=self._group)
+        return values
 
 
 def divide_like(value: Tensor, like: Tensor) -> Tensor:
@@ -90,3 +122,9 @@ def divide_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimiz
         for i, values in state["state"].items()
     }
     return {**state, "state": divided}
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a divided tensor; one that is not divided as it is."""
+    full = getattr(value, "full_tensor", None)  # of a DTensor, whose module takes long to import
+    return value if full is None else full()

@@ -1,4 +1,4 @@
-"""What a run continues from, and whether it may."""
+"""What a run resumes from, and whether it may."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class Panel:
     def conditions(
         self, batch: Batch, config: ModelConfig, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return what the model is told about the cells of a batch: label codes (B, columns) with 0 for missing, log totals (B,)."""
+        """Return the conditions of the cells of a batch: label codes (B, columns) with 0 for missing, log totals (B,)."""
         condition = library = None
         if self.categories:
             codes = torch.stack([batch.labels[name] for name in self.categories], 1)
@@ -98,6 +99,10 @@ class Panel:
         if config.condition_library_size:
             library = batch.library.clamp_min(1).log().to(device, non_blocking=True)
         return condition, library
+
+    @functools.cached_property
+    def _obs_digest(self) -> str:
+        return obs_digest(self.store.obs.index)  # of many cells it takes seconds, and every checkpoint has it
 
     def _var(self) -> dict[str, list[Any]]:
         """Return what the data says about the genes, for the cells that the model makes: text and numbers, by column."""
@@ -132,7 +137,7 @@ class Panel:
                 "n_obs": self.store.n_obs,
                 "n_vars": self.store.n_vars,
                 "is_counts": bool(self.store.is_counts),
-                "obs_digest": obs_digest(self.store.obs.index),
+                "obs_digest": self._obs_digest,
             },
         }
 

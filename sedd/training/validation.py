@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 
 from sedd.config import TrainConfig
@@ -17,6 +16,7 @@ from sedd.likelihood import CellBatch, nelbo
 from sedd.loss import hide
 from sedd.model import SEDDTransformer
 from sedd.noise import Noise
+from sedd.training.parallel import Ranks
 from sedd.training.run_data import Panel
 
 N_MASKS = 8
@@ -112,7 +112,7 @@ class Validator:
             condition, library = self._panel.conditions(batch, self._config.model, device)
             yield CellBatch(batch.tokens.to(device), condition, library, batch.cell)
 
-    def summary(self, sums: torch.Tensor, group: Any) -> dict[str, float]:
+    def summary(self, sums: torch.Tensor, ranks: Ranks) -> dict[str, float]:
         """Means over the validation cells of all ranks, each of which must call this.
 
         Returns
@@ -120,9 +120,7 @@ class Validator:
         dict with val_nelbo (nats per cell), val_nelbo_se (its standard error), val_nelbo_per_gene, val_nll (nats per hidden
         entry) and val_mae (mean absolute error of hidden entries, counts); the last two only where entries are hidden
         """
-        if group is not None:
-            dist.all_reduce(sums, group=group)
-        cells, nats, squares, entries, nll, error = sums.tolist()
+        cells, nats, squares, entries, nll, error = ranks.total(sums).tolist()
         mean = nats / cells
         variance = max(squares / cells - mean**2, 0.0)
         found = {

@@ -13,7 +13,7 @@ from test_trainer import assert_same_weights, train
 from sedd import checkpoint, trainer
 from sedd.io.convert import ensure_store
 from sedd.io.loader import CellLoader
-from sedd.training import step as training_step
+from sedd.training import learner
 from sedd.training.failures import head
 
 
@@ -21,7 +21,7 @@ def test_gradients_that_are_not_finite_are_in_no_checkpoint(
     tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The loss of that step is finite still, and a checkpoint is due right after it."""
-    real, calls = training_step.diffusion_loss, []
+    real, calls = learner.diffusion_loss, []
 
     def poisoned(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         loss, per_cell = real(*args, **kwargs)
@@ -31,12 +31,12 @@ def test_gradients_that_are_not_finite_are_in_no_checkpoint(
     for clip in ("1.0", "0"):
         calls.clear()
         run = tmp_path / clip
-        monkeypatch.setattr(training_step, "diffusion_loss", poisoned)
+        monkeypatch.setattr(learner, "diffusion_loss", poisoned)
         flags = ["--checkpoint_every", "5", "--grad_clip", clip]
         assert train(tiny_h5ad, run, *flags) == 1
         assert "the gradient's norm is" in capsys.readouterr().err
         assert [p.name for p in run.glob("*.pt")] == ["step_5.pt"]
-        monkeypatch.setattr(training_step, "diffusion_loss", real)
+        monkeypatch.setattr(learner, "diffusion_loss", real)
         assert train(tiny_h5ad, run, *flags, "--resume", "auto") == 0
         assert train(tiny_h5ad, tmp_path / f"whole{clip}", *flags) == 0
         assert_same_weights(run / "final.pt", tmp_path / f"whole{clip}" / "final.pt")
@@ -44,7 +44,7 @@ def test_gradients_that_are_not_finite_are_in_no_checkpoint(
 
 def no_room_for(monkeypatch: pytest.MonkeyPatch, cells: int, call: int = 1) -> None:
     """Have the loss of so many cells and more need more memory than there is, from its `call`-th time on."""
-    real, calls = training_step.diffusion_loss, []
+    real, calls = learner.diffusion_loss, []
 
     def hungry(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -52,7 +52,7 @@ def no_room_for(monkeypatch: pytest.MonkeyPatch, cells: int, call: int = 1) -> N
             torch.empty(2**60)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training_step, "diffusion_loss", hungry)
+    monkeypatch.setattr(learner, "diffusion_loss", hungry)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_step_that_failed_leaves_its_memory_to_the_trial_of_a_smaller_one(
 ) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
     alive: list[bool] = []
-    real = training_step.diffusion_loss
+    real = learner.diffusion_loss
 
     def hungry(*args: Any, **kwargs: Any) -> Any:
         alive.extend(reference() is not None for reference in held[:1])
@@ -109,7 +109,7 @@ def test_a_step_that_failed_leaves_its_memory_to_the_trial_of_a_smaller_one(
             torch.empty(2**60)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training_step, "diffusion_loss", hungry)
+    monkeypatch.setattr(learner, "diffusion_loss", hungry)
     assert train(tiny_h5ad, tmp_path / "run") == 1
     assert alive == [False]
 

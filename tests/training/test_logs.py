@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, TINY_FLAGS
 from test_trainer import train
 
 from sedd import trainer
@@ -40,6 +43,70 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("wandb", None)  # else it passes for installed in the tests that follow
 
 
+def interrupted_and_resumed(data: Path, run: Path, *flags: str) -> None:
+    """Train for 28 steps, all in the curves; then resume from step 20 as if it had been killed, and train to step 42."""
+    assert train(data, run, "--checkpoint_every", "10", *flags) == 0
+    for name in ("final.pt", "best.pt"):
+        (run / name).unlink()
+    assert train(data, run, "--checkpoint_every", "10", "--num_epochs", "3", *flags, "--resume", "auto") == 0
+
+
+@pytest.fixture
+def _every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sedd.training.logs._EVERY_S", 0.0)
+
+
+@pytest.mark.usefixtures("_every_step")
+def test_after_a_resume_from_an_earlier_step_tensorboard_has_one_value_for_each(tiny_h5ad: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def curve(name: str) -> list[tuple[int, float]]:
+        events = EventAccumulator(str(tmp_path / "run" / "logs"), size_guidance={"scalars": 0})
+        events.Reload()
+        return [(event.step, event.value) for event in events.Scalars(name)]
+
+    interrupted_and_resumed(tiny_h5ad, tmp_path / "run", "--log_with", "tensorboard")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name, steps in (("loss", list(range(1, 43))), ("val_nelbo", [14, 28, 42])):
+        assert [step for step, _ in curve(name)] == steps
+        expected = [line[name] for line in lines if name in line]
+        assert [value for _, value in curve(name)] == pytest.approx(expected)
+    assert train(tiny_h5ad, tmp_path / "run", "--log_with", "tensorboard", "--overwrite", "--num_epochs", "1") == 0
+    assert [step for step, _ in curve("loss")] == list(range(1, 15))
+
+
+@pytest.mark.usefixtures("wandb", "_every_step")
+def test_a_resumed_run_stays_one_run_of_wandb_and_one_made_anew_is_another(tiny_h5ad: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    interrupted_and_resumed(tiny_h5ad, run, "--log_with", "wandb")
+    assert train(tiny_h5ad, run, "--log_with", "wandb", "--overwrite", "--num_epochs", "1") == 0
+    assert train(tiny_h5ad, tmp_path / "fork", "--log_with", "wandb", "--resume", str(run / "final.pt")) == 0
+    calls = [json.loads(line)[1] for path in (run, tmp_path / "fork") for line in (path / "calls.jsonl").read_text().splitlines()]
+    starts = [call for call in calls if "mode" in call]
+    assert [call["resume"] for call in starts] == ["allow"] * 4
+    first, resumed, anew, fork = (call["id"] for call in starts)
+    assert first == resumed
+    assert len({first, anew, fork}) == 3
+    assert (run / "wandb_id").read_text() == anew
+
+
+@pytest.mark.usefixtures("_every_step")
+def test_the_real_wandb_writes_both_parts_of_a_resumed_run_under_one_id(tiny_h5ad: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    run = tmp_path / "run"
+    flags = [f"--data_path={tiny_h5ad}", f"--checkpoint_dir={run}", *TINY_FLAGS, "--log_with", "wandb"]
+    for epochs, more in (("1", []), ("2", ["--resume", "auto"])):  # as users do, in a process of its own each
+        words = [sys.executable, "-m", "sedd", "train", *flags, "--num_epochs", epochs, *more]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "WANDB_MODE": "offline"})
+        assert done.returncode == 0, done.stderr[-3000:]
+    written = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(written) == 2
+    identity = (run / "wandb_id").read_text()
+    for folder in written:
+        assert folder.name.endswith(f"-{identity}")
+        assert (folder / f"run-{identity}.wandb").stat().st_size > 0
+
+
 @pytest.mark.usefixtures("wandb")
 @pytest.mark.parametrize("mode", [None, "online"])
 def test_wandb_gets_the_settings_and_the_curves_and_is_offline_unless_asked(
@@ -64,7 +131,7 @@ def test_the_curves_can_be_read_while_the_run_is_at_work(
 ) -> None:
     """After every step both files are whole: what history.json has, metrics.jsonl has, and more."""
     monkeypatch.setattr("sedd.training.logs._EVERY_S", 0.0)
-    real, seen = trainer.SEDDTrainer._save_if_due, []
+    real, seen = trainer.SEDDTrainer._save_or_stop, []
 
     def look(self: trainer.SEDDTrainer) -> None:
         folder = self.directory.path
@@ -73,7 +140,7 @@ def test_the_curves_can_be_read_while_the_run_is_at_work(
         seen.append((self.step, lines, json.loads(path.read_text()) if path.exists() else []))
         real(self)
 
-    monkeypatch.setattr(trainer.SEDDTrainer, "_save_if_due", look)
+    monkeypatch.setattr(trainer.SEDDTrainer, "_save_or_stop", look)
     assert train(tiny_h5ad, tmp_path / "run") == 0
     assert [step for step, _, _ in seen] == list(range(1, 29))
     for step, lines, history in seen:

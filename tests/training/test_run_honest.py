@@ -58,19 +58,19 @@ def test_validation_values_do_not_reach_bins_genes_marginals_or_weights(tmp_path
 def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(
     tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sedd.training import step as training_step
+    from sedd.training import learner
 
     run = tmp_path / "run"
     assert train(tiny_h5ad, run, "--num_epochs", "1") == 0
     before = (run / "final.pt").read_bytes()
-    real, calls = training_step.diffusion_loss, []
+    real, calls = learner.diffusion_loss, []
 
     def poisoned(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         loss, per_cell = real(*args, **kwargs)  # type: ignore[arg-type]
         calls.append(1)
         return (loss, per_cell * float("nan")) if len(calls) == 3 else (loss, per_cell)
 
-    monkeypatch.setattr(training_step, "diffusion_loss", poisoned)
+    monkeypatch.setattr(learner, "diffusion_loss", poisoned)
     assert train(tiny_h5ad, run, "--num_epochs", "2", "--resume", "auto") == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     # The step counts on from the 14 of the first epoch, and the batch is named by its cells.
@@ -101,15 +101,15 @@ def test_weights_that_the_last_step_of_an_epoch_ruins_are_not_saved(
 def test_conditions_are_hidden_from_the_network_together_and_apart_at_their_rates(
     tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sedd.training import step as training_step
+    from sedd.training import learner
 
-    real, told = training_step.diffusion_loss, []
+    real, told = learner.diffusion_loss, []
 
     def listening(*args: object, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         told.append((kwargs["condition"], kwargs["library"]))
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training_step, "diffusion_loss", listening)
+    monkeypatch.setattr(learner, "diffusion_loss", listening)
     flags = ["--condition", "donor", "--condition_library_size", "--condition_dropout", "0.3", "--num_epochs", "4"]
     assert train(tiny_h5ad, tmp_path / "run", *flags) == 0
     condition, library = (torch.cat(values) for values in zip(*told, strict=True))

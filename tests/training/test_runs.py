@@ -1,4 +1,4 @@
-"""`sedd runs` shows experiments side by side, whatever state they are in."""
+"""`sedd runs` shows runs side by side, whatever state they are in."""
 
 from __future__ import annotations
 
@@ -57,4 +57,4 @@ def test_a_run_itself_can_be_named(tiny_run: Path, capsys: pytest.CaptureFixture
 
 def test_a_directory_without_runs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(tmp_path)]) == 2
-    assert "holds no experiment" in capsys.readouterr().err
+    assert "holds no run" in capsys.readouterr().err

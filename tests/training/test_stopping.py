@@ -15,7 +15,7 @@ from test_trainer import assert_same_weights, train
 
 from sedd import checkpoint, trainer
 from sedd.io.conversion import job
-from sedd.training import step as training_step
+from sedd.training import learner
 
 
 def before(monkeypatch: pytest.MonkeyPatch, of: Any, name: str, call: int, number: signal.Signals) -> None:
@@ -54,7 +54,7 @@ def stop_and_go_on(data: Path, directory: Path, status: int, step: int, *flags: 
 def test_a_signal_in_a_step_saves_it_and_the_run_goes_on_bit_for_bit(
     step: int, number: signal.Signals, whole: Path, tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before(monkeypatch, training_step, "diffusion_loss", step, number)
+    before(monkeypatch, learner, "diffusion_loss", step, number)
     stop_and_go_on(tiny_h5ad, tmp_path / "run", 130 if number == signal.SIGINT else 75, step)
     assert_same_weights(tmp_path / "run" / "final.pt", whole)
 

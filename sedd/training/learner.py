@@ -1,0 +1,209 @@
+"""One optimizer step: the loss of a group of batches, its gradients, the weights and their running average."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from sedd.config import TrainConfig
+from sedd.graph import make_graph
+from sedd.io.loading.batch import Batch
+from sedd.kernels.random_bits import stream_key
+from sedd.loss import diffusion_loss
+from sedd.model import SEDDTransformer
+from sedd.noise import make_noise
+from sedd.training.ema import EMA
+from sedd.training.failures import check_finite, largest_batch
+from sedd.training.masking import device_masks, drop_conditions
+from sedd.training.parallel import divide_like, divide_optimizer_state, whole
+from sedd.training.resuming import check_same_model
+from sedd.training.run_data import Panel
+
+
+class Learner:
+    """The network of a run and what fits it.
+
+    Parameters
+    ----------
+    config, panel, accelerator
+        Of the run.
+    resumed
+        The checkpoint to resume from, if any.
+
+    Attributes
+    ----------
+    model
+        The network itself, without wrappers.
+    ema
+        Its averaged weights, or None.
+    graph, noise
+        The diffusion that it is trained for.
+    masks
+        What draws masks beside the network, or None where the loader does.
+
+    Raises
+    ------
+    UserError
+        If the checkpoint is of another network.
+    """
+
+    def __init__(
+        self, config: TrainConfig, panel: Panel, accelerator: Accelerator, resumed: dict[str, Any] | None = None
+    ) -> None:
+        self._config, self._panel, self._accelerator = config, panel, accelerator
+        self._batch: Batch | None = None  # the last one that was trained on
+        self.noise = make_noise(config.model.noise)
+        self.graph = make_graph(config.model.graph, panel.binning.n_bins)
+        self.masks = device_masks(config, accelerator.device, self.noise)
+        torch.manual_seed(config.run.seed)
+        self.model = panel.build_model(config.model)
+        if resumed is not None:
+            check_same_model(resumed, self.model.config, config.model.graph)
+            self.model.load_state_dict(resumed["model"])
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, config.optim.weight_decay),
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            fused=accelerator.device.type == "cuda",
+        )
+        module = torch.compile(self.model, dynamic=False) if config.optim.compile else self.model
+        self._module, self._optimizer = accelerator.prepare(module, optimizer)
+        warmup = config.optim.warmup_steps
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, warmup)))
+        # Of the weights where and as the optimizer has them: on the device, and divided if they are.
+        self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
+        if resumed is not None:
+            self._load_state(resumed)
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the rate of the next step."""
+        return float(self._scheduler.get_last_lr()[0])
+
+    def step(self, group: list[Batch], *, step: int, epoch: int) -> tuple[float, int]:
+        """Take one optimizer step.
+
+        Parameters
+        ----------
+        group
+            The batches whose gradients are added up.
+        step, epoch
+            Their numbers, counted from 0: random draws belong to them.
+
+        Returns
+        -------
+        loss, n_cells
+            The mean loss in nats per cell and the number of cells, of this process.
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss or its gradients are not finite; the weights are then as before.
+        """
+        accelerator, self._batch = self._accelerator, group[0]
+        n_cells = sum(len(batch.cell) for batch in group)
+        total = torch.zeros((), device=accelerator.device)
+        # One generator state per (seed, step, rank): a resumed run draws what an undisturbed one would have drawn.
+        torch.manual_seed(stream_key(self._config.run.seed, step, accelerator.process_index))
+        for i, batch in enumerate(group):
+            last = i == len(group) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
+                loss, per_cell = self._loss(batch, self._module, epoch)
+                accelerator.backward(loss * (len(batch.cell) / n_cells))
+            total += per_cell.sum()
+        # Without clipping only the norm is of interest: infinity leaves the gradients as they are.
+        norm = whole(accelerator.clip_grad_norm_(self._module.parameters(), self._config.optim.grad_clip or math.inf))
+        total, norm = torch.stack([total, norm.to(total)]).tolist()  # together: a step waits for a GPU once
+        mean, place = total / n_cells, f"at step {step} of epoch {epoch + 1} (cells {group[0].cell[:4].tolist()} ...)"
+        check_finite(mean, f"loss is {mean} {place}")
+        if accelerator.scaler is None:  # steps in fp16 whose gradients overflow are left out by the scaler
+            check_finite(norm, f"gradient's norm is {norm} {place}")
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return mean, n_cells
+
+    def _loss(self, batch: Batch, module: torch.nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        config, device = self._config.model, self._accelerator.device
+        condition, library = self._panel.conditions(batch, config, device)
+        if config.condition_dropout:
+            condition, library = drop_conditions(condition, library, config.condition_dropout)
+        masked = self.masks.of(batch, epoch, device) if self.masks else batch.masked
+        with self._accelerator.autocast():  # which accelerate leaves to its own casts where weights are divided
+            return diffusion_loss(
+                module,
+                self.graph,
+                self.noise,
+                batch.tokens.to(device, non_blocking=True),
+                None if masked is None else masked.to(device, non_blocking=True),
+                batch.t.to(device, non_blocking=True),
+                condition=condition,
+                library=library,
+                objective=config.objective,
+            )
+
+    def largest_batch(self, epoch: int) -> int | None:
+        """Return how many cells a step has room for, tried on this process alone; half of them where weights are divided."""
+        if self._batch is None:  # while the model was built
+            return None
+        if self._accelerator.is_fsdp2:
+            return self._config.batch_size // 2 or None
+        self._optimizer.zero_grad(set_to_none=True)
+        moments = () if self._optimizer.state else [torch.empty_like(p) for p in self.model.parameters() for _ in range(2)]
+        found = largest_batch(self._batch, lambda batch: self._loss(batch, self.model, epoch)[0].backward())
+        del moments  # the first step makes them after its gradients
+        return found
+
+    @contextlib.contextmanager
+    def averaged_model(self) -> Iterator[SEDDTransformer]:
+        """Return the model with its averaged weights. Of divided ones a whole copy, which ranks can use independently."""
+        if self._accelerator.is_fsdp2:
+            weights = {**self.model.state_dict(), **({} if self.ema is None else self.ema.average)}
+            copy = SEDDTransformer(**self.model.config).to(self._accelerator.device)
+            copy.load_state_dict({name: whole(value.detach()) for name, value in weights.items()})
+            yield copy
+        elif self.ema is None:
+            yield self.model
+        else:
+            with self.ema.applied(self.model):
+                yield self.model
+
+    def state(self) -> dict[str, Any]:
+        """Return the part of a checkpoint that belongs to the network; divided weights are still divided in it."""
+        scaler = self._accelerator.scaler
+        return {
+            "model": self.model.state_dict(),
+            "model_config": self.model.config,
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        """Take over all but the weights: they are divided, if at all, after they were loaded."""
+        if self.ema is not None and state["ema"] is not None:
+            average = {k: divide_like(v, self.ema.average.get(k, v)) for k, v in state["ema"]["average"].items()}
+            self.ema.load_state_dict({**state["ema"], "average": average})
+        self._optimizer.load_state_dict(divide_optimizer_state(state["optimizer"], self._optimizer))
+        self._scheduler.load_state_dict(state["scheduler"])
+        # The rate is that of the settings: who resumes a run that diverged lowers it.
+        self._scheduler.base_lrs = [self._config.learning_rate] * len(self._scheduler.base_lrs)
+        for group, factor in zip(self._optimizer.param_groups, self._scheduler.lr_lambdas, strict=True):
+            group["lr"] = self._config.learning_rate * factor(self._scheduler.last_epoch)
+        if self._accelerator.scaler is not None and state["scaler"] is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices; none on biases, norms and embeddings of single genes."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
