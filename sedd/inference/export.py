@@ -25,6 +25,7 @@ from torch import Tensor
 from sedd import __version__
 from sedd.checkpoint import FORMAT
 from sedd.errors import UserError
+from sedd.io.files import move_into_place
 
 _WEIGHTS, _CONFIG, _PANEL, _CARD = "model.safetensors", "config.json", "panel.json", "README.md"
 _SETTINGS = ("epoch", "step", "history", "model_config", "split", "data")
@@ -84,11 +85,7 @@ def write_export(
     try:
         _write_files(state, weights, source, n_parameters, part)
         os.chmod(part, 0o777 & ~_umask())
-        old = part.with_name(part.name + ".old")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(part, target)
-        shutil.rmtree(old, ignore_errors=True)
+        move_into_place(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target

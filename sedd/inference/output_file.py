@@ -7,7 +7,6 @@ AnnData Zarr store, and at no time more than a block of cells is in memory.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import zarr
 
 from sedd.inference.cells import read_anndata
 from sedd.inference.output_parts import Parts, is_mostly_full, partial_folder
+from sedd.io.files import move_into_place
 from sedd.io.format.shards import consolidate
 
 _BLOCK = 1 << 22  # values that are gathered before they are written
@@ -113,7 +113,7 @@ def attach(
     part = partial_folder(path) / path.name
     with _written_plainly():
         result.write_zarr(part) if path.suffix == ".zarr" else result.write_h5ad(part, compression="gzip")
-    publish(part, path)
+    move_into_place(part, path)
     return ad.AnnData(obs=result.obs, var=result.var, uns=uns)
 
 
@@ -139,7 +139,7 @@ def _attach_to_copy(data: Path, output: Path, obsm: dict[str, np.ndarray], uns: 
         obs, var = (ad.io.read_elem(root[name]) for name in ("obs", "var"))
         if data.is_dir():
             consolidate(root)
-    publish(part, output)
+    move_into_place(part, output)
     return ad.AnnData(obs=obs, var=var, uns=uns)
 
 
@@ -231,17 +231,10 @@ class _GrowingFile:
             consolidate(self._root)
         else:
             self._root.close()
-        publish(self._part / self._path.name, self._path)
+        move_into_place(self._part / self._path.name, self._path)
 
     def __exit__(self, *_: object) -> None:
         """Remove the part, or what is left of it."""
         if not self._is_zarr:
             self._root.close()
         shutil.rmtree(self._part, ignore_errors=True)
-
-
-def publish(made: Path, path: Path) -> None:
-    """Move a complete file or directory to its name, over what is there."""
-    if path.is_dir():  # a directory cannot be replaced in one step as a file can
-        os.replace(path, made.with_name("replaced"))
-    os.replace(made, path)

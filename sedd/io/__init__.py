@@ -1,4 +1,4 @@
-"""The road from `.h5ad` files to token batches: convert, store, plan, load."""
+"""From `.h5ad` files to token batches: convert, store, plan, load."""
 
 from __future__ import annotations
 

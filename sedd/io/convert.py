@@ -1,10 +1,11 @@
 r"""`.h5ad` files to a store, on threads or a Dask cluster, in bounded memory, never half-written.
 
-    inputs ----------------------------> make_shard --> shards --check, rename--> OUTPUT.zarr
-       \--scatter_span--> spill --/
+    inputs ------------------------> make_shard --> shards --check, rename--> OUTPUT.zarr
+       \--spill_span--> spill --/
 
-Here are the functions to call. The steps are in `job.py`, the tasks in `shard.py` and `spill.py`. Everything unfinished is
-in `OUTPUT.zarr.partial`, from which `resume` continues. What is slow to import, for tables and metadata, is imported while the tasks run.
+Here are the functions to call. The steps are in `conversion/job.py`, the tasks in `conversion/shard.py` and `conversion/spill.py`.
+Everything unfinished is in `OUTPUT.zarr.partial`, from which `resume` continues. What is slow to import is imported when it is needed:
+for tables and metadata, while the tasks run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from sedd.config import ConversionSettings
 from sedd.errors import UserError
 from sedd.io import remote
-from sedd.io.conversion.job import Job
 from sedd.options import grouped, keywords_of
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def convert(
     UserError
         For bad input, in one line; nothing is left behind.
     """
+    from sedd.io.conversion.job import Job
+
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     target = str(output).rstrip("/")
     job = Job(
@@ -95,6 +97,7 @@ def ensure_store(
     layer, values : as in `convert`
     progress : show a bar while converting
     """
+    from sedd.io.conversion.job import Job
     from sedd.io.store import CellStore
 
     path = str(path).rstrip("/")

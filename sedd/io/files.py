@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,27 +28,34 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 def new_file(path: str | os.PathLike[str], *, sync: bool = False) -> Iterator[BinaryIO]:
     """Write a file that gets its name when it is complete; nothing is left behind otherwise.
 
+    Until then it is beside its place, as `.NAME.HOST-PROCESS-RANDOM.part`.
+
     Parameters
     ----------
     path : of the file; one that is there is replaced in one rename
     sync : wait until the file and its name are on the disk
     """
-    folder, name = os.path.split(os.path.abspath(path))
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    shown = os.fsdecode(os.fsencode(name)[:160])  # a name has 255 bytes at most
     # Workers on several hosts may write the same file: each has one of its own until it is complete.
-    partial = f"{folder}/.{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.part"
+    writer = f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(4)}"
+    partial = os.path.join(folder, f".{shown}.{writer}.part")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
+    except BaseException as error:
+        with suppress(OSError):  # it is the first error that counts
             os.unlink(partial)
+        if isinstance(error, OSError) and error.filename == partial:
+            error.filename = path  # the name that the user knows
         raise
     if sync:
-        _sync(folder)
+        _sync(folder or ".")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -60,6 +68,20 @@ def save_arrays(path: str, **arrays: Any) -> None:
     """Write an `.npz` whole or not at all."""
     with new_file(path) as file:
         np.savez(file, **arrays)
+
+
+def move_into_place(made: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Move a complete file or folder to its name, over what is there."""
+    old = f"{os.fspath(made)}.replaced"
+    if os.path.isdir(path):  # a folder cannot be replaced in one step as a file can
+        os.rename(path, old)
+    try:
+        os.replace(made, path)
+    except OSError:
+        if os.path.isdir(old):
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def begin_to_sync(file: BinaryIO) -> None:

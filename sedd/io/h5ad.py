@@ -128,15 +128,15 @@ class Matrix:
             data = self.data.read(start, stop)
         return self.indptr[lo : hi + 1] - start, indices, data
 
-    def pieces(self, name: str, start: int, stop: int, at_most: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Entries `start:stop` of `indices` or `data` piece by piece, as `(place after start, values)`."""
+    def slices(self, name: str, start: int, stop: int, at_most: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Entries `start:stop` of `indices` or `data` slice by slice, as `(place after start, values)`."""
         reader = self.indices if name == "indices" else self.data
         with reading(self.path, f"{self.name}/{name} [{start}:{stop}]"):
-            yield from reader.pieces(start, stop, at_most or stop - start)
+            yield from reader.slices(start, stop, at_most or stop - start)
 
     def entries(self, start: int, stop: int, at_most: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Entries `start:stop` piece by piece, as `(place, indices, data)`; hardly more than `at_most` in memory."""
-        both = [self.pieces(name, start, stop, at_most) for name in ("indices", "data")]
+        """Entries `start:stop` slice by slice, as `(place, indices, data)`; hardly more than `at_most` in memory."""
+        both = [self.slices(name, start, stop, at_most) for name in ("indices", "data")]
         indices = data = np.empty(0)
         while start < stop:
             indices, data = (own if own.size else next(more)[1] for own, more in zip((indices, data), both, strict=True))
@@ -158,8 +158,8 @@ class Matrix:
             rows, cols = np.nonzero(block)
             indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=hi - lo))])
             return indptr.astype(np.int64), cols, block[rows, cols]
-        pieces = [self._rows_of_columns(lo, hi, *span) for span in self.spans(1 << 22)]
-        rows, cols, data = (np.concatenate(part) for part in zip(*pieces, strict=True))
+        blocks = [self._rows_of_columns(lo, hi, *span) for span in self.spans(1 << 22)]
+        rows, cols, data = (np.concatenate(part) for part in zip(*blocks, strict=True))
         order = np.argsort(rows, kind="stable")
         indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=hi - lo))])
         return indptr.astype(np.int64), cols[order], data[order]
@@ -171,7 +171,7 @@ class Matrix:
         return rows[wanted].astype(np.int64) - lo, cols[wanted], data[wanted]
 
     def spans(self, n_values: int) -> list[tuple[int, int]]:
-        """Cut the rows (columns for CSC) into runs of about `n_values` stored values, at least one row each."""
+        """Cut the rows (columns for CSC) into spans of about `n_values` stored values, at least one row each."""
         if self.layout == "dense":
             step = max(1, n_values // max(1, self.shape[1]))
             edges = np.arange(0, self.n_major, step)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import resource
+import signal
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedd.errors import UserError
-from sedd.io.files import new_file, write_json
+from sedd.io.files import move_into_place, new_file, write_json
 from sedd.options import parse_bytes
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
@@ -65,3 +70,55 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path: Path) ->
         write_json(path, float("nan"))
     write_json(path, {"a": [1, None]})
     assert json.loads(path.read_text()) == {"a": [1, None]}
+
+
+def test_two_hosts_with_one_process_number_do_not_share_a_temporary_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = tmp_path / "a"
+    with ExitStack() as stack:
+        for host in ("node1", "node2", "node2"):
+            monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+            stack.enter_context(new_file(path)).write(host.encode())
+        names = sorted(item.name for item in tmp_path.iterdir())
+        assert [name[: len(".a.node1-7-")] for name in names] == [".a.node1-7-", ".a.node2-7-", ".a.node2-7-"]
+        assert all(name.endswith(".part") for name in names)
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]
+    assert path.read_bytes() == b"node1"  # the last to be finished
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "\U0001f9ec" * 63])
+def test_a_name_of_any_length_is_written(tmp_path: Path, name: str) -> None:
+    with new_file(tmp_path / name) as file:
+        file.write(b"1")
+    assert [item.name for item in tmp_path.iterdir()] == [name]
+
+
+def test_an_error_has_the_number_and_the_name_that_the_user_knows(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing, new_file(tmp_path / "none" / "a"):
+        pass
+    assert missing.value.filename == str(tmp_path / "none" / "a")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match="File too large") as full, new_file(tmp_path / "a") as file:
+            file.write(b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert full.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_moved_over_another_or_the_other_stays(tmp_path: Path) -> None:
+    for name in ("made", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(FileNotFoundError):
+        move_into_place(tmp_path / "none", tmp_path / "there")
+    assert (tmp_path / "there" / "file").read_text() == "there"
+    move_into_place(tmp_path / "made", tmp_path / "there")
+    assert (tmp_path / "there" / "file").read_text() == "made"
+    assert [item.name for item in tmp_path.iterdir()] == ["there"]

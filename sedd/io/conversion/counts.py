@@ -13,6 +13,7 @@ from numba import njit
 TOLERANCE = 1e-6
 """How far from an integer a value may be and still be taken for a count."""
 
+
 def index_dtype(n_vars: int) -> np.dtype:
     """Narrowest type for gene indices that AnnData and scipy take: uint16, or int32 for more than 65,536 genes."""
     return np.dtype(np.uint16 if n_vars <= 1 << 16 else np.int32)
@@ -276,30 +277,30 @@ def _deal_columns(indptr, rows, values, genes, places, first, step, cursor, loca
             cursor[part] = at + 1
 
 
-def place_runs(
-    cursor: np.ndarray, rows: np.ndarray, lengths: np.ndarray, piece: tuple[np.ndarray, np.ndarray],
+def append_rows(
+    cursor: np.ndarray, rows: np.ndarray, lengths: np.ndarray, own: tuple[np.ndarray, np.ndarray],
     target: tuple[np.ndarray, np.ndarray],
 ) -> None:  # fmt: skip
-    """Append runs of entries to the rows of a block under construction.
+    """Append groups of entries to the rows of a block under construction.
 
     Parameters
     ----------
     cursor : (n_rows,) int64, where the next entry of each row goes; advanced
-    rows : (n_runs,) the row of each run
-    lengths : (n_runs,) entries of each run, or empty when each has one
-    piece : indices and values to place
+    rows : (n_groups,) the row of each group
+    lengths : (n_groups,) entries of each group, or empty when each has one
+    own : indices and values to append
     target : indices and values of the block
     """
-    _place_runs(cursor, rows, lengths, *piece, *target)
+    _append_rows(cursor, rows, lengths, *own, *target)
 
 
 @njit(cache=True, nogil=True)
-def _place_runs(cursor, rows, lengths, indices, values, out_indices, out_values):  # type: ignore[no-untyped-def]
+def _append_rows(cursor, rows, lengths, indices, values, out_indices, out_values):  # type: ignore[no-untyped-def]
     n = np.int64(0)
-    for run in range(rows.size):
-        row = rows[run]
+    for group in range(rows.size):
+        row = rows[group]
         at = cursor[row]
-        length = np.int64(lengths[run]) if lengths.size else np.int64(1)
+        length = np.int64(lengths[group]) if lengths.size else np.int64(1)
         for k in range(length):
             out_indices[at + k] = indices[n + k]
             out_values[at + k] = values[n + k]

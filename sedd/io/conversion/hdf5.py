@@ -15,8 +15,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-PIECE = 1 << 17
-"""Values that `pieces` reads at once: they stay in the processor's cache until they are used."""
+SLICE = 1 << 17
+"""Values that `slices` reads at once: they stay in the processor's cache until they are used."""
 
 DEFLATE, SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 
@@ -90,12 +90,12 @@ class Reader:
             out[first - lo : last - lo] = chunk[first - start : last - start]
         return out
 
-    def pieces(self, lo: int, hi: int, at_most: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Read `lo:hi` of a vector piece by piece, no chunk of the file twice: `(place after lo, values)`.
+    def slices(self, lo: int, hi: int, at_most: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Read `lo:hi` of a vector slice by slice, no chunk of the file twice: `(place after lo, values)`.
 
         `at_most` values are read at once where each call of the library, or of a network, costs much more than its bytes.
         """
-        step = PIECE if self._fd is not None else max(PIECE, at_most)
+        step = SLICE if self._fd is not None else max(SLICE, at_most)
         if self.dataset.chunks:
             step = -(-step // self.dataset.chunks[0]) * self.dataset.chunks[0]
         for start in range(lo // step * step, hi, step):

@@ -2,7 +2,7 @@
 
 A conversion has a folder, `OUTPUT.zarr.partial`, that holds its `Plan` and everything done so far. Its tasks are functions of
 (folder, number), so that a Dask worker anywhere needs nothing else; each makes one result file, which appears by one rename: what
-exists is complete, and a conversion that was killed goes on with what does not exist yet.
+exists is complete, and a conversion that was killed is resumed with what does not exist yet.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from sedd.io.format.codec import keep_freed_memory
 from sedd.io.h5ad import H5ad, Matrix
 
 
-@dataclass(frozen=True, eq=False)  # so that what is held open is held for one plan
+@dataclass(frozen=True, eq=False)  # as the key of a cache, a plan is itself and no other
 class Plan:
     """What a conversion does, as written to `plan.json`.
 
     Attributes
     ----------
+    folder : where the plan and all that is unfinished are
     sources : (path, layer, raw) of each input
     fingerprints : of the inputs
     settings : everything else that the result depends on
@@ -37,11 +38,12 @@ class Plan:
     narrow : the type to try first for counts
     block : stored values that a task may hold
     spans : stretches of input that are spilled, (source, first, last) in rows, or in columns for CSC; none when direct
-    step : cells in a part of the spill
+    step : cells in a part of the spill: consecutive cells of the store
     offsets : number of the first cell of each source, all cells counted in input order
     entries : number of the first entry of each source and, last, of all entries taken; for CSR input only
     """
 
+    folder: str
     sources: tuple[tuple[str, str | None, bool], ...]
     fingerprints: tuple[str, ...]
     settings: dict[str, Any]
@@ -55,25 +57,23 @@ class Plan:
     offsets: tuple[int, ...]
     entries: tuple[int, ...]
 
-    def save(self, folder: str) -> None:
+    def save(self) -> None:
         """Write `plan.json`."""
-        with new_file(f"{folder}/plan.json") as file:
-            file.write(json.dumps(asdict(self)).encode())
+        fields = asdict(self)
+        del fields["folder"]
+        with new_file(f"{self.folder}/plan.json") as file:
+            file.write(json.dumps(fields).encode())
 
     @property
     def n_parts(self) -> int:
-        """Parts of the spill: runs of `step` consecutive cells of the store."""
+        """How many parts the spill has."""
         return -(-self.n_obs // self.step)
 
 
 def load_plan(folder: str) -> Plan:
     """Read `plan.json`, once while it stays as it is: a Dask worker may see several conversions to one output."""
-    return _load_plan(folder, _stamp(folder))
-
-
-def _stamp(folder: str) -> tuple[int, int]:
     stat = os.stat(f"{folder}/plan.json")
-    return stat.st_mtime_ns, stat.st_ino
+    return _load_plan(folder, (stat.st_mtime_ns, stat.st_ino))
 
 
 @lru_cache(maxsize=4)
@@ -83,7 +83,7 @@ def _load_plan(folder: str, _: tuple[int, int]) -> Plan:
     for key in ("sources", "spans"):
         raw[key] = [tuple(item) for item in raw[key]]
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
-    return Plan(**fields)
+    return Plan(folder=folder, **fields)
 
 
 class Source(NamedTuple):
@@ -96,24 +96,24 @@ class Source(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def open_source(folder: str, plan: Plan, number: int) -> Source:
+def open_source(plan: Plan, number: int) -> Source:
     """Open input `number`, once for all tasks of this process."""
     keep_freed_memory()
     path, layer, raw = plan.sources[number]
     file = H5ad(path)
     matrix = file.matrix(layer, raw)
-    genes, places = f"{folder}/genes-{number}.npy", f"{folder}/places.npy"
-    first = plan.offsets[number]
+    genes, places = f"{plan.folder}/genes-{number}.npy", f"{plan.folder}/places.npy"
+    own = slice(plan.offsets[number], plan.offsets[number] + matrix.shape[0])
     return Source(
         file,
         matrix,
         np.load(genes) if os.path.exists(genes) else None,
-        np.load(places)[first : first + matrix.shape[0]] if os.path.exists(places) else None,
+        np.array(np.load(places, mmap_mode="r")[own]) if os.path.exists(places) else None,
     )
 
 
 def close_inputs() -> None:
-    """Drop what `load_plan` and `open_source` hold."""
+    """Let go of the plans and inputs that `load_plan` and `open_source` hold."""
     _load_plan.cache_clear()
     open_source.cache_clear()
 
@@ -129,23 +129,23 @@ class Block(NamedTuple):
 
 
 def read_rows(plan: Plan, src: Source, lo: int, hi: int) -> Block:
-    """Read rows `lo:hi` of CSR input, checking and narrowing each piece while it is in the processor's cache."""
+    """Read rows `lo:hi` of CSR input, checking and narrowing each slice while it is in the processor's cache."""
     matrix = src.matrix
     start, stop = int(matrix.indptr[lo]), int(matrix.indptr[hi])
     indptr = matrix.indptr[lo : hi + 1] - start
     indices = np.empty(stop - start, index_dtype(matrix.shape[1]))
-    for at, raw in matrix.pieces("indices", start, stop):
+    for at, raw in matrix.slices("indices", start, stop):
         indices[at : at + raw.size] = check_indices(src, raw, lo, indptr, at)
     narrow = np.dtype(plan.narrow)
     values = np.empty(stop - start, np.float32 if plan.settings["values"] == "real" else narrow)
     rounded = n_zero = 0
-    for at, raw in matrix.pieces("data", start, stop):
-        piece = take_values(plan, src, raw, narrow, lambda k, at=at: (row_of(indptr, at + k) + lo, int(indices[at + k])))  # type: ignore[misc]
-        narrow = piece.values.dtype
+    for at, raw in matrix.slices("data", start, stop):
+        own = take_values(plan, src, raw, narrow, lambda k, at=at: (row_of(indptr, at + k) + lo, int(indices[at + k])))  # type: ignore[misc]
+        narrow = own.values.dtype
         if narrow != values.dtype:
             values = values.astype(narrow)
-        values[at : at + raw.size] = piece.values
-        rounded, n_zero = rounded + piece.n_rounded, n_zero + piece.n_zero
+        values[at : at + raw.size] = own.values
+        rounded, n_zero = rounded + own.n_rounded, n_zero + own.n_zero
     return Block(indptr, indices, values, rounded, n_zero > 0 or first_disorder(indptr, indices) >= 0)
 
 

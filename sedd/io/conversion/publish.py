@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-from typing import Any
 
 import numpy as np
 import zarr
 
 from sedd.errors import warn_user
-from sedd.io.conversion.counts import TOLERANCE, dense_rows, index_dtype, to_counts
+from sedd.io.conversion.counts import TOLERANCE, index_dtype
 from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.runner import TaskRunner
 from sedd.io.conversion.shard import array_path, widen_shard
 from sedd.io.conversion.statistics import Gathered
 from sedd.io.files import new_file
-from sedd.io.format import tally
 from sedd.io.format.shards import CHUNK, Encoder, Pen, create_vector, n_shards, shard_length
-from sedd.io.h5ad import Matrix
 from sedd.io.store import CellStore, close_stores, span_hashes
 
 CHECK_VALUES = 1 << 20
 """Entries read back at once when the finished store is checked."""
 
 
-def begin(folder: str) -> zarr.Group:
-    """Open the store under construction, keeping from an earlier attempt all complete shards of data and indices."""
-    root = f"{folder}/store"
+def open_cleared(plan: Plan) -> zarr.Group:
+    """Open the unfinished store, keeping from an earlier attempt nothing but complete shards of data and indices."""
+    root = f"{plan.folder}/store"
     for where, _, names in os.walk(root):
         inside = os.path.relpath(where, root)
         if inside not in (os.path.join("X", "data", "c"), os.path.join("X", "indices", "c")):
@@ -42,27 +38,27 @@ def begin(folder: str) -> zarr.Group:
     for name in os.listdir(root):
         if name != "X" and os.path.isdir(f"{root}/{name}"):
             shutil.rmtree(f"{root}/{name}")
-    group = open_begun(folder)
+    group = open_unfinished(plan)
     group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
     return group
 
 
-def open_begun(folder: str) -> zarr.Group:
-    """Return the store under construction."""
-    return zarr.open_group(f"{folder}/store", mode="a", zarr_format=3)
+def open_unfinished(plan: Plan) -> zarr.Group:
+    """Return the unfinished store."""
+    return zarr.open_group(f"{plan.folder}/store", mode="a", zarr_format=3)
 
 
-def build(group: zarr.Group, folder: str, runner: TaskRunner, gathered: Gathered, plan: Plan) -> None:
-    """Make X in `group` from the shards in `folder`."""
+def build(group: zarr.Group, plan: Plan, runner: TaskRunner, gathered: Gathered) -> None:
+    """Make X in `group` from the shards."""
     narrow = [k for k, dtype in enumerate(gathered.dtypes) if dtype != gathered.dtype]
-    runner.run(widen_shard, [(folder, k, gathered.dtype.name) for k in narrow], [0] * len(narrow), title="widen")
+    runner.run(widen_shard, [(plan.folder, k, gathered.dtype.name) for k in narrow], [0] * len(narrow), title="widen")
     for name, dtype in (("data", gathered.dtype), ("indices", index_dtype(plan.n_vars))):
         for number in range(n_shards(gathered.n)):
-            made = array_path(folder, number, name, dtype)
+            made = array_path(plan, number, name, dtype)
             if os.path.exists(made):  # an earlier attempt may have come further
-                os.replace(made, f"{folder}/store/X/{name}/c/{number}")
+                os.replace(made, f"{plan.folder}/store/X/{name}/c/{number}")
     _create_matrix(group, gathered, plan)
-    _write_indptr(f"{folder}/store", gathered.row_nnz, plan)
+    _write_indptr(gathered.row_nnz, plan)
 
 
 def _create_matrix(group: zarr.Group, gathered: Gathered, plan: Plan) -> None:
@@ -76,19 +72,20 @@ def _create_matrix(group: zarr.Group, gathered: Gathered, plan: Plan) -> None:
     create_vector(matrix, "data", gathered.n, gathered.dtype, codec)
 
 
-def _write_indptr(root: str, row_nnz: np.ndarray, plan: Plan) -> None:
+def _write_indptr(row_nnz: np.ndarray, plan: Plan) -> None:
+    folder = f"{plan.folder}/store/X/indptr/c"
     indptr = np.concatenate([[0], np.cumsum(row_nnz, dtype=np.int64)])
     encoder = Encoder("indptr", indptr.dtype, plan.settings["codec"])
-    os.makedirs(f"{root}/X/indptr/c", exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     length = shard_length(indptr.size)
     for number in range(n_shards(indptr.size)):
-        with new_file(f"{root}/X/indptr/c/{number}") as file:
+        with new_file(f"{folder}/{number}") as file:
             pen = Pen(file, encoder, length // CHUNK)
             pen.write(indptr[number * length : (number + 1) * length])
             pen.finish()
 
 
-def check(folder: str, runner: TaskRunner, gathered: Gathered) -> None:
+def check(plan: Plan, runner: TaskRunner, gathered: Gathered) -> None:
     """Read the finished store back, checksums and all, and compare each cell with what was gathered from the input.
 
     Raises
@@ -96,7 +93,7 @@ def check(folder: str, runner: TaskRunner, gathered: Gathered) -> None:
     OSError
         If what was written does not read back as what was gathered.
     """
-    root = f"{folder}/store"
+    root = f"{plan.folder}/store"
     close_stores()
     store = CellStore(root)
     spans = store.spans(CHECK_VALUES)
@@ -117,24 +114,3 @@ def report(store: CellStore, where: str) -> None:
     unseen = int((store.gene_stats()["nnz"] == 0).sum())
     if unseen:
         warn_user(f"{where}: {unseen} of {store.n_vars} genes are never seen; they were kept.")
-
-
-def rehearse(matrix: Matrix, narrow: np.dtype[Any], codec: str) -> tuple[float, float]:
-    """Seconds of one core and bytes in the store, per stored value, measured on about a million values."""
-    start = time.perf_counter()
-    lo, hi = matrix.spans(1 << 20)[0]
-    if matrix.layout == "dense":
-        indptr, indices, raw = dense_rows(matrix.read_dense(lo, hi))
-    else:
-        indptr, indices, raw = matrix.read_major(lo, hi)
-    counts = to_counts(raw, narrow)
-    kind = index_dtype(matrix.shape[1])
-    tally.tally(indptr, indices.astype(kind), counts.values, matrix.shape[1 if matrix.layout != "csc" else 0])
-    n_bytes = 0
-    for name, array in (("data", counts.values), ("indices", indices.astype(kind))):
-        encoder = Encoder(name, array.dtype, codec)
-        n_bytes += sum(len(encoder.encode(array[k : k + CHUNK])) for k in range(0, array.size, CHUNK))
-    size = max(1, (matrix.nnz and indices.size) or (hi - lo) * matrix.shape[1])
-    return (time.perf_counter() - start) / size, n_bytes / size
-
-

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import warnings
@@ -16,23 +19,22 @@ from sedd.errors import UserError
 
 if TYPE_CHECKING:
     from dask_jobqueue import SLURMCluster
-import math
-import shutil
-import subprocess
-from typing import TYPE_CHECKING
 
 SWITCH = 2e-4
 """Seconds that a thread of Python may keep the others waiting while tasks run; they need the interpreter often and for little."""
 
+PROGRAM = 1 << 30
+"""Bytes that a worker of SLURM may take beside its share of the memory budget."""
+
 
 class AbandonedError(Exception):
-    """The conversion that a task belongs to has ended."""
+    """Nobody waits for this task any more: another of its conversion has failed, or the user interrupted it."""
 
 
 _HERE = threading.local()
 
 
-def check_stopped() -> None:
+def check_abandoned() -> None:
     """End this task if nobody waits for it any more; to be called now and then."""
     stop = getattr(_HERE, "stop", None)
     if stop is not None and stop.is_set():
@@ -68,8 +70,6 @@ class TaskRunner:
 
     def _start_jobs(self) -> None:
         """Ask SLURM for workers, now that there is something for them to do."""
-        from sedd.io.conversion.runner import start_workers
-
         self._jobs = start_workers(self._slurm_workers, self._budget)
         self.scheduler = self._jobs.scheduler_address
         self._client = _client(self.scheduler)
@@ -80,7 +80,7 @@ class TaskRunner:
         self, task: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Sequence[float], *, title: str,
         meanwhile: Callable[[], None] | None = None,
     ) -> list[Any]:  # fmt: skip
-        """`[task(*args) for args in arguments]`; the first of them that fails, fails the run.
+        """`[task(*args) for args in arguments]`; the first that fails raises its error here.
 
         Parameters
         ----------
@@ -91,8 +91,8 @@ class TaskRunner:
         if self._slurm_workers and self._jobs is None:
             self._start_jobs()
         with self._bar(sum(sizes), title) as move, _quiet_libraries():
-            run = self._on_cluster if self._client else self._on_threads
-            return run(task, arguments, sizes, move, meanwhile or _nothing)
+            call = self._on_cluster if self._client else self._on_threads
+            return call(task, arguments, sizes, move, meanwhile or _nothing)
 
     @contextmanager
     def _bar(self, total: float, title: str) -> Iterator[Callable[[float], None]]:
@@ -121,7 +121,7 @@ class TaskRunner:
             if future.cancelled() or future.exception() is None:
                 move(size)
                 return
-            for other in futures:  # those that have begun go on: an earlier one may be the first that fails
+            for other in futures:  # those under way continue: an earlier one may be the first that fails
                 other.cancel()
 
         with _alert_python(), ThreadPoolExecutor(self.workers, initializer=_enter, initargs=(stop,)) as pool:
@@ -210,10 +210,6 @@ def _client(scheduler: str | None) -> Any:
         return Client(scheduler, timeout=10)
     except (OSError, ValueError) as error:
         raise UserError(f"{scheduler}: no Dask scheduler answers there ({error}). Start one with `dask scheduler`.") from error
-
-
-PROGRAM = 1 << 30
-"""Bytes that a worker may take beside its share of the memory budget."""
 
 
 def start_workers(n: int, budget: int) -> SLURMCluster:

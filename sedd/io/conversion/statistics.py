@@ -14,7 +14,7 @@ from sedd.io.format.shards import n_shards
 
 
 class Gathered:
-    """What the shards in `folder` say of the whole.
+    """What the shards say of the whole.
 
     Attributes
     ----------
@@ -26,9 +26,9 @@ class Gathered:
     histogram : (n_vars, max + 1) of counts, None for real values
     """
 
-    def __init__(self, folder: str, plan: Plan) -> None:
+    def __init__(self, plan: Plan) -> None:
         real_values = plan.settings["values"] == "real"
-        self.n, self.n_obs = n_entries(folder, plan), plan.n_obs
+        self.n, self.n_obs = n_entries(plan), plan.n_obs
         self.row_nnz, self.hashes = np.zeros(self.n_obs, np.int32), np.zeros(self.n_obs, np.uint64)
         self.total = np.zeros(self.n_obs, np.float64 if real_values else np.int64)
         self.largest = np.full(self.n_obs, -np.inf, np.float32) if real_values else np.zeros(self.n_obs, np.uint32)
@@ -37,7 +37,7 @@ class Gathered:
         self.dtypes: list[np.dtype] = []
         self.rounded = 0
         for number in range(n_shards(self.n)):
-            with np.load(result_path(folder, number)) as result:
+            with np.load(result_path(plan, number)) as result:
                 first = int(result["row"])
                 rows = slice(first, first + result["row_nnz"].size)
                 self.row_nnz[rows] += result["row_nnz"].astype(np.int32)  # a cell may be in two shards

@@ -25,7 +25,7 @@ ROWS = 1 << 20
 """Rows of a column in one chunk: few files."""
 
 
-def write(group: zarr.Group, folder: str, plan: Plan) -> list[str]:
+def write(group: zarr.Group, plan: Plan) -> list[str]:
     """Write what the inputs of `plan` have beside X into `group`; return what is to be said of it."""
     settings, n_obs = plan.settings, plan.n_obs
     paths = [path for path, _, _ in plan.sources]
@@ -42,7 +42,7 @@ def write(group: zarr.Group, folder: str, plan: Plan) -> list[str]:
     news = [] if len(obs) > 1 or obs[0].index.is_unique else [_repeated(paths[0], obs[0].index)]
     cells = join_obs(obs, obsm, paths)
     if settings["shuffle"]:
-        places = np.load(f"{folder}/places.npy")
+        places = np.load(f"{plan.folder}/places.npy")
         order = np.argsort(places, kind="stable")[places.size - n_obs :]
         cells = cells[order].copy()
         cells.obs["sedd_cell"] = order

@@ -161,20 +161,20 @@ class Pen:
 
     def __init__(self, file: BinaryIO, encoder: Encoder, slots: int) -> None:
         self.file, self._encoder, self._slots = file, encoder, slots
-        self._begun = np.empty(0, encoder.dtype)
+        self._rest = np.empty(0, encoder.dtype)
         self._sizes = [np.empty(0, np.int64)]
 
     def write(self, values: np.ndarray) -> None:
         """Append values; whole chunks are encoded now."""
-        if self._begun.size:
-            missing = CHUNK - self._begun.size
-            self._begun, values = np.concatenate([self._begun, values[:missing]]), values[missing:]
-            if self._begun.size < CHUNK:
+        if self._rest.size:
+            missing = CHUNK - self._rest.size
+            self._rest, values = np.concatenate([self._rest, values[:missing]]), values[missing:]
+            if self._rest.size < CHUNK:
                 return
-            self._encode(self._begun)
+            self._encode(self._rest)
         whole = values.size // CHUNK * CHUNK
         self._encode(values[:whole])
-        self._begun = values[whole:].copy()
+        self._rest = values[whole:].copy()
 
     def _encode(self, values: np.ndarray) -> None:
         encoded, sizes = self._encoder.encode_all(values)
@@ -183,8 +183,8 @@ class Pen:
 
     def finish(self) -> None:
         """Write the last chunk and the index of the chunks."""
-        if self._begun.size:
-            chunk = self._encoder.encode(self._begun)
+        if self._rest.size:
+            chunk = self._encoder.encode(self._rest)
             self.file.write(chunk)
             self._sizes.append(np.array([len(chunk)]))
         sizes = np.concatenate(self._sizes).astype(np.uint64)

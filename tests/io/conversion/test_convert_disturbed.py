@@ -110,11 +110,11 @@ SMALL = {
     "sedd.io.format.shards": {"CHUNK": 256, "LEAST_SHARD": 512},
     "sedd.io.conversion.publish": {"CHUNK": 256},
     "sedd.io.conversion.shard": {"CHUNK": 256},
-    "sedd.io.conversion.job": {"LARGEST_BLOCK": 500},
+    "sedd.io.conversion.planning": {"LARGEST_BLOCK": 500},
 }
 
 
-def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convert in many small shards and blocks."""
     for module in SMALL:
         importlib.import_module(module)  # all of them first: one that is imported later would keep the small size
@@ -125,9 +125,9 @@ def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_resume_reads_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: bool) -> None:
-    in_small_pieces(monkeypatch)
+    in_small_shards(monkeypatch)
     source = write(tmp_path / "a.h5ad", counts(200, 60))
-    name = "scatter_span" if shuffle else "make_shard"
+    name = "spill_span" if shuffle else "make_shard"
     module = spill if shuffle else shard
     real = getattr(module, name)
     seen: list[int] = []
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_clear_error(small_disk: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"No space left on device.*--resume"):
         convert(source, small_disk / "a.zarr", progress=False)
     assert [item.name for item in small_disk.iterdir()] == ["a.zarr.partial"]
-    assert not list(small_disk.rglob("*.tmp"))
+    assert not list(small_disk.rglob("*.part"))
 
 
 def test_a_file_size_limit_is_one_clear_error(tmp_path: Path) -> None:
@@ -309,10 +309,10 @@ def test_an_existing_output_is_kept_unless_it_may_be_replaced(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_worker_of_a_cluster_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distributed = pytest.importorskip("distributed")
-    in_small_pieces(monkeypatch)
+    in_small_shards(monkeypatch)
     small = SMALL
 
-    class InSmallPieces(distributed.WorkerPlugin):  # type: ignore[name-defined,misc]
+    class InSmallShards(distributed.WorkerPlugin):  # type: ignore[name-defined,misc]
         def setup(self, worker: object) -> None:
             for module, sizes in small.items():
                 for name, size in sizes.items():
@@ -324,7 +324,7 @@ def test_a_worker_of_a_cluster_may_die(tmp_path: Path, monkeypatch: pytest.Monke
     ) as cluster:
         marker = tmp_path / "died"
         with distributed.Client(cluster) as client:
-            client.register_plugin(InSmallPieces())  # also for the worker that takes the place of the dead one
+            client.register_plugin(InSmallShards())  # also for the worker that takes the place of the dead one
             client.submit(die_once, str(marker), pure=False).result()
         store = convert(source, tmp_path / "a.zarr", scheduler=cluster.scheduler_address, progress=False)
     np.testing.assert_array_equal(store.cell_stats()["total"], np.asarray(counts(300, 60).sum(axis=1)).reshape(-1))

@@ -56,8 +56,8 @@ def test_inputs_are_joined_by_gene_name(
     assert verify(store.path, against=paths)["cells"] == len(expected)
 
 
-def test_one_input_in_its_own_order_takes_the_short_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sedd.io.conversion.spill.scatter_span", None)
+def test_one_input_in_its_own_order_is_not_spilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sedd.io.conversion.spill.spill_span", None)
     paths = [write(tmp_path / f"{k}.h5ad", counts(seed=k)) for k in range(2)]
     store = convert(paths, tmp_path / "o.zarr", progress=False)
     np.testing.assert_array_equal(

@@ -15,20 +15,20 @@ from tests.io.h5ads import counts, write
 
 
 def test_warnings_are_as_they_were_though_a_task_compiles_meanwhile() -> None:
-    begun, go_on, left = threading.Event(), threading.Event(), threading.Event()
+    compiles, resume, left = threading.Event(), threading.Event(), threading.Event()
 
     def compiling() -> None:  # as numba does, in the thread of a task
         with warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
-            begun.set()
-            assert go_on.wait(30)
+            compiles.set()
+            assert resume.wait(30)
         left.set()
 
     def tables() -> None:
-        assert begun.wait(30)
+        assert compiles.wait(30)
         with warnings.catch_warnings():  # entered while the task has its own filters, left after it restored those before
             warnings.simplefilter("ignore")
-            go_on.set()
+            resume.set()
             assert left.wait(30)
             warnings.warn_explicit("names repeat", UserWarning, "/usr/lib/site-packages/anndata/utils.py", 295)
 

@@ -67,7 +67,7 @@ def test_shards_made_before_a_large_count_was_met_are_widened(tmp_path: Path, mo
     for module in (shards, publish, shard):
         monkeypatch.setattr(module, "CHUNK", 256)
     monkeypatch.setattr(shards, "LEAST_SHARD", 512)
-    monkeypatch.setattr("sedd.io.conversion.job.SAMPLE", 100)
+    monkeypatch.setattr("sedd.io.conversion.planning.SAMPLE", 100)
     widened = []
     real = publish.widen_shard
     monkeypatch.setattr(publish, "widen_shard", lambda *args: (widened.append(args[1]), real(*args)))
