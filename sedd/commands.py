@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ Output = Annotated[str, tyro.conf.arg(aliases=["-o"])]
 
 
 def called_by(command: Any) -> Callable[..., Any]:
-    """Return the function that a command calls, imported now: its `calls` is MODULE:FUNCTION, its `uses` names fields of other uses."""
+    """Return the function that a command calls, imported now: its `calls` is MODULE:FUNCTION."""
     module, _, name = command.calls.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
@@ -52,8 +51,6 @@ class Convert(ConversionSettings):
     """Replace an existing output."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
-
-    uses: ClassVar[tuple[str, ...]] = ("paths",)
 
     calls: ClassVar[str] = "sedd.io.convert:convert"
 
@@ -135,23 +132,14 @@ class _Draws:
     """The reverse process that draws joint samples."""
 
     num_samples: int = 0
-    """Also draw every predicted count this many times; mean and spread of the draws go into layers sedd_mean and sedd_std."""
+    """Also draw every predicted count this many times; mean and spread of the draws go into layers sedd_mean and sedd_std,
+    and the draws of impute into sedd_sample_0, ..."""
     num_steps: int = 64
     """Steps of the sampler that draws them."""
     sampler: Literal["analytic", "euler"] = "analytic"
     """Reverse process that draws them."""
     seed: int = 0
     """Seed of all random choices."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _NewGenes:
-    """Genes that a model meets for the first time."""
-
-    new_genes: tuple[str, ...] = ()
-    """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
-    gene_embeddings: str | None = None
-    """Vectors of the new genes, for a model trained with --gene_embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +154,6 @@ class _Task(_OfModel):
     """Replace an existing output."""
 
     calls: ClassVar[str]
-    uses: ClassVar[tuple[str, ...]] = ("checkpoint", "overwrite")
 
     def settings(self) -> dict[str, Any]:
         """Keywords of the function that is called."""
@@ -178,7 +165,9 @@ class _Task(_OfModel):
 
     def run(self) -> int:
         """Do the task and say what was written."""
-        check_output(self.output, self.overwrite, self.resume)
+        from sedd.inference.output_parts import check_output
+
+        check_output(self.output, overwrite=self.overwrite, resume=self.resume)
         result: ad.AnnData = called_by(self)(self.model(), **self.settings())
         if is_main():
             print(f"{self.output}: {result.n_obs} cells x {result.n_vars} genes")
@@ -186,10 +175,13 @@ class _Task(_OfModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prediction(_NewGenes, _Draws, _Cells, _Task):
+class _Prediction(_Draws, _Cells, _Task):
     """A task that may meet new genes."""
 
-    uses: ClassVar[tuple[str, ...]] = (*_Task.uses, "new_genes", "gene_embeddings")
+    new_genes: tuple[str, ...] = ()
+    """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
+    gene_embeddings: str | None = None
+    """Vectors of the new genes, for a model trained with --gene_embeddings."""
 
     def model(self) -> Any:
         """Return the model, on the genes it was not trained on as well if any are named."""
@@ -218,7 +210,7 @@ class Impute(_Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class Denoise(_Prediction):
-    """Replace counts by the rates behind them, as the whole cell tells them."""
+    """Replace counts by the rates behind them, estimated from the whole cell."""
 
     rounds: int = 4
     """Random partitions of the genes to average over."""
@@ -306,29 +298,22 @@ class Evaluate(_OfModel):
     overwrite: bool = False
     """Replace what is there of these."""
 
-    uses: ClassVar[tuple[str, ...]] = ("checkpoint", "overwrite")
-
     calls: ClassVar[str] = "sedd.evaluation:evaluate"
 
     def run(self) -> int:
         """Evaluate, write the report and print the table."""
-        directory = Path(self.output)
-        for name in ("metrics.json", "steps.json", "report.html"):
-            check_output(str(directory / name), self.overwrite)
-        evaluate = called_by(self)
+        from sedd.inference.output_parts import check_output
         from sedd.metrics import metrics_table, steps_table
 
+        for name in ("metrics.json", "steps.json", "report.html"):
+            check_output(f"{self.output}/{name}", overwrite=self.overwrite)
+        evaluate = called_by(self)
+
         found = evaluate(self.checkpoint, **given(self, evaluate))
-        print(metrics_table(found.metrics))
-        if found.steps:
-            print(f"\n{steps_table(found.steps)}")
         low, high = found.metrics["likelihood"]["nats_per_cell"]["ci"]
-        for note in found.notes:
-            print(f"\n{note}")
-        print(
-            f"\nThe held-out NELBO lies between {low:.1f} and {high:.1f} nats per cell (95 % interval over cells and masks)."
-        )
-        print(f"\nreport: {found.report}")
+        bound = f"between {low:.1f} and {high:.1f} nats per cell (95 % interval over cells and masks)"
+        tables = [metrics_table(found.metrics), *([steps_table(found.steps)] if found.steps else [])]
+        print("\n\n".join([*tables, *found.notes, f"The held-out NELBO lies {bound}.", f"report: {found.report}"]))
         return 0
 
 
@@ -396,22 +381,3 @@ def format_facts(facts: dict[str, Any], indent: str = "") -> str:
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             lines.append(f"{indent}{name.ljust(width)}  {text}")
     return "\n".join(lines)
-
-
-def check_output(path: str, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output that exists or is unfinished, and a directory that cannot be written, before any work is done."""
-    from sedd.inference.output_parts import partial_folder
-
-    if not is_main():  # the main process may be at work on it already
-        return
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise UserError(f"{path}: exists already; pass --overwrite to replace it, or another name.")
-    unfinished = partial_folder(path)
-    if unfinished.exists() and not (overwrite or resume):
-        raise UserError(f"{unfinished}: holds an unfinished output; pass --resume to continue it or --overwrite to start again.")
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{path}: {parent} is not a directory that can be written; choose another output.")

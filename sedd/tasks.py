@@ -6,7 +6,6 @@ Every prediction is the model's posterior p(hidden genes | visible genes) of a c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,11 +21,10 @@ from sedd.errors import UserError
 from sedd.inference import posterior
 from sedd.inference.cells import Cells, name_of, open_cells, opened
 from sedd.inference.output_file import assemble, attach
-from sedd.inference.output_parts import identity, open_parts
+from sedd.inference.output_parts import open_parts
 from sedd.inference.posterior import TaskBatch, batches, spans_of_batches
 from sedd.inference.pretrained import Pretrained
 from sedd.kernels.mask import exact_mask
-from sedd.sampling import make_sampler
 
 Data: TypeAlias = ad.AnnData | str | Path
 
@@ -80,7 +78,7 @@ def impute(
         Write to this .h5ad or .zarr, a block of cells at a time, in place of keeping the result in memory. Processes of
         `accelerate launch` share the cells.
     resume
-        Go on with an `output` that was begun with the same arguments and stopped; the result is that of one run.
+        Complete an `output` that was left unfinished; all arguments must be the same. The result is that of one run.
     progress
         Show a bar.
 
@@ -97,11 +95,13 @@ def impute(
     UserError
         On bad input.
     """
+    arguments = dict(locals())
     model = Pretrained.load(model)
     model.check_knows_masks("Imputation")
+    posterior.check_draws(folds, num_samples)
     if not 0 <= hide < 1:
         raise UserError(f"--hide is {hide}; expected a share from 0 up to 1, such as 0.15.")
-    reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
+    reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
     chosen = _gene_mask(model, predict)
     count = round(hide * len(chosen))
 
@@ -128,10 +128,7 @@ def impute(
         what = f"{hide:.0%} of the genes" if count else "missing and chosen genes" if named else "zeros"
         return {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
 
-    asked = {"predict": list(predict), "hide": hide, "folds": folds, "seed": seed}
-    drawn_by = {"num_samples": num_samples, "num_steps": num_steps, "sampler": sampler}
-    where = _Where(cells, layer, batch_size, output, resume, progress)
-    return _for_each_batch("impute", model, data, predict_batch, where, {**asked, **drawn_by}, describe)
+    return _for_each_batch("impute", model, arguments, predict_batch, describe)
 
 
 def denoise(
@@ -179,11 +176,12 @@ def denoise(
         `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: standard deviation of the rate, or
         by the other genes alone that of the count. `layers["sedd_log1p"]` if asked for. With samples (by the other genes), `layers["sedd_mean"]` and `["sedd_std"]` are those of the draws. With `output`, as in `impute`.
     """
+    arguments = dict(locals())
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
-    posterior.check_folds(folds, rounds)
+    posterior.check_draws(folds, num_samples, rounds)
     own_counts = own_counts and model.binning.kind in COUNT_KINDS
-    reverse = _sampler(model, num_samples, sampler, num_steps, batch_size)
+    reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
 
     def predict_batch(cells: Cells, here: TaskBatch) -> dict[str, np.ndarray]:
         found = posterior.cross_predict(model, here, folds, rounds, seed)
@@ -196,9 +194,7 @@ def denoise(
         return {"X": mean.astype(np.float32), "counts": here.counts, **layers, **posterior.spread_of(draws)}
 
     details = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
-    asked = {**details, "log1p": log1p, "num_steps": num_steps, "sampler": sampler}
-    where = _Where(cells, layer, batch_size, output, resume, progress)
-    return _for_each_batch("denoise", model, data, predict_batch, where, asked, lambda _: details)
+    return _for_each_batch("denoise", model, arguments, predict_batch, lambda _: details)
 
 
 def generate(
@@ -249,6 +245,7 @@ def generate(
     UserError
         If a label or column is not known to the model, or a number is out of range.
     """
+    arguments = dict(locals())
     model = Pretrained.load(model)
     if n < 1:
         raise UserError(f"-n is {n}; expected at least one cell.")
@@ -271,17 +268,8 @@ def generate(
         for column in model.categories
     ]
     n_vars, mask = len(model.genes), model.binning.n_bins
-    reverse = make_sampler(
-        sampler,
-        model.model,
-        model.graph,
-        model.noise,
-        num_steps=num_steps,
-        temperature=temperature,
-        guidance=guidance,
-        order=order,
-        batch_size=batch_size,
-    )
+    steps = {"num_steps": num_steps, "temperature": temperature, "guidance": guidance, "order": order}
+    reverse = model.sampler(sampler, **steps, batch_size=batch_size)
     totals = np.full(n, np.nan if library_size is None else library_size)
     if by_library and library_size is None and not where:  # else the model draws totals that go with the labels
         # One total from each n-th of the training cells, in random order: few cells have the spread of many.
@@ -291,11 +279,7 @@ def generate(
     obs = pd.DataFrame(where, index=[f"generated_{i}" for i in range(n)])
     var = pd.DataFrame(model.state["var"], index=pd.Index(model.genes))
     details = {"n": n, "num_steps": num_steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
-    details["seed"] = seed
-    asked = {**details, "where": where, "library_size": library_size, "order": order, "batch_size": batch_size}
-    made_from = identity(model, None, output, resume, task="generate", **asked)
-    size = {"n_obs": n, "n_vars": n_vars, "batch_size": batch_size}
-    with open_parts(output, made_from, resume=resume, **size) as parts:
+    with open_parts("generate", model, arguments, n) as parts:
         for lo, hi in spans_of_batches(parts.spans, batch_size, "generate", progress, parts.done):
             context: dict[str, Any] = {"condition": None, "library": None}
             if codes:
@@ -306,7 +290,7 @@ def generate(
             start = torch.full((hi - lo, n_vars), mask, device=model.device)
             tokens = reverse.sample(start, seed=seed, cells=np.arange(lo, hi), **context)
             parts.add(lo, X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
-        return assemble(output, obs, var, parts, _described(model, "generate", details))
+        return assemble(output, obs, var, parts, _described(model, "generate", {**details, "seed": seed}))
 
 
 def embed(
@@ -335,6 +319,7 @@ def embed(
     embedded : AnnData
         The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var and uns alone.
     """
+    arguments = dict(locals())
     model = Pretrained.load(model)
 
     def embed_batch(cells: Cells, here: TaskBatch) -> dict[str, np.ndarray]:
@@ -345,54 +330,37 @@ def embed(
             shown = here.tokens.masked_fill(hidden, model.binning.n_bins)
             return {"X_sedd": model.model.embed(shown, model.sigma(hidden), **here.context).float().cpu().numpy()}
 
-    where = _Where(cells, layer, batch_size, output, resume, progress)
-    return _for_each_batch("embed", model, data, embed_batch, where, {}, lambda _: {})
-
-
-@dataclass(frozen=True)
-class _Where:
-    """Which cells a task is for and where its result goes; the parameters of `impute` of these names."""
-
-    cells: str
-    layer: str | None
-    batch_size: int
-    output: str | Path | None
-    resume: bool
-    progress: bool
+    return _for_each_batch("embed", model, arguments, embed_batch, lambda _: {})
 
 
 def _for_each_batch(
     task: str,
     model: Pretrained,
-    data: Data,
+    arguments: dict[str, Any],
     make: Callable[[Cells, TaskBatch], dict[str, np.ndarray]],
-    where: _Where,
-    asked: dict[str, Any],
     describe: Callable[[Cells], dict[str, Any]],
 ) -> ad.AnnData:
     """Return what `make` says of each batch of cells, put together; `embed` puts it beside its input, other tasks make a new table.
 
     Parameters
     ----------
-    asked
-        What the result depends on besides the model, the cells and the size of a batch.
+    arguments
+        All arguments of the task.
     describe
         What the result says of how it was made.
     """
-    with opened(data, where.layer or model.state["args"]["layer"]) as adata:
-        source = open_cells(model, adata, where.cells, where.layer, name_of(data))
-        asked = {**asked, "cells": where.cells, "layer": where.layer, "batch_size": where.batch_size}
-        made_from = identity(model, data, where.output, where.resume, task=task, **asked)
-        size = {"n_obs": len(source), "n_vars": len(model.genes), "batch_size": where.batch_size}
-        with open_parts(where.output, made_from, resume=where.resume, **size) as parts:
+    names = ("data", "cells", "layer", "batch_size", "output", "progress")
+    data, cells, layer, batch_size, output, progress = (arguments[name] for name in names)
+    with opened(data, layer or model.state["args"]["layer"]) as adata:
+        source = open_cells(model, adata, cells, layer, name_of(data))
+        with open_parts(task, model, arguments, len(source)) as parts:
             whole = task == "embed"
-            for here in batches(model, source, where.batch_size, task, where.progress, parts, whole=whole):
+            for here in batches(model, source, batch_size, task, progress, parts, whole=whole):
                 parts.add(here.lo, **make(source, here))
             uns = _described(model, task, describe(source))
             if whole:
-                chosen = None if where.cells == "all" else source.indices
-                return attach(where.output, data, chosen, parts, uns)
-            return assemble(where.output, source.obs, source.var, parts, uns)
+                return attach(output, data, None if cells == "all" else source.indices, parts, uns)
+            return assemble(output, source.obs, source.var, parts, uns)
 
 
 def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
@@ -402,13 +370,6 @@ def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
             f"--predict: the model does not know {unknown[:3]}; its {len(model.genes)} genes are in `sedd info`."
         )
     return np.isin(model.genes.astype(str), list(names))
-
-
-def _sampler(model: Pretrained, num_samples: int, name: str, num_steps: int, batch_size: int) -> Any:
-    """Return the reverse process of `num_samples` draws."""
-    if num_samples < 0:
-        raise UserError(f"--num_samples is {num_samples}; expected 0 or more.")
-    return make_sampler(name, model.model, model.graph, model.noise, num_steps=num_steps, batch_size=batch_size)
 
 
 def _described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,12 @@ import dataclasses
 import inspect
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from sedd import __version__
 from sedd.cli import main
-from sedd.commands import COMMANDS, called_by, given
+from sedd.commands import COMMANDS
 from sedd.config import ConversionSettings
 from sedd.io.convert import convert
 
@@ -67,20 +66,6 @@ def test_every_command_has_a_help_page(capsys: pytest.CaptureFixture[str]) -> No
         assert f"sedd {name}" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"sedd {__version__}"
-
-
-@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if hasattr(command, "calls")])
-def test_a_command_passes_every_flag_on_or_uses_it_itself(name: str) -> None:
-    command = COMMANDS[name]
-    flags = {field.name for field in dataclasses.fields(command)}
-    taken = set(inspect.signature(called_by(command)).parameters)
-    assert set(command.uses) <= flags
-    assert flags == (flags & taken) | set(command.uses), "a flag that nobody looks at"
-    assert taken - {"model", "inputs", "output", "progress", "data"} <= flags, "a setting that has no flag"
-    values = {n: f"value of {n}" for n in flags}
-    assert given(SimpleNamespace(**values, __dataclass_fields__=command.__dataclass_fields__), called_by(command)) == {
-        n: values[n] for n in flags & taken
-    }
 
 
 def test_every_setting_of_a_conversion_is_a_keyword_of_convert() -> None:

@@ -25,7 +25,6 @@ from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
 from sedd.report.page import ReportData, write_report
-from sedd.sampling import make_sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +117,14 @@ def evaluate(
         hide = hide if hide is not None else model.config.model.mask_ratio
         hidden = _hidden_entries(model, held_out, imputed, hide, seed)
     if generated is None:  # what cannot be drawn with is said before hours of measuring
-        make_sampler("analytic", model.model, model.graph, model.noise, num_steps=num_steps, batch_size=batch_size)
+        model.sampler("analytic", num_steps=num_steps, batch_size=batch_size)
 
     likelihood, nats = _likelihood(model, held_out, counts, train_counts, n_masks, batch_size, seed, progress)
     metrics: dict[str, Any] = {"likelihood": likelihood}
     arrays: dict[str, Any] = {"nats": nats}
     notes = []
     if model.categories:
-        told = ", ".join(model.categories)
-        notes.append(f"The NELBO and the imputation are given each cell's {told}; the baselines are told nothing of it.")
+        notes.append(f"The NELBO and the imputation are given each cell's {', '.join(model.categories)}; the baselines are not.")
     if hidden is not None:
         metrics["imputation"], entries = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
         arrays.update(entries)

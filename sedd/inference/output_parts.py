@@ -25,7 +25,7 @@ from sedd import __version__
 from sedd.errors import UserError
 from sedd.inference.pretrained import Pretrained
 from sedd.io.files import fingerprint, new_file, obs_digest, only_writer, save_arrays
-from sedd.processes import Processes
+from sedd.processes import Processes, is_main
 
 _VALUES = 1 << 22  # in a layer of a part, at most
 _CELLS = 2048  # in a part, at most
@@ -55,13 +55,33 @@ def partial_folder(output: str | Path) -> Path:
     return Path(f"{output}.partial")
 
 
+def check_output(output: str, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse an output before any work is done.
+
+    Raises
+    ------
+    UserError
+        If it exists or is unfinished and neither `overwrite` nor `resume` allows that, or its directory cannot be written.
+    """
+    if not is_main():  # the main process may be at work on it already
+        return
+    target, unfinished = Path(output), partial_folder(output)
+    if target.exists() and not overwrite:
+        raise UserError(f"{output}: exists already; pass --overwrite to replace it, or another name.")
+    if unfinished.exists() and not (overwrite or resume):
+        raise UserError(f"{unfinished}: holds an unfinished output; pass --resume to complete it or --overwrite to start again.")
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{output}: {parent} is not a directory that can be written; choose another output.")
+
+
 class Parts(ABC):
     """Blocks of successive cells; a context manager that drops or keeps what was not finished.
 
     Attributes
     ----------
     spans : list of (lo, hi)
-        The runs of cells that are still to be made by this process.
+        Successive cells that are still to be made by this process.
     done : int
         How many cells of its share are made already.
     writes : bool
@@ -77,7 +97,7 @@ class Parts(ABC):
         """Take in the cells from `lo` on: named matrices of equal length, dense or sparse."""
 
     def complete(self) -> None:  # noqa: B027, one process has nothing to wait for
-        """Go on when every process has made its own."""
+        """Wait until every process has made its own."""
 
     @abstractmethod
     def all(self) -> Iterator[dict[str, Any]]:
@@ -123,8 +143,8 @@ class PartsInFolder(Parts):
     ----------
     output
         What they become part of.
-    identity
-        What determines the result, as JSON; a run is gone on with only if it is the same.
+    made_from
+        What determines the result (`made_from`); parts that are there are used only if theirs is the same.
     n_obs, n_vars
         Size of the result.
     batch_size
@@ -134,9 +154,9 @@ class PartsInFolder(Parts):
     """
 
     def __init__(
-        self, output: Path, identity: dict[str, Any], *, n_obs: int, n_vars: int, batch_size: int, resume: bool
+        self, output: Path, made_from: dict[str, Any], *, n_obs: int, n_vars: int, batch_size: int, resume: bool
     ) -> None:
-        self._output, self._identity, self._resume = output, identity, resume
+        self._output, self._made_from, self._resume = output, made_from, resume
         self._folder = partial_folder(output)
         self._processes = Processes.here()
         wanted = min(_CELLS, _VALUES // max(1, n_vars), -(-n_obs // _PARTS))
@@ -161,20 +181,20 @@ class PartsInFolder(Parts):
         return self
 
     def _prepare(self) -> None:
-        """Begin, or check that what is there can be gone on with."""
+        """Check that the parts that are there can be used, or start without any."""
         plan = self._folder / "task.json"
         if self._resume and plan.exists():
             before = json.loads(plan.read_text())
-            changed = [name for name, value in self._identity.items() if before.get(name) != value]
+            changed = [name for name, value in self._made_from.items() if before.get(name) != value]
             if changed:
                 raise UserError(
-                    f"{self._folder}: cannot be resumed, for it was begun with other {', '.join(changed)}. Repeat the command that "
-                    "began it, or pass --overwrite without --resume to start again."
+                    f"{self._folder}: cannot be resumed, for its parts were made with other {', '.join(changed)}. Repeat the "
+                    "command that made them, or pass --overwrite without --resume to start again."
                 )
             return
         self._clear()
         with new_file(str(plan)) as file:
-            file.write(json.dumps(self._identity, indent=1).encode())
+            file.write(json.dumps(self._made_from, indent=1).encode())
 
     def _path(self, lo: int) -> Path:
         return self._folder / f"{lo:012d}.npz"
@@ -187,11 +207,11 @@ class PartsInFolder(Parts):
             return
         arrays: dict[str, np.ndarray] = {}
         for name in blocks:
-            parts = [one[name] for one in self._waiting]
-            if all(map(is_mostly_full, parts)):
-                arrays[name] = np.concatenate([p.toarray() if sp.issparse(p) else p for p in parts])
+            gathered = [one[name] for one in self._waiting]
+            if all(map(is_mostly_full, gathered)):
+                arrays[name] = np.concatenate([b.toarray() if sp.issparse(b) else b for b in gathered])
             else:
-                csr = sp.vstack([sp.csr_matrix(p) for p in parts], format="csr")
+                csr = sp.vstack([sp.csr_matrix(b) for b in gathered], format="csr")
                 fields = {"data": csr.data, "indices": csr.indices, "indptr": csr.indptr, "shape": np.array(csr.shape)}
                 arrays.update({f"{name}/{field}": value for field, value in fields.items()})
         save_arrays(str(self._path(start)), **arrays)
@@ -218,11 +238,11 @@ class PartsInFolder(Parts):
         if kind is None:
             self._processes.wait()
         elif keep and issubclass(kind, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"interrupted; go on with --resume, or delete {self._folder}") from None
+            raise KeyboardInterrupt(f"interrupted; pass --resume to complete it, or delete {self._folder}") from None
         elif keep and isinstance(error, OSError):
             raise OSError(
                 f"{self._output}: is not complete ({error.strerror or error}). What is done so far is in {self._folder}: make "
-                "room and go on with --resume, or delete it."
+                "room and pass --resume to complete it, or delete it."
             ) from error
 
     def _clear(self) -> None:
@@ -241,62 +261,49 @@ def _matrix(arrays: Any, name: str) -> Any:
     return sp.csr_matrix((data, indices, indptr), shape=tuple(shape))
 
 
-def open_parts(
-    output: str | Path | None, identity: dict[str, Any], *, n_obs: int, n_vars: int, batch_size: int, resume: bool
-) -> Parts:
-    """Parts in memory, or in a folder beside `output`.
+def open_parts(task: str, model: Pretrained, arguments: dict[str, Any], n_obs: int) -> Parts:
+    """Parts in memory, or in a folder beside the output.
 
     Parameters
     ----------
-    output
-        Where the result will be, or None for memory, where each process makes everything.
-    identity, n_obs, n_vars, batch_size, resume
-        As `PartsInFolder`.
+    task
+        Its name.
+    model
+        The loaded model.
+    arguments
+        All arguments of the task; its `output` says where the parts are.
+    n_obs
+        How many cells there will be.
 
     Raises
     ------
     UserError
         If there is nothing to resume from, or the name of the output does not end in .h5ad or .zarr.
     """
+    output, resume, batch_size = (arguments[name] for name in ("output", "resume", "batch_size"))
     check_batch_size(batch_size)
     if output is None:
         if resume:
-            raise UserError("resume goes on with an output that was begun; give its name as output.")
+            raise UserError("resume completes an unfinished output; give its name as output.")
         return PartsInMemory(n_obs)
     path = Path(output)
     if path.suffix not in (".h5ad", ".zarr"):
         raise UserError(f"{output}: a result is an .h5ad file or a .zarr store; expected a name that ends so.")
-    return PartsInFolder(path, identity, n_obs=n_obs, n_vars=n_vars, batch_size=batch_size, resume=resume)
+    if resume and isinstance(arguments.get("data"), ad.AnnData):
+        raise UserError("resume needs the cells in a file, to know that they are the same as before; give a path.")
+    origin = made_from(task, model, arguments)
+    return PartsInFolder(path, origin, n_obs=n_obs, n_vars=len(model.genes), batch_size=batch_size, resume=resume)
 
 
+_NO_SETTINGS = ("model", "data", "output", "resume", "progress")  # arguments whose value as such does not determine the result
 _METADATA = ("zarr.json", ".zmetadata", ".zgroup")  # of a store; rewritten whenever the store is
 
 
-def identity(
-    model: Pretrained, data: ad.AnnData | str | Path | None, output: str | Path | None, resume: bool, **settings: Any
-) -> dict[str, Any]:
-    """Name what a result is made from; empty when the result stays in memory, where nothing is gone on with.
-
-    Parameters
-    ----------
-    model, data
-        As a task gets them; None where the task takes no cells.
-    output, resume
-        Where the result goes, and whether it was begun.
-    settings
-        What was asked for, as JSON has it.
-
-    Raises
-    ------
-    UserError
-        If a result is to be gone on with and its cells are not in a file, so that nobody knows whether they are the same.
-    """
-    if output is None:
-        return {}
-    if resume and isinstance(data, ad.AnnData):
-        raise UserError("resume needs the cells in a file, to know that they are those it was begun with; give a path.")
-    named = {f"--{name}": value for name, value in settings.items()}
-    return {"version": __version__, "model": _model(model), "data": _data(data), **named}
+def made_from(task: str, model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Name all that determines the output of a task, as JSON has it; of the arguments, all that are settings."""
+    settings = {f"--{name}": value for name, value in arguments.items() if name not in _NO_SETTINGS}
+    origin = {"version": __version__, "task": task, "model": _model(model), "data": _data(arguments.get("data")), **settings}
+    return dict(json.loads(json.dumps(origin, default=lambda value: np.asarray(value).tolist())))
 
 
 def _model(model: Pretrained) -> str:

@@ -27,12 +27,12 @@ _DRAWN = 1 << 20  # rounds from here on are the partitions of joint draws, those
 def spans_of_batches(
     spans: list[tuple[int, int]], batch_size: int, task: str, progress: bool, done: int = 0
 ) -> Iterator[tuple[int, int]]:
-    """Cut runs of cells into batches, under a bar of cells with the time left; a log gets a line every 20 seconds.
+    """Cut spans of cells into batches, under a bar of cells with the time left; a log gets a line every 20 seconds.
 
     Parameters
     ----------
     spans
-        The runs (lo, hi).
+        Successive cells (lo, hi).
     done
         How many cells were made before.
     """
@@ -188,7 +188,6 @@ class Posterior:
 @torch.no_grad()
 def cross_predict(model: Pretrained, here: TaskBatch, folds: int, rounds: int, seed: int) -> Posterior:
     """Return the posterior of every entry, each predicted while hidden with a random 1/folds of its cell, averaged over rounds."""
-    check_folds(folds, rounds)
     tokens, values = here.tokens, model.decode_values.double()
     logs = torch.log1p(1e4 * values / values[tokens].sum(1).clamp_min(1)[:, None])
     first, second, zero, log = (np.zeros(tokens.shape) for _ in range(4))
@@ -223,7 +222,6 @@ def cross_draw(
     model: Pretrained, sampler: AnalyticSampler | EulerSampler, here: TaskBatch, folds: int, k: int, seed: int
 ) -> np.ndarray:
     """Return the k-th draw of every entry, the parts of a random partition drawn jointly one after the other, (B, n_vars)."""
-    check_folds(folds, 1)
     fold = _folds(seed, _DRAWN + k, here.cells, here.tokens.shape[1], folds)
     out = np.zeros(here.tokens.shape, np.float32)
     for part in range(folds):
@@ -233,14 +231,16 @@ def cross_draw(
     return out
 
 
-def check_folds(folds: int, rounds: int) -> None:
-    """Check the partitions of a cell's genes.
+def check_draws(folds: int, num_samples: int, rounds: int = 1) -> None:
+    """Check the partitions of a cell's genes, and how many draws are made.
 
     Raises
     ------
     UserError
-        If there are fewer than 2 folds or no round.
+        If there are fewer than 2 folds, no round, or a negative number of draws.
     """
+    if num_samples < 0:
+        raise UserError(f"--num_samples is {num_samples}; expected 0 or more.")
     if folds < 2 or rounds < 1:
         raise UserError(f"folds is {folds} and rounds {rounds}; expected at least 2 folds and 1 round.")
 

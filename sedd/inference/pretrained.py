@@ -19,6 +19,7 @@ from sedd.inference.export import is_export, read_export, write_export
 from sedd.model import SEDDTransformer
 from sedd.noise import Noise, make_noise
 from sedd.processes import default_device
+from sedd.sampling import AnalyticSampler, EulerSampler, make_sampler
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Pretrained:
     def decode_values(self) -> torch.Tensor:
         """What each token decodes to, (n_bins,) float32."""
         return torch.as_tensor(self.binning.values, dtype=torch.float32, device=self.device)
+
+    def sampler(self, name: str, **settings: Any) -> AnalyticSampler | EulerSampler:
+        """Return the reverse process of the model (`sedd.sampling.make_sampler`)."""
+        return make_sampler(name, self.model, self.graph, self.noise, **settings)
 
     @classmethod
     def load(cls, path: Pretrained | str | Path, *, device: str | torch.device | None = None) -> Pretrained:

@@ -198,7 +198,7 @@ def likelihood_table(
     top: int | None = None,
     chunk: int = 1024,
 ) -> Rows:
-    """Held-out likelihood beside the baselines that, like the model, are told nothing about a cell.
+    """Held-out likelihood beside the baselines that, like the model, are given nothing of a cell.
 
     Parameters
     ----------

@@ -21,13 +21,13 @@ class MetricInfo:
 
 METRICS: dict[str, MetricInfo] = {
     "nats_per_cell": MetricInfo(
-        "Held-out NELBO", "nats/cell", "lower", "an upper bound on -log p of a cell never seen, told nothing about it"
+        "Held-out NELBO", "nats/cell", "lower", "an upper bound on -log p of a cell never seen, given nothing of it"
     ),
     "nats_per_cell_given_total": MetricInfo(
         "Held-out NELBO, given the total",
         "nats/cell",
         "lower",
-        "the same of a cell whose total count is told; not to be compared with a row that is told nothing",
+        "the same of a cell whose total count is given; not to be compared with a row that is given nothing",
     ),
     "nats_per_gene": MetricInfo("Held-out NELBO", "nats/gene", "lower", "the same, per gene"),
     "nll": MetricInfo(

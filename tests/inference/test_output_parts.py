@@ -1,7 +1,8 @@
-"""A task that is stopped goes on, several processes share one: the result is that of a single undisturbed run."""
+"""An interrupted task is resumed, several processes share one: the result is that of a single undisturbed run."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import subprocess
@@ -18,10 +19,11 @@ import scipy.sparse as sp
 from conftest import ROOT, make_counts
 from launching import CONFIGS, environment, wait_until
 
+from sedd import tasks
 from sedd.cli import main
 from sedd.errors import UserError
 from sedd.inference import output_parts
-from sedd.inference.output_parts import PartsInFolder, open_parts
+from sedd.inference.output_parts import PartsInFolder, made_from
 from sedd.inference.pretrained import Pretrained
 from sedd.processes import Processes
 from sedd.tasks import denoise, embed, generate, impute
@@ -55,7 +57,7 @@ TASKS: dict[str, Callable[..., ad.AnnData]] = {
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 @pytest.mark.parametrize("task", TASKS)
-def test_what_was_interrupted_goes_on_to_the_result_of_an_undisturbed_run(
+def test_an_interrupted_task_is_resumed_to_the_result_of_an_undisturbed_run(
     task: str, suffix: str, model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, whole, stopped = (tmp_path / f"{name}{suffix}" for name in ("data", "whole", "stopped"))
@@ -73,7 +75,7 @@ def test_what_was_interrupted_goes_on_to_the_result_of_an_undisturbed_run(
         saved.append(path)
 
     monkeypatch.setattr(output_parts, "save_arrays", save_three)
-    with pytest.raises(KeyboardInterrupt, match="go on with --resume, or delete .*stopped"):
+    with pytest.raises(KeyboardInterrupt, match="pass --resume to complete it, or delete .*stopped"):
         TASKS[task](model, data, output=stopped, **settings)
     assert not stopped.exists()
     kept = {path: os.stat(path).st_mtime_ns for path in saved}
@@ -85,11 +87,11 @@ def test_what_was_interrupted_goes_on_to_the_result_of_an_undisturbed_run(
 
     monkeypatch.setattr(output_parts, "save_arrays", save_and_note)
     if task != "embed":
-        with pytest.raises(UserError, match="begun with other --seed. Repeat"):
+        with pytest.raises(UserError, match="made with other --seed. Repeat"):
             TASKS[task](model, data, output=stopped, resume=True, seed=1, **settings)
     assert kept == {path: os.stat(path).st_mtime_ns for path in saved}
     TASKS[task](model, data, output=stopped, resume=True, **settings)
-    assert len(again) == 12 - 3 and not set(again) & set(saved)  # of 90 cells in pieces of 8
+    assert len(again) == 12 - 3 and not set(again) & set(saved)  # of 90 cells in parts of 8
     same(whole, stopped)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{n}{suffix}" for n in ("data", "stopped", "whole")]
 
@@ -118,7 +120,7 @@ def test_embedding_keeps_all_that_the_file_holds_without_reading_it(
             assert found.obs.equals(adata.obs) and (found.obsm["X_pca"] == 1).all()
 
 
-def test_the_command_asks_before_it_drops_what_was_begun(
+def test_the_command_asks_before_it_drops_an_unfinished_output(
     tiny_run: Path, tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [
@@ -144,13 +146,13 @@ def test_the_command_asks_before_it_drops_what_was_begun(
         patch.setattr(output_parts, "save_arrays", full_disk)
         assert main(command) == 1
     said = capsys.readouterr().err
-    assert "No space left on device" in said and "make room and go on with --resume" in said
+    assert "No space left on device" in said and "make room and pass --resume to complete it" in said
     assert main(command) == 2
-    assert "pass --resume to continue it or --overwrite to start again" in capsys.readouterr().err
+    assert "pass --resume to complete it or --overwrite to start again" in capsys.readouterr().err
     other = tmp_path / "other.h5ad"
     make_counts(240, seed=3).write_h5ad(other)
     assert main([*command[:2], str(other), *command[3:], "--resume"]) == 2
-    assert "begun with other data" in capsys.readouterr().err
+    assert "made with other data" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert [path.name for path in tmp_path.iterdir() if path != other] == ["out.h5ad"]
     assert main([*command, "--resume"]) == 2  # it is complete
@@ -160,13 +162,33 @@ def test_the_command_asks_before_it_drops_what_was_begun(
         denoise(tiny_run, tiny_h5ad, resume=True, progress=False)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_every_setting_of_a_task_is_compared_before_it_is_resumed(
+    task: str, model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def stop(task: str, model: Pretrained, arguments: dict[str, Any], n_obs: int) -> None:
+        seen.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "open_parts", stop)
+    output = tmp_path / "out.h5ad"
+    with pytest.raises(KeyboardInterrupt):
+        TASKS[task](model, make_counts(20), output=output)
+    (arguments,) = seen
+    before = made_from(task, model, arguments)
+    for name in inspect.signature(getattr(tasks, task)).parameters.keys() - {"model", "data"}:
+        after = made_from(task, model, arguments | {name: "another value"})
+        changed = [key for key in before if before[key] != after[key]]
+        assert changed == ([] if name in ("output", "resume", "progress") else [f"--{name}"])
+
+
 def test_two_writers_of_an_output_are_an_error(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"n_obs": 10, "n_vars": 2, "batch_size": 4, "resume": False}
-    with (
-        open_parts(tmp_path / "out.h5ad", {"task": "a"}, **settings),
-        pytest.raises(UserError, match="another process"),
-    ):
-        open_parts(tmp_path / "out.h5ad", {"task": "a"}, **settings).__enter__()
+    first, second = (PartsInFolder(tmp_path / "out.h5ad", {"task": "a"}, **settings) for _ in range(2))
+    with first, pytest.raises(UserError, match="another process"):
+        second.__enter__()
     assert not list(tmp_path.iterdir())
 
 
@@ -213,14 +235,14 @@ def test_two_processes_of_a_launcher_make_the_result_of_one(
     assert done.returncode == 0, done.stderr[-3000:]
     same(one, two)
     assert done.stdout.count("two.h5ad: ") == 1  # one speaks for both
-    n, share = (700, 352) if task == "generate" else (240, 120)  # whole pieces of 8 cells
+    n, share = (700, 352) if task == "generate" else (240, 120)  # whole parts of 8 cells
     assert f"/{share} " in done.stderr and f"/{n} " not in done.stderr
     assert [path.name for path in tmp_path.iterdir() if path not in (one, two)] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_half_way_a_task_goes_on_to_the_result_of_an_undisturbed_one(
+def test_a_task_killed_half_way_is_resumed_to_the_result_of_an_undisturbed_one(
     tiny_run: Path, tiny_h5ad: Path, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole.zarr", tmp_path / "killed.zarr"
@@ -234,7 +256,7 @@ def test_killed_half_way_a_task_goes_on_to_the_result_of_an_undisturbed_one(
     n_made = len(list(tmp_path.glob("killed.zarr.partial/*.npz")))
     done = subprocess.run([*words, "--resume"], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f" {8 * n_made}/700" in done.stderr  # where the bar starts; pieces of 8 cells
+    assert f" {8 * n_made}/700" in done.stderr  # where the bar starts; parts of 8 cells
     assert main([*command("generate", tiny_run, tiny_h5ad, whole), *slow]) == 0
     same(whole, killed)
     assert sorted(tmp_path.iterdir()) == [killed, whole]
