@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -311,7 +312,7 @@ def test_evaluation_writes_its_page_and_beats_the_product_of_marginals(
     assert {"likelihood", "imputation", "generation"} <= set(found.metrics)
     # A bound that is given something is not to be read as one that is given nothing.
     assert any("NELBO and the imputation are given each cell's cell_type" in note for note in found.notes)
-    assert "given each cell&#x27;s cell_type" in page
+    assert "given each cell's cell_type" in html.unescape(page)
     steps = json.loads((tmp_path / "steps.json").read_text())
     assert [row["steps"] for row in steps] == [0, 1, 8]  # 0: real cells
     assert steps[0]["w2"] < steps[2]["w2"] < steps[1]["w2"]
