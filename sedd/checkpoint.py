@@ -39,11 +39,17 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     ------
     OSError
         If the disk is full or the directory cannot be written; the old file is then still whole and no part is left.
+    TypeError
+        If `state` holds anything else, so that it could not be loaded again.
     """
     path = Path(path)
     try:
         with new_file(path, sync=True) as file:
             torch.save(state, file)
+            file.flush()
+            torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)  # what cannot be loaded is no checkpoint
+    except pickle.UnpicklingError as error:
+        raise TypeError(f"{path}: the state holds something other than tensors and plain data; nothing was written.") from error
     except RuntimeError as error:  # torch reports a failed write of the archive as one of its own, after the disk's error
         cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).splitlines()[0])
         raise OSError(cause.errno, f"could not be written: {cause.strerror or cause}", str(path)) from error

@@ -39,12 +39,25 @@ class CellBatch(NamedTuple):
         As in `SEDDTransformer.forward`.
     cell : (B,) int64, optional
         What names the cells: equal numbers get equal masks, in whatever batch. Their place in the sequence if not given.
+    missing : (n_vars,) bool, optional
+        Genes that the data lack. They are always masked, and the likelihood is of the others; their tokens are not looked at.
     """
 
     tokens: Tensor
     condition: Tensor | None = None
     library: Tensor | None = None
     cell: Tensor | None = None
+    missing: Tensor | None = None
+
+    @property
+    def n_known(self) -> int:
+        """Genes that the cells have counts of."""
+        n_vars = self.tokens.shape[1]
+        return n_vars if self.missing is None else n_vars - int(self.missing.sum())
+
+    def sum_known(self, nats: Tensor) -> Tensor:
+        """Return the sum over the genes that are known, (B,), of (B, n_vars)."""
+        return (nats if self.missing is None else nats.masked_fill(self.missing, 0)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class Likelihood:
     ----------
     per_cell : (n_cells,) float64
     n_vars : int
-        Genes per cell.
+        Genes per cell, those that are missing not counted.
     """
 
     per_cell: np.ndarray
@@ -203,7 +216,11 @@ def nelbo(
         parts, n_vars = [], 0
         for batch in _with_cells(batches):
             check_states(batch.tokens, graph.n_bins - 1)
-            n_vars = batch.tokens.shape[1]
+            if batch.missing is not None and not isinstance(graph, AbsorbingGraph):
+                raise UserError("genes are missing, and the uniform graph masks none; expected cells with all genes of the model.")
+            n_vars = batch.n_known
+            if not n_vars:
+                raise UserError("all genes of the model are missing from the cells; expected some of them.")
             parts.append(estimate(model, graph, noise, batch, n_masks, seed).cpu())
     finally:
         model.train(training)
@@ -221,6 +238,9 @@ def _with_cells(batches: Iterable[CellBatch | Tensor]) -> Iterator[CellBatch]:
             batch = batch._replace(cell=torch.arange(seen, seen + n, device=batch.tokens.device))
         else:
             batch = batch._replace(cell=batch.cell.to(batch.tokens.device))
+        if batch.missing is not None:
+            missing = batch.missing.to(batch.tokens.device)
+            batch = batch._replace(missing=missing if bool(missing.any()) else None)
         seen += n
         yield batch
 
@@ -234,27 +254,29 @@ def _strata(batch: CellBatch, n_masks: int, seed: int) -> Tensor:
 
 
 def _log_mu_of(model: nn.Module, batch: CellBatch, masked: Tensor, sigma: Tensor, mask_token: int) -> Tensor:
-    hidden = hide(batch.tokens, masked, mask_token)
+    hidden = hide(batch.tokens, masked if batch.missing is None else masked | batch.missing, mask_token)
     given: dict[str, Any] = {"condition": batch.condition, "library": batch.library}
     return model(hidden, sigma.float(), targets=batch.tokens, **given).double()
 
 
 def _time_free(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, n_masks: int, seed: int) -> Tensor:
     assert batch.cell is not None
-    n_vars = batch.tokens.shape[1]
-    sizes = torch.ceil(_strata(batch, n_masks, seed) * n_vars).long().clamp(1, n_vars)
+    n_vars, n_known = batch.tokens.shape[1], batch.n_known
+    known = None if batch.missing is None else ~batch.missing
+    sizes = torch.ceil(_strata(batch, n_masks, seed) * n_known).long().clamp(1, n_known)
     total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
     for m in range(n_masks):
         k = sizes[:, m]
-        masked = random_subsets(seed, _MASKS + m, batch.cell, n_vars, k)
-        log_mu = _log_mu_of(model, batch, masked, noise.sigma_at(k / n_vars), graph.mask_token)
-        total -= log_mu.sum(1) * n_vars / k
+        masked = random_subsets(seed, _MASKS + m, batch.cell, n_vars, k, known)
+        share = (k + (n_vars - n_known)) / n_vars
+        log_mu = _log_mu_of(model, batch, masked, noise.sigma_at(share), graph.mask_token)
+        total -= batch.sum_known(log_mu) * n_known / k
     return total / n_masks
 
 
 def _time_integral(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, n_masks: int, seed: int) -> Tensor:
     assert batch.cell is not None
-    n_cells, n_vars = batch.tokens.shape
+    n_cells, n_known = len(batch.tokens), batch.n_known
     t = _strata(batch, n_masks, seed)
     total = torch.zeros(n_cells, dtype=torch.float64, device=batch.tokens.device)
     for m in range(n_masks):
@@ -262,7 +284,7 @@ def _time_integral(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatc
     # What a schedule leaves out: the noise it starts with, and how far from the limit it ends.
     if float(noise.sigma(0.0)) > 0:
         total += _reconstruction(model, graph, noise, batch, seed)
-    return total + n_vars * float(graph.limit_divergence(noise.sigma(1.0)))
+    return total + n_known * float(graph.limit_divergence(noise.sigma(1.0)))
 
 
 def _rate_at(
@@ -272,7 +294,7 @@ def _rate_at(
     sigma = noise.sigma(t)
     if isinstance(graph, AbsorbingGraph):
         masked = _noised(graph, batch, sigma, seed, stream) == graph.mask_token
-        return -_log_mu_of(model, batch, masked, sigma, graph.mask_token).sum(1) * noise.unmask_rate(t)
+        return -batch.sum_known(_log_mu_of(model, batch, masked, sigma, graph.mask_token)) * noise.unmask_rate(t)
     noised = _noised(graph, batch, sigma, seed, stream)
     log_mu = model(noised, sigma.float(), everywhere=True, condition=batch.condition, library=batch.library).double()
     return score_entropy(graph, noise, graph.log_score(log_mu, noised, sigma), noised, batch.tokens.long(), t).sum(1)
@@ -283,7 +305,7 @@ def _reconstruction(model: nn.Module, graph: Graph, noise: Noise, batch: CellBat
     sigma = noise.sigma(torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device))
     noised = _noised(graph, batch, sigma, seed, _START)
     if isinstance(graph, AbsorbingGraph):
-        return -_log_mu_of(model, batch, noised == graph.mask_token, sigma, graph.mask_token).sum(1)
+        return -batch.sum_known(_log_mu_of(model, batch, noised == graph.mask_token, sigma, graph.mask_token))
     log_mu = model(noised, sigma.float(), everywhere=True, condition=batch.condition, library=batch.library).double()
     p = graph.posterior(log_mu, noised, sigma, torch.zeros_like(sigma))
     return -p.gather(-1, batch.tokens.long()[..., None]).log().sum((1, 2))

@@ -19,7 +19,7 @@ from sedd import __version__
 from sedd.binning import COUNT_KINDS
 from sedd.errors import UserError
 from sedd.inference import posterior
-from sedd.inference.cells import Cells, name_of, open_cells, opened
+from sedd.inference.cells import name_of, open_cells, opened
 from sedd.inference.output_file import assemble, attach
 from sedd.inference.output_parts import open_parts
 from sedd.inference.posterior import TaskBatch, batches, spans_of_batches
@@ -49,9 +49,9 @@ def impute(
 ) -> ad.AnnData:
     """Predict unobserved entries from the observed genes of the same cell.
 
-    What counts as unobserved, first match wins: the genes of the panel that `data` lacks, those named in `predict` and a
-    random share `hide` of each cell's genes; when all three are empty, the zeros, each of which is predicted while it and
-    a random 1/`folds` of the cell's genes are hidden (a zero that is shown is evidence of itself).
+    Genes of the panel that `data` lacks are unknown: hidden throughout, and predicted. What else counts as unobserved: the
+    genes named in `predict` and a random share `hide` of each cell's genes; when both are empty, the zeros, each of which is
+    predicted while it and a random 1/`folds` of the cell's genes are hidden (a zero that is shown is evidence of itself).
 
     Parameters
     ----------
@@ -104,17 +104,20 @@ def impute(
     reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
     chosen = _gene_mask(model, predict)
     count = round(hide * len(chosen))
+    if hide and not count:
+        raise UserError(f"--hide is {hide:g}, which is none of the model's {len(chosen)} genes; expected at least {1 / len(chosen):.1g}.")
+    zeros = not chosen.any() and not count
 
-    def predict_batch(cells: Cells, here: TaskBatch) -> dict[str, np.ndarray]:
-        hidden = np.broadcast_to(chosen | cells.missing, here.counts.shape).copy()
-        if count:
-            hidden |= exact_mask(seed, 0, here.cells, len(chosen), count)
+    def predict_batch(here: TaskBatch) -> dict[str, np.ndarray]:
         draws: Iterator[np.ndarray]
-        if not hidden.any():
+        if zeros:
             found = posterior.cross_predict(model, here, folds, 1, seed)
             mean, std, hidden = found.mean, found.std, here.counts == 0
             draws = (posterior.cross_draw(model, reverse, here, folds, k, seed) for k in range(num_samples))
         else:
+            hidden = np.broadcast_to(chosen | here.missing, here.counts.shape).copy()
+            if count:
+                hidden |= exact_mask(seed, 0, here.cells, len(chosen), count)
             mean, std = posterior.predict(model, here, hidden)
             seeds = (posterior.sample_seed(seed, k) for k in range(num_samples))
             draws = (posterior.draw_hidden(model, reverse, here, hidden, at) for at in seeds)
@@ -123,12 +126,9 @@ def impute(
         values = np.where(hidden, mean, here.counts).astype(np.float32)
         return {"X": values, "counts": here.counts, "sedd_hidden": hidden.astype(np.uint8), **samples, **spread}
 
-    def describe(cells: Cells) -> dict[str, Any]:
-        named = bool((chosen | cells.missing).any())
-        what = f"{hide:.0%} of the genes" if count else "missing and chosen genes" if named else "zeros"
-        return {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
-
-    return _for_each_batch("impute", model, arguments, predict_batch, describe)
+    what = "zeros" if zeros else f"{hide:.0%} of the genes" if count else "chosen genes"
+    details = {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
+    return _for_each_batch("impute", model, arguments, predict_batch, details)
 
 
 def denoise(
@@ -183,18 +183,18 @@ def denoise(
     own_counts = own_counts and model.binning.kind in COUNT_KINDS
     reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
 
-    def predict_batch(cells: Cells, here: TaskBatch) -> dict[str, np.ndarray]:
+    def predict_batch(here: TaskBatch) -> dict[str, np.ndarray]:
         found = posterior.cross_predict(model, here, folds, rounds, seed)
-        mean, std = found.with_own_counts(here.counts) if own_counts else (found.mean, found.std)
+        mean, std = found.with_own_counts(here.counts, here.missing) if own_counts else (found.mean, found.std)
         layers = {"sedd_std": std.astype(np.float32)}
         if log1p:
-            log = found.log1p_with_own_counts(here.counts) if own_counts else found.log1p
+            log = found.log1p_with_own_counts(here.counts, here.missing) if own_counts else found.log1p
             layers["sedd_log1p"] = log.astype(np.float32)
         draws = (posterior.cross_draw(model, reverse, here, folds, k, seed) for k in range(num_samples))
         return {"X": mean.astype(np.float32), "counts": here.counts, **layers, **posterior.spread_of(draws)}
 
     details = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
-    return _for_each_batch("denoise", model, arguments, predict_batch, lambda _: details)
+    return _for_each_batch("denoise", model, arguments, predict_batch, details)
 
 
 def generate(
@@ -322,23 +322,22 @@ def embed(
     arguments = dict(locals())
     model = Pretrained.load(model)
 
-    def embed_batch(cells: Cells, here: TaskBatch) -> dict[str, np.ndarray]:
-        if cells.missing.any():
+    def embed_batch(here: TaskBatch) -> dict[str, np.ndarray]:
+        if here.missing.any():
             model.check_knows_masks("Embedding cells that lack genes of the model")
-        hidden = torch.from_numpy(np.broadcast_to(cells.missing, here.tokens.shape).copy()).to(here.tokens.device)
+        shown, hidden = here.hide(np.zeros(here.counts.shape, bool), model.binning.n_bins)
         with torch.no_grad():
-            shown = here.tokens.masked_fill(hidden, model.binning.n_bins)
             return {"X_sedd": model.model.embed(shown, model.sigma(hidden), **here.context).float().cpu().numpy()}
 
-    return _for_each_batch("embed", model, arguments, embed_batch, lambda _: {})
+    return _for_each_batch("embed", model, arguments, embed_batch, {})
 
 
 def _for_each_batch(
     task: str,
     model: Pretrained,
     arguments: dict[str, Any],
-    make: Callable[[Cells, TaskBatch], dict[str, np.ndarray]],
-    describe: Callable[[Cells], dict[str, Any]],
+    make: Callable[[TaskBatch], dict[str, np.ndarray]],
+    details: dict[str, Any],
 ) -> ad.AnnData:
     """Return what `make` says of each batch of cells, put together; `embed` puts it beside its input, other tasks make a new table.
 
@@ -346,8 +345,8 @@ def _for_each_batch(
     ----------
     arguments
         All arguments of the task.
-    describe
-        What the result says of how it was made.
+    details
+        What the result says of how it was made, beside which genes were missing.
     """
     names = ("data", "cells", "layer", "batch_size", "output", "progress")
     data, cells, layer, batch_size, output, progress = (arguments[name] for name in names)
@@ -356,8 +355,10 @@ def _for_each_batch(
         with open_parts(task, model, arguments, len(source)) as parts:
             whole = task == "embed"
             for here in batches(model, source, batch_size, task, progress, parts, whole=whole):
-                parts.add(here.lo, **make(source, here))
-            uns = _described(model, task, describe(source))
+                parts.add(here.lo, **make(here))
+            if source.missing.any():
+                details = {**details, "missing_genes": np.asarray(model.genes[source.missing], dtype=object)}
+            uns = _described(model, task, details)
             if whole:
                 return attach(output, data, None if cells == "all" else source.indices, parts, uns)
             return assemble(output, source.obs, source.var, parts, uns)

@@ -137,9 +137,16 @@ def evaluate(
     else:
         made = generated if isinstance(generated, ad.AnnData) else read_anndata(generated)
     fake = _matrix(Cells(made, model.genes, real=True, name="the generated cells"))
+    known = ~held_out.missing
+    if not known.all():
+        notes.append(
+            f"{(~known).sum()} of the model's {known.size} genes are not in the data. They were masked throughout; the likelihood and "
+            "all tables are of the others."
+        )
+        fake, counts, train_counts = fake[:, known], counts[:, known], train_counts[:, known]
     metrics["generation"] = generation_table(fake, counts, train_counts, seed=seed)
     curve = (
-        step_curve(model, made, counts, train_counts, steps, batch_size=batch_size, seed=seed, progress=progress)
+        step_curve(model, made, counts, train_counts, known, steps, batch_size=batch_size, seed=seed, progress=progress)
         if steps
         else []
     )
@@ -200,9 +207,9 @@ def _likelihood(
     progress: bool,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Return the bound and the baselines: on counts, or on tokens where bins are not of whole numbers."""
-    names = torch.from_numpy(cells.indices)
+    names, missing = torch.from_numpy(cells.indices), torch.from_numpy(cells.missing)
     given = (
-        CellBatch(here.tokens, here.context["condition"], here.context["library"], names[here.lo : here.hi])
+        CellBatch(here.tokens, here.context["condition"], here.context["library"], names[here.lo : here.hi], missing)
         for here in batches(model, cells, batch_size, "likelihood", progress, whole=True)
     )
     per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
@@ -211,13 +218,16 @@ def _likelihood(
         per_cell = per_cell + within_nats(model.binning, counts)
     given_total = per_cell
     totals = np.asarray(counts.sum(1)).ravel()
-    if model.model.config["condition_library"]:  # a function of the counts: paid for, p(x) is comparable again
+    by_total = model.model.config["condition_library"] and not cells.missing.any()  # which is unknown where genes are missing
+    known = ~cells.missing
+    counts, train = counts[:, known], train[:, known]
+    if by_total:  # a function of the counts: paid for, p(x) is comparable again
         per_cell = given_total + LibraryPrior.fit(np.asarray(train.sum(1)).ravel()).nats(totals)
     top = _top(model, counts)
     if of_counts:
         baselines = CountBaselines.fit(train)
         rows = likelihood_table(baselines, per_cell, counts, top=top)
-        if model.model.config["condition_library"]:
+        if by_total:
             scaled = baselines.log_probs(
                 np.arange(counts.shape[1])[None, :], counts.toarray().astype(np.int64), totals[:, None], top
             )["NB, library-scaled"]
@@ -264,7 +274,7 @@ def _imputation(
     means, log_probs, belows = [], [], []
     for here in batches(model, cells, batch_size, "imputation", False):
         asked = hidden[here.lo : here.hi]
-        shown, mask = here.hide(asked | cells.missing, model.binning.n_bins)
+        shown, mask = here.hide(asked, model.binning.n_bins)
         readout = model.model.readout(shown, model.sigma(mask), **here.context)
         rows, genes = torch.from_numpy(asked).to(mask.device).nonzero(as_tuple=True)
         for part in torch.arange(len(rows), device=rows.device).split(1 << 15):
@@ -279,7 +289,7 @@ def _imputation(
     cell, gene = np.nonzero(hidden)
     true_counts = np.asarray(counts[cell, gene]).ravel()
     baselines = CountBaselines.fit(train)
-    library = visible_library(counts, hidden, baselines.share)[cell]
+    library = visible_library(counts, hidden | cells.missing, baselines.share)[cell]
     mean, log_p, below = np.concatenate(means), np.concatenate(log_probs), np.concatenate(belows)
     of_counts = model.binning.kind in COUNT_KINDS
     if of_counts:  # from the law of the token to that of the count

@@ -21,6 +21,7 @@ def step_curve(
     made: ad.AnnData,
     real: sp.csr_matrix,
     train: sp.csr_matrix,
+    known: np.ndarray,
     steps: Sequence[int],
     *,
     batch_size: int,
@@ -37,7 +38,9 @@ def step_curve(
         Generated cells, whose own number of steps is a point too if they were drawn without conditions and by the
         reverse process as it is.
     real, train
-        Held-out cells and training cells over the panel.
+        Held-out cells and training cells over the known genes.
+    known : (n_vars,) bool
+        Genes of the panel that the data have.
     steps
         Numbers of steps to try.
     batch_size, seed, progress
@@ -55,9 +58,9 @@ def step_curve(
     sets = {0: train[anchor[:n]]}
     for number in sorted({step for step in steps if step != plain}):
         cells = tasks.generate(model, n, num_steps=number, batch_size=batch_size, seed=seed, progress=progress)
-        sets[number] = sp.csr_matrix(cells.X)
+        sets[number] = sp.csr_matrix(cells.X)[:, known]
     if plain:
-        sets[plain] = sp.csr_matrix(made[:n, model.genes].X)
+        sets[plain] = sp.csr_matrix(made[:n, model.genes[known]].X)
     held_out = pca.transform(log_cp10k(real[:n]))
     points = []
     for number, cells in sorted(sets.items()):

@@ -60,18 +60,24 @@ class Cells:
     ) -> None:
         self.name = name
         if layer is not None and layer not in adata.layers:
-            there = ", ".join(adata.layers) or "none"
-            raise UserError(f"{self.name}: no layer {layer!r}; there are: {there}. Pass --layer with one of them.")
+            raise UserError(f"{self.name}: no layer {layer!r}; there are: {_layers(adata)}. Pass --layer with one of them, or --layer X for X.")
         if adata.n_obs == 0 or (cells is not None and len(cells) == 0):
             raise UserError(f"{self.name}: holds no cells; expected at least one.")
         self._matrix = adata.X if layer is None else adata.layers[layer]
         if self._matrix is None:
-            raise UserError(f"{self.name}: has no X; pass --layer with one of: {', '.join(adata.layers) or 'none'}.")
+            raise UserError(f"{self.name}: has no X; pass --layer with one of: {_layers(adata)}.")
         self.indices = np.arange(adata.n_obs) if cells is None else np.asarray(cells, np.int64)
         self._real = real
         self._window: tuple[int, Any] = (0, None)
         self.obs: pd.DataFrame = adata.obs.iloc[self.indices].copy()
-        names = adata.var_names if adata.var_names.is_unique else ad.utils.make_index_unique(adata.var_names)
+        names = adata.var_names
+        if not names.is_unique:
+            repeated = names[names.duplicated()].unique()
+            warn_user(
+                f"{self.name}: {len(repeated)} gene names repeat (first: {repeated[0]!r}); the first of each keeps its name, the "
+                "others get -1, -2, ... as in a conversion. Sum them before if they are one gene."
+            )
+            names = ad.utils.make_index_unique(names)
         position = {gene: i for i, gene in enumerate(names)}
         where = np.array([position.get(gene, -1) for gene in genes], np.int64)
         self.missing = where < 0
@@ -84,9 +90,7 @@ class Cells:
             )
         if found < len(where):
             warn_user(f"{self.name}: has {found} of the model's {len(where)} genes; the others are predicted, not observed.")
-        self.var = pd.DataFrame(index=pd.Index(np.asarray(genes, dtype=object), name=adata.var_names.name))
-        for column in adata.var.columns if found == len(where) else []:
-            self.var[column] = adata.var[column].to_numpy()[self._columns]
+        self.var = _rows_of(adata.var, where).set_axis(pd.Index(np.asarray(genes, dtype=object), name=adata.var_names.name))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -129,6 +133,23 @@ class Cells:
                 f"{self.name}: a value is {kind} ({values[cell, column]:g} at cell {self.indices[lo + cell]}, gene {gene!r}); "
                 "the model was trained on counts. Pass --layer with the layer that holds them."
             )
+
+
+def _layers(adata: ad.AnnData) -> str:
+    return ", ".join(map(str, adata.layers)) or "none"
+
+
+def _rows_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    """Return the rows of a table by number, missing values where it is -1; columns keep their types, whole numbers nullable."""
+    absent = rows < 0
+    found = table.iloc[np.where(absent, 0, rows)] if len(table) else table
+    for column in found.columns[: len(found.columns) * bool(absent.any())]:
+        kind = found[column].dtype
+        values: Any = found[column]
+        if isinstance(kind, np.dtype) and kind.kind in "biu":
+            values = values.astype("boolean" if kind.kind == "b" else f"{'U' * (kind.kind == 'u')}Int{8 * kind.itemsize}")
+        found = found.assign(**{str(column): values.mask(absent)})
+    return found.copy()
 
 
 def read_anndata(path: str | Path) -> ad.AnnData:
@@ -194,6 +215,8 @@ def _lazy(root: Any, layer: str | None) -> ad.AnnData | None:
     for name, matrix in matrices.items():
         adata.layers[name.removeprefix("layers/")] = matrix
     adata.uns.update(dict.fromkeys(root["uns"]) if "uns" in root else {})
+    if "sedd" in adata.uns:
+        adata.uns["sedd"] = dict.fromkeys(root["uns/sedd"])
     return adata
 
 
@@ -236,13 +259,23 @@ def open_cells(
 
     Parameters
     ----------
+    layer
+        Take counts from this layer, or from X itself if it is "X"; from where the model's training data had them if None.
     name
         What messages call the data; its path if not given.
     """
     adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
     name = name or name_of(data)
     chosen = cells_of_split(adata, part, model.state, name)
-    layer = layer or model.state["args"]["layer"]
-    if "sedd" in adata.uns and layer is not None and layer not in adata.layers:
-        layer = None  # a store made from that layer holds it as X
+    trained = model.state["args"]["layer"]
+    if layer is None and trained is not None and trained not in adata.layers:
+        if "meta" not in (adata.uns.get("sedd") or {}):  # a store made from that layer holds it as X
+            raise UserError(
+                f"{name}: has no layer {trained!r}, from which the model was trained; there are: {_layers(adata)}. Pass --layer X if "
+                "the counts are in X, or --layer with the layer that holds them."
+            )
+    elif layer is None:
+        layer = trained
+    elif layer == "X" and "X" not in adata.layers:
+        layer = None
     return Cells(adata, model.genes, layer=layer, cells=chosen, real=not model.state["data"]["is_counts"], name=name)

@@ -65,6 +65,8 @@ class TaskBatch:
         Their numbers in the data, which name their random draws.
     context
         What the model is conditioned on: "condition" and "library", each a tensor or None.
+    missing : (n_vars,) bool
+        Genes that the data lack: unknown, so always masked. Their counts and tokens mean nothing.
     """
 
     lo: int
@@ -73,10 +75,11 @@ class TaskBatch:
     tokens: torch.Tensor
     cells: np.ndarray
     context: dict[str, Any]
+    missing: np.ndarray
 
     def hide(self, hidden: np.ndarray, mask_token: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens with the hidden ones masked, and the mask, (B, n_vars) each."""
-        mask = torch.from_numpy(hidden).to(self.tokens.device)
+        """Tokens with the hidden and the missing ones masked, and the mask, (B, n_vars) each."""
+        mask = torch.from_numpy(hidden | self.missing).to(self.tokens.device)
         return self.tokens.masked_fill(mask, mask_token), mask
 
 
@@ -120,7 +123,7 @@ def batches(
             # With genes missing the total over the panel is not known.
             total[:] = total if whole and not source.missing.any() else np.nan
             context["library"] = torch.from_numpy(total).to(model.device)
-        yield TaskBatch(lo, hi, counts, tokens, source.indices[lo:hi], context)
+        yield TaskBatch(lo, hi, counts, tokens, source.indices[lo:hi], context, source.missing)
 
 
 @torch.no_grad()
@@ -150,26 +153,29 @@ class Posterior:
     zero: np.ndarray
     log1p: np.ndarray
 
-    def with_own_counts(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def with_own_counts(self, counts: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the rates behind the counts, given the other genes and the count itself.
 
         Parameters
         ----------
         counts : (B, n_vars)
+        missing : (n_vars,) bool
+            Genes without a count of their own; for them the other genes speak alone.
         """
-        shape, rate = self._rate_posterior(counts)
+        shape, rate = self._rate_posterior(counts, missing)
         return shape / rate, np.sqrt(shape) / rate
 
-    def log1p_with_own_counts(self, counts: np.ndarray) -> np.ndarray:
+    def log1p_with_own_counts(self, counts: np.ndarray, missing: np.ndarray) -> np.ndarray:
         """Posterior predictive mean of `log1p(10,000 n / total)`: n would be counted in the same cells at the same depth once more.
 
         Parameters
         ----------
-        counts : (B, n_vars)
+        counts, missing
+            As in `with_own_counts`.
         """
-        return expected_log1p(*self._rate_posterior(counts), 1e4 / np.maximum(counts.sum(axis=1), 1))
+        return expected_log1p(*self._rate_posterior(counts, missing), 1e4 / np.maximum(counts.sum(axis=1), 1))
 
-    def _rate_posterior(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _rate_posterior(self, counts: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shape and rate of the gamma posterior of the rate behind each count.
 
         An entry is taken as Poisson around a rate that the other genes leave uncertain, a gamma law. Its mean is the
@@ -182,7 +188,7 @@ class Posterior:
             shape = np.sqrt(low * high)
             below = np.exp(-shape * np.log1p(mean / shape)) < self.zero
             low, high = np.where(below, low, shape), np.where(below, shape, high)
-        return shape + counts, 1 + shape / mean
+        return shape + np.where(missing, 0, counts), np.where(missing, 0, 1) + shape / mean
 
 
 @torch.no_grad()

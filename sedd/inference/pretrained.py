@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 
@@ -231,12 +232,23 @@ class Pretrained:
             If a label was not there in training; the known ones are listed.
         """
         known = self.categories[column]
-        index = {label: k + 1 for k, label in enumerate(known)}
+        index = {_label_text(label): k + 1 for k, label in enumerate(known)}
         codes = np.zeros(len(labels), np.int64)
         for i, label in enumerate(labels):
-            if label is None or label != label:
+            if pd.isna(label):
                 continue
-            if str(label) not in index:
-                raise UserError(f"{column}={label!r} was not there in training; known: {', '.join(map(repr, known))}.")
-            codes[i] = index[str(label)]
+            code = index.get(_label_text(label))
+            if code is None:
+                raise UserError(
+                    f"{column}={str(label)!r} was not there in training; known: {', '.join(map(repr, known))}. Use one of these, or leave "
+                    f"{column} out (or missing in that cell): the model then does without."
+                )
+            codes[i] = code
         return codes
+
+
+def _label_text(label: object) -> str:
+    """Return a label as text: 7, 7.0 and "7" are one."""
+    text = str(label)
+    whole = text.removesuffix(".0")
+    return whole if whole.lstrip("-").isdigit() else text

@@ -126,7 +126,9 @@ def uniforms(seed: int, stream: int, cells: Tensor, n: int) -> Tensor:
     return shift_right(bits, 11).double() * 2.0**-53
 
 
-def random_subsets(seed: int, stream: int, cells: Tensor, n: int, sizes: Tensor) -> Tensor:
+def random_subsets(
+    seed: int, stream: int, cells: Tensor, n: int, sizes: Tensor, among: Tensor | None = None
+) -> Tensor:
     """Choose `sizes` of n genes for each cell, every subset of that size being equally likely.
 
     Parameters
@@ -134,6 +136,8 @@ def random_subsets(seed: int, stream: int, cells: Tensor, n: int, sizes: Tensor)
     seed, stream, cells, n
         As in `uniforms`.
     sizes : (B,) int64 in [0, n]
+    among : (n,) bool, optional
+        Choose these genes only; `sizes` are then at most their number.
 
     Returns
     -------
@@ -141,6 +145,7 @@ def random_subsets(seed: int, stream: int, cells: Tensor, n: int, sizes: Tensor)
     """
     import torch
 
-    order = uniforms(seed, stream, cells, n).argsort(dim=1)
+    draws = uniforms(seed, stream, cells, n)
+    order = (draws if among is None else draws.masked_fill(~among, 1.0)).argsort(dim=1)
     chosen = torch.empty(order.shape, dtype=torch.bool, device=order.device)
     return chosen.scatter_(1, order, torch.arange(n, device=order.device) < sizes[:, None])
