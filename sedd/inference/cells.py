@@ -136,7 +136,7 @@ class Cells:
 
 
 def _layers(adata: ad.AnnData) -> str:
-    return ", ".join(map(str, adata.layers)) or "none"
+    return ", ".join(name for name in adata.layers if name is not None) or "none"  # anndata 0.13 lists X, as None
 
 
 def _rows_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:

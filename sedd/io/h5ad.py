@@ -67,7 +67,7 @@ class Matrix:
         self.dtype = self.data.dtype
 
     def _open_sparse(self, node: h5py.Group, fd: int | None) -> None:
-        encoding = str(node.attrs.get("encoding-type", "") or node.attrs.get("h5sparse_format", "") + "_matrix")
+        encoding = _text(node.attrs.get("encoding-type", b"")) or _text(node.attrs.get("h5sparse_format", b"")) + "_matrix"
         shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
         missing = [key for key in ("data", "indices", "indptr") if not isinstance(node.get(key), h5py.Dataset)]
         if encoding not in ("csr_matrix", "csc_matrix") or shape is None or missing:
@@ -295,10 +295,15 @@ class H5ad:
         with reading(self.path, name):
             if name not in self.h5:
                 return self._width(name)
-            node = self.h5[name]
-            if isinstance(node, h5py.Dataset):
-                return int(node.shape[0])
-            return int(node[_text(node.attrs.get("_index", "_index"))].shape[0])
+            index = self._index(name)
+            if isinstance(index, h5py.Group):
+                index = index["codes" if "codes" in index else "values"]
+            return int(index.shape[0])
+
+    def _index(self, table: str) -> h5py.Dataset | h5py.Group:
+        """Find what holds the names of a table: itself if it is a compound dataset, else an array or an encoded group."""
+        node = self.h5[table]
+        return node if isinstance(node, h5py.Dataset) else node[_text(node.attrs.get("_index", "_index"))]
 
     def _width(self, name: str) -> int:
         """Rows that a table which is not there would have, from the shape of its matrix."""
@@ -309,11 +314,10 @@ class H5ad:
     def name(self, table: str, row: int) -> str:
         """Name of row `row` of `obs` or of a `var`, for messages."""
         try:
-            node = self.h5[table]
-            if isinstance(node, h5py.Dataset):
-                value = node[row][0]
-            else:
-                value = node[_text(node.attrs.get("_index", "_index"))][row]
+            index = self._index(table)
+            value = (index if isinstance(index, h5py.Dataset) else _read_quietly(index))[row]
+            if index.name == f"/{table}":  # a row of a compound dataset
+                value = value[0]
             return repr(value.decode() if isinstance(value, bytes) else str(value))
         except HDF5_ERRORS:  # the message matters more than the name in it
             return "?"
@@ -333,10 +337,11 @@ class H5ad:
 
     def _names(self, table: str) -> list[str]:
         with reading(self.path, table):
-            node = self.h5.get(table)
-            if isinstance(node, h5py.Group):
-                index = node.get(_text(node.attrs.get("_index", "_index")))
-                if isinstance(index, h5py.Dataset) and h5py.check_string_dtype(index.dtype):
+            if isinstance(self.h5.get(table), h5py.Group):
+                index = self._index(table)
+                if isinstance(index, h5py.Group):
+                    return [str(name) for name in _read_quietly(index)]
+                if h5py.check_string_dtype(index.dtype):
                     return [str(name) for name in index.asstr()[:]]
             return [str(name) for name in self._frame(table).index]
 

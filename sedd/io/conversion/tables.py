@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -134,7 +135,9 @@ def join_obs(frames: list[pd.DataFrame], obsm: list[dict[str, Any]], sources: li
                    obsm=_usable(frame, {key: arrays[key] for key in keys}))
         for frame, arrays, path in zip(frames, obsm, sources, strict=True)
     ]  # fmt: skip
-    joined = ad.concat(cells, join="outer")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Observation names are not unique")  # they are made so below
+        joined = ad.concat(cells, join="outer")
     if not joined.obs_names.is_unique:
         joined.obs_names_make_unique()
     return joined
