@@ -49,24 +49,24 @@ class Matrix:
     nnz : stored values, None when dense
     """
 
-    def __init__(self, path: str, node: h5py.Group | h5py.Dataset, name: str, fd: int | None) -> None:
-        self.path, self.name = path, name
+    def __init__(self, path: str, node: h5py.Group | h5py.Dataset, name: str, *, remote: bool = False) -> None:
+        self.path, self.name, self._remote = path, name, remote
         self.data: Reader
         self.nnz: int | None
         if isinstance(node, h5py.Dataset):
-            self._open_dense(node, fd)
+            self._open_dense(node)
         else:
-            self._open_sparse(node, fd)
+            self._open_sparse(node)
 
-    def _open_dense(self, node: h5py.Dataset, fd: int | None) -> None:
+    def _open_dense(self, node: h5py.Dataset) -> None:
         if node.ndim != 2:
             raise UserError(f"{self.path}: {self.name} has {node.ndim} dimensions, expected 2 (cells x genes).")
         self.layout, self.nnz = "dense", None
         self.shape = (int(node.shape[0]), int(node.shape[1]))
-        self.data = self._reader(node, fd)
+        self.data = self._reader(node)
         self.dtype = self.data.dtype
 
-    def _open_sparse(self, node: h5py.Group, fd: int | None) -> None:
+    def _open_sparse(self, node: h5py.Group) -> None:
         encoding = _text(node.attrs.get("encoding-type", b"")) or _text(node.attrs.get("h5sparse_format", b"")) + "_matrix"
         shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
         missing = [key for key in ("data", "indices", "indptr") if not isinstance(node.get(key), h5py.Dataset)]
@@ -77,8 +77,8 @@ class Matrix:
         if np.size(shape) != 2 or min(int(n) for n in shape) < 0:
             raise UserError(f"{self.path}: {self.name} has the shape {shape}, expected (cells, genes).")
         self.shape = (int(shape[0]), int(shape[1]))
-        self.data, self.indices = self._reader(node["data"], fd), self._reader(node["indices"], fd)
-        self._indptr = self._reader(node["indptr"], fd)
+        self.data, self.indices = self._reader(node["data"]), self._reader(node["indices"])
+        self._indptr = self._reader(node["indptr"])
         self.dtype = self.data.dtype
         if any(array.dtype.kind not in "iu" for array in (self.indices, self._indptr)):
             raise UserError(f"{self.path}: {self.name} has indices that are not integers.")
@@ -90,10 +90,10 @@ class Matrix:
                 f"{self.path}: {self.name} has {self.nnz} values but {self.indices.shape[0]} indices. Copy it again."
             )
 
-    def _reader(self, node: h5py.Dataset, fd: int | None) -> Reader:
+    def _reader(self, node: h5py.Dataset) -> Reader:
         if node.dtype.kind not in "iufb":
             raise UserError(f"{self.path}: {self.name} holds {node.dtype}, expected numbers.")
-        return Reader(node, fd)
+        return Reader(node, remote=self._remote)
 
     @property
     def n_major(self) -> int:
@@ -198,7 +198,6 @@ class H5ad:
 
     def __init__(self, path: str) -> None:
         self.path = path = str(path)
-        self._fd: int | None = None
         self._remote: Any = None
         if "://" in path:
             self._remote = _open_remote(path)
@@ -210,8 +209,6 @@ class H5ad:
             self.h5 = h5py.File(self._remote or path, "r")
         except OSError as error:
             raise UserError(_why_not_hdf5(path, error)) from error
-        if self._remote is None:
-            self._fd = os.open(path, os.O_RDONLY)
         with reading(path, "its table of contents"):
             found = list(self.h5)
         if not {"X", "layers", "obs", "raw"} & set(found):
@@ -224,9 +221,6 @@ class H5ad:
     def close(self) -> None:
         """Close the file."""
         self.h5.close()
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
         if self._remote is not None:
             self._remote.close()
 
@@ -265,7 +259,7 @@ class H5ad:
         if node is None:
             raise UserError(f"{self.path}: has no {name}; {self.ways_out()}")
         with reading(self.path, name):
-            matrix = Matrix(self.path, node, name, self._fd)
+            matrix = Matrix(self.path, node, name, remote=self._remote is not None)
         n_obs, n_vars = self.n_obs, self.n_vars(raw)
         if matrix.shape != (n_obs, n_vars):
             raise UserError(

@@ -37,7 +37,7 @@ def test_rows_of_every_layout_and_compression(tmp_path: Path, layout: str, compr
     dtype=st.sampled_from(["<f4", "<f8", ">f4", "<i8", "u1", ">i4"]),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_slices_read_past_hdf5_equal_those_read_by_it(
+def test_slices_of_any_layout_come_in_native_byte_order(
     tmp_path: Path, chunk: int, lo: int, size: int, shuffle: bool, gzip: bool, dtype: str
 ) -> None:
     values = np.random.default_rng(0).integers(0, 200, 300).astype(dtype)
@@ -48,7 +48,25 @@ def test_slices_read_past_hdf5_equal_those_read_by_it(
         h5.create_dataset("X/data", data=values, chunks=(chunk,), **filters)
         h5.create_dataset("X/indices", data=np.zeros(300, np.int32))
     with H5ad(path) as file:
-        np.testing.assert_array_equal(file.matrix().data.read(lo, min(300, lo + size)), values[lo : lo + size])
+        read = file.matrix().data.read(lo, min(300, lo + size))
+        assert read.dtype.isnative
+        np.testing.assert_array_equal(read, values[lo : lo + size])
+
+
+@pytest.mark.parametrize("gzip", [False, True])
+def test_a_matrix_behind_an_external_link_is_read_where_it_leads(tmp_path: Path, gzip: bool) -> None:
+    expected = counts()
+    path, elsewhere = write(tmp_path / "a.h5ad", expected), tmp_path / "b.h5"
+    with h5py.File(path, "a") as h5, h5py.File(elsewhere, "w") as other:
+        h5.copy("X", other)
+        if gzip:
+            data = other["X/data"][:]
+            del other["X/data"]
+            other.create_dataset("X/data", data=data, compression="gzip")
+        del h5["X"]
+        h5["X"] = h5py.ExternalLink("b.h5", "/X")
+    store = convert(path, tmp_path / "a.zarr", progress=False)
+    np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), expected.toarray())
 
 
 def old_h5ad(path: Path, matrix: sparse.csr_matrix) -> str:

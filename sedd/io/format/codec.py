@@ -14,9 +14,12 @@ from typing import Any
 import google_crc32c
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numba
+import numcodecs
 import numcodecs.blosc
 import numpy as np
 from numba import types
+
+from sedd.errors import warn_user
 
 RAW, BLOSC, ZSTD = 0, 1, 2
 OK, BAD_CHECKSUM, BAD_DATA = 0, 1, 2
@@ -38,7 +41,7 @@ _zstd = types.ExternalFunction("sedd_zstd_decompress", types.uintp(types.uintp, 
 
 @cache
 def available() -> bool:
-    """Tell whether the C functions can be called; binds them on the first call.
+    """Tell whether the C functions can be called; binds them on the first call, or says once that they are not there.
 
     They are bound by name, not by address, so that the compiled loop can be cached on disk.
     """
@@ -52,7 +55,11 @@ def available() -> bool:
             "sedd_blosc_compress_ctx": codecs.blosc_compress_ctx,
             "sedd_zstd_decompress": codecs.ZSTD_decompress,
         }
-    except (AttributeError, OSError):
+    except (AttributeError, OSError) as error:
+        warn_user(
+            f"stores are read and written through Python, several times slower: numcodecs {numcodecs.__version__} or google-crc32c does "
+            f"not show its C functions here ({error}). Wheels of the registry do; was one of them built otherwise?"
+        )
         return False
     for name, function in functions.items():
         llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)

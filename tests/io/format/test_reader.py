@@ -9,6 +9,8 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
+from sedd.errors import SeddWarning
+from sedd.io.format.codec import available
 from sedd.io.format.reader import ChunkReader
 from sedd.io.loading.rows import RowReader, WholeStore
 from sedd.io.store import CellStore
@@ -131,3 +133,17 @@ def test_a_reader_leaves_no_file_open() -> None:
     for _ in range(50):
         reader.read(np.arange(100))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_slow_path_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(*_: object) -> None:
+        raise OSError("no such library")
+
+    available.cache_clear()
+    monkeypatch.setattr("ctypes.CDLL", hidden)
+    try:
+        with pytest.warns(SeddWarning, match="several times slower.*no such library"):
+            assert not available()
+        assert not available()  # the second time without a warning, which would be an error
+    finally:
+        available.cache_clear()
