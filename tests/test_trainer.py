@@ -418,7 +418,7 @@ def test_a_store_is_made_once_and_made_again_when_the_file_changes(tmp_path: Pat
     make_counts().write_h5ad(data)
     flags = ["--num_epochs", "1", "--cache_dir", str(cache), "--overwrite"]
     assert train(data, tmp_path / "run", *flags) == 0
-    store = cache / "a.zarr"
+    store = cache / "a.sedd.zarr"
     first = (store / "zarr.json").stat().st_mtime_ns
     assert train(data, tmp_path / "run", *flags) == 0
     assert (store / "zarr.json").stat().st_mtime_ns == first
@@ -435,3 +435,18 @@ def test_train_py_the_script_and_the_command_are_one_function() -> None:
     assert outputs[0] == outputs[1] == outputs[2]
     for flag in ("--data-path", "--mask-ratio", "--resume", "--condition"):
         assert flag in outputs[0]
+
+
+def test_resume_auto_never_starts_anew_over_a_run_it_cannot_read(
+    tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    assert train(tiny_h5ad, directory, "--num_epochs", "1") == 0
+    for path in directory.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+    assert train(tiny_h5ad, directory, "--num_epochs", "1", "--resume", "auto") == 2
+    said = capsys.readouterr().err
+    assert "passed over" in said
+    assert "found no checkpoint that can be read" in said and "--overwrite" in said
+    assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == before

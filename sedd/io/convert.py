@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 from sedd.config import ConversionSettings
 from sedd.errors import UserError
@@ -88,7 +89,8 @@ def ensure_store(
 ) -> CellStore:
     """Open a store, converting an `.h5ad` once and using the result while the file stays as it is.
 
-    Several processes may call this at once: one converts, the others wait for it.
+    Several processes may call this at once: one converts, the others wait for it. The store of `mine.h5ad` is `mine.sedd.zarr`, a
+    name of its own, and only what was made of the same file is ever replaced there.
 
     Parameters
     ----------
@@ -96,6 +98,11 @@ def ensure_store(
     cache_dir : where the store is put, by default beside the file
     layer, values : as in `convert`
     progress : show a bar while converting
+
+    Raises
+    ------
+    UserError
+        As `convert`, or if something else is at the place of the store.
     """
     from sedd.io.conversion.job import Job
     from sedd.io.store import CellStore
@@ -103,16 +110,21 @@ def ensure_store(
     path = str(path).rstrip("/")
     if path.endswith(".zarr") or os.path.isdir(path):
         return CellStore(path)
+    if remote.is_remote(path) and cache_dir is None:
+        raise UserError(f"{path}: is converted once into a store on this machine; pass --cache_dir to say where, or convert it yourself.")
     folder = str(cache_dir) if cache_dir is not None else os.path.dirname(path) or "."
-    name = os.path.basename(path).removesuffix(".h5ad")
-    output = os.path.join(folder, name + (f".{layer}" if layer else "") + (".real" if values == "real" else "") + ".zarr")
+    parts = [os.path.basename(path).removesuffix(".h5ad"), quote(layer, safe=" ") if layer else "", "real" if values == "real" else ""]
+    output = os.path.join(folder, ".".join([*filter(None, parts), "sedd", "zarr"]))
     job = Job([path], output, ConversionSettings(layer=layer, values=values), progress=progress)
-    if os.path.exists(output):
+    if os.path.lexists(output):
+        in_the_way = f"{output}: is in the way of the store of {path}. Move it, or pass --cache_dir to put that store elsewhere."
         try:
             store = CellStore(output)
         except UserError as error:
-            raise UserError(f"{output}: is in the way of the store of {path}. Pass --cache_dir to put that elsewhere.") from error
+            raise UserError(in_the_way) from error
         if job.made(store):
             return store
+        if os.path.islink(output) or [one["path"] for one in store.uns_sedd["inputs"]] != [one["path"] for one in job.records()]:
+            raise UserError(in_the_way)
     os.makedirs(folder, exist_ok=True)
     return job.run(resume=True, overwrite=True, wait=True)

@@ -25,8 +25,14 @@ def state_to_resume(run: RunConfig, directory: RunDirectory) -> dict[str, Any] |
         return None
     if run.resume == "auto":
         path = checkpoint.find_newest(directory.path)
-        if path is None:  # a job that is queued again and again starts like this once
-            return None
+        if path is None:
+            if found := [p.name for p in directory.files()]:
+                raise UserError(
+                    f"{directory.path}: --resume auto found no checkpoint that can be read, but other files of a run ({', '.join(found[:4])}). "
+                    "Nothing was changed. Put a whole checkpoint there, name one with --resume FILE, or pass --overwrite without --resume "
+                    "to start anew."
+                )
+            return None  # a job that is queued again and again starts like this once
     else:
         path = Path(run.resume)
         path = checkpoint.find_newest(path) or checkpoint.find(path) if path.is_dir() else path

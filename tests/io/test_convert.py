@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pytest
 from scipy import sparse
@@ -57,6 +59,42 @@ def test_ensure_store_converts_once_and_again_when_the_file_changed(tmp_path: Pa
     assert Path(first.path, "zarr.json").stat().st_mtime_ns == stamp
     write(tmp_path / "a.h5ad", counts(seed=1))
     np.testing.assert_array_equal(matrix_of(ensure_store(path, progress=False).path), counts(seed=1).toarray())
+
+
+def test_the_store_that_a_user_made_beside_the_file_is_neither_used_nor_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.h5ad", counts())
+    mine = convert(path, tmp_path / "mine.zarr", shuffle=True, seed=7, progress=False)
+    stamp = Path(mine.path, "zarr.json").stat().st_mtime_ns
+    assert Path(ensure_store(path, progress=False).path).name == "mine.sedd.zarr"
+    assert Path(mine.path, "zarr.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder", "a store of another file", "a link"])
+def test_what_is_in_the_way_of_an_automatic_store_is_kept(tmp_path: Path, what: str) -> None:
+    path, place = write(tmp_path / "mine.h5ad", counts()), tmp_path / "mine.sedd.zarr"
+    if what == "a file":
+        place.write_text("mine")
+    elif what == "a folder":
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+    else:
+        other = convert(write(tmp_path / "other.h5ad", counts(seed=4)), tmp_path / "other.zarr", progress=False)
+        os.symlink(other.path, place) if what == "a link" else os.rename(other.path, place)
+    before = sorted(str(item) for item in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="in the way of the store of"):
+        ensure_store(path, progress=False)
+    assert sorted(str(item) for item in tmp_path.rglob("*")) == before
+    assert Path(ensure_store(path, cache_dir=tmp_path / "cache", progress=False).path).parent.name == "cache"
+
+
+def test_a_layer_with_a_slash_has_a_store_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.h5ad", counts())
+    with h5py.File(path, "a") as h5:
+        h5.require_group("layers")
+        h5.copy("X", h5["layers"], "spliced/raw")
+    store = ensure_store(path, layer="spliced/raw", progress=False)
+    assert Path(store.path).parent == tmp_path
+    np.testing.assert_array_equal(matrix_of(store.path), counts().toarray())
 
 
 def bad(kind: str) -> np.ndarray:

@@ -92,5 +92,5 @@ def test_a_signal_while_the_data_is_prepared_ends_it_at_once(
     assert train(data, tmp_path / "run", "--num_epochs", "1") == status
     assert "before the first step" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "cells.zarr").exists()
+    assert not (tmp_path / "cells.sedd.zarr").exists()
     assert train(data, tmp_path / "run", "--num_epochs", "1") == 0

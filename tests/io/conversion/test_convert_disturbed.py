@@ -232,7 +232,7 @@ def test_processes_that_ensure_one_store_share_the_work(processes: Any, tmp_path
     for process in running:
         process.join()
     assert [process.exitcode for process in running] == [0, 0, 0]
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.h5ad", "a.zarr"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.h5ad", "a.sedd.zarr"]
 
 
 @pytest.fixture
