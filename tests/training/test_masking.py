@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from conftest import TINY_FLAGS
 
@@ -12,6 +14,9 @@ from sedd import checkpoint
 from sedd.cli import main
 from sedd.io import convert
 from sedd.io.loader import CellLoader
+from sedd.io.loading.batch import Batch
+from sedd.io.store import CellStore
+from sedd.kernels.mask import thresholds
 from sedd.noise import make_noise
 from sedd.training.masking import DeviceMasks, drop_conditions
 
@@ -35,6 +40,44 @@ def test_masks_drawn_beside_the_network_are_those_of_the_loader(
                 assert torch.equal(masks.of(batch, epoch, torch.device("cpu")), drawn.masked)
                 hidden += int(drawn.masked.sum())
     assert hidden > 1000
+
+
+@pytest.fixture(scope="module")
+def large_store(tmp_path_factory: pytest.TempPathFactory) -> CellStore:
+    """100,000 cells of 200 genes."""
+    folder = tmp_path_factory.mktemp("large")
+    adata = ad.AnnData(sp.random(100_000, 200, 0.05, format="csr", dtype=np.float32, random_state=np.random.default_rng(0)))
+    adata.X.data = np.ceil(3 * adata.X.data)
+    adata.write_h5ad(folder / "large.h5ad")
+    return convert(folder / "large.h5ad", folder / "large.zarr", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
+@pytest.mark.parametrize(("objective", "noise"), [("score_entropy", "loglinear"), ("score_entropy", "geometric"), ("masked", "loglinear")])
+def test_of_100_000_cells_both_sides_hide_the_same_genes(objective: str, noise: str, large_store: CellStore) -> None:
+    schedule = make_noise(noise)
+    given = {"batch_size": 10_000, "noise": schedule.mask_probability, "mask_ratio": 0.15, "seed": 0, "split": "all"}
+    masks = DeviceMasks(objective, 0.15, schedule, seed=0)
+    n_cells = 0
+    with CellLoader(large_store, mask=objective, **given) as loader:
+        for batch in loader:
+            drawn = masks.of(batch, 0, torch.device("cpu"))
+            assert torch.equal(drawn, batch.masked), f"{int((drawn != batch.masked).sum())} entries differ"
+            n_cells += len(batch)
+    assert n_cells == 100_000
+
+
+@pytest.mark.parametrize("noise", ["loglinear", "geometric"])
+def test_thresholds_are_those_of_the_times_in_float64(noise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr("sedd.training.masking.random_mask_torch", lambda *given: asked.append(given[-1]))
+    t = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.zeros(10_000, 3, dtype=torch.uint8), None, t, torch.arange(10_000), {}, torch.zeros(10_000))
+    DeviceMasks("score_entropy", 0.15, make_noise(noise), seed=0).of(batch, 0, torch.device("cpu"))
+    exact = t.numpy().astype(np.float64)
+    probability = (1 - 1e-3) * exact if noise == "loglinear" else -np.expm1(-1e-3 * (20.0 / 1e-3) ** exact)
+    difference = thresholds(asked[0].numpy()).astype(np.int64) - thresholds(probability).astype(np.int64)
+    assert np.abs(difference).max() <= 1  # of 2**32: the last bit of a float64 rounds now and then the other way
 
 
 def test_a_run_is_the_same_whichever_side_draws_its_masks(
