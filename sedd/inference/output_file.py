@@ -112,7 +112,13 @@ def attach(
     path = Path(output)
     part = partial_folder(path) / path.name
     with _written_plainly():
-        result.write_zarr(part) if path.suffix == ".zarr" else result.write_h5ad(part, compression="gzip")
+        if path.suffix == ".zarr":
+            root = zarr.open_group(part, mode="w", zarr_format=3)
+            ad.io.write_elem(root, "/", result)
+            consolidate(root)
+        else:
+            with h5py.File(part, "w") as file:
+                ad.io.write_elem(file, "/", result, dataset_kwargs={"compression": "gzip"})
     move_into_place(part, path)
     return ad.AnnData(obs=result.obs, var=result.var, uns=uns)
 
@@ -147,7 +153,7 @@ def _attach_to_copy(data: Path, output: Path, obsm: dict[str, np.ndarray], uns: 
 def _written_plainly() -> Iterator[None]:
     """Whatever pandas makes of strings, in the format that every anndata reads, without what it says of coming versions."""
     with (
-        ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True, zarr_write_format=3),
+        ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -177,8 +183,9 @@ class _GrowingFile:
         return self
 
     def _write(self, key: str, element: Any, **storage: Any) -> None:
+        group, _, name = key.rpartition("/")
         with _written_plainly():
-            ad.io.write_elem(self._root, key, element, dataset_kwargs=storage)
+            ad.io.write_elem(self._root.require_group(group) if group else self._root, name, element, dataset_kwargs=storage)
 
     def add(self, **blocks: Any) -> None:
         """Take in the next cells, and write what has gathered."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -155,10 +156,8 @@ def test_what_is_no_store_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.zarr").mkdir()
     with pytest.raises(UserError, match="no zarr.json"):
         CellStore(tmp_path / "empty.zarr")
-    ad.settings.zarr_write_format, before = 3, ad.settings.zarr_write_format
     with ad.settings.override(auto_shard_zarr_v3=False):
-        ad.AnnData(np.ones((2, 2))).write_zarr(tmp_path / "other.zarr")
-    ad.settings.zarr_write_format = before
+        ad.io.write_elem(zarr.open_group(tmp_path / "other.zarr", zarr_format=3), "/", ad.AnnData(np.ones((2, 2))))
     with pytest.raises(UserError, match="sedd did not make it"):
         CellStore(tmp_path / "other.zarr")
 
