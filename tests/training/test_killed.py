@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def test_killed_at_20_random_steps_a_run_ends_with_the_weights_of_an_undisturbed
     rng = np.random.default_rng(processes)
     n_steps = 12 * 14 // processes
     plan = [run("whole")]
-    for step in sorted(rng.choice(np.arange(1, n_steps), N_KILLS, replace=False).tolist()):
+    for step in sorted(rng.choice(np.arange(1, n_steps - 6), N_KILLS, replace=False).tolist()):
         # Up to 30 ms later, which can be a few steps, or in the midst of the writing of a checkpoint.
         dying = [[0], [1], [0, 1]][rng.integers(3)] if processes == 2 else [0]
         plan.append(run("killed", "--resume", "auto", kill=[step, float(rng.uniform(0, 0.03)), dying]))
@@ -58,6 +59,11 @@ def test_killed_at_20_random_steps_a_run_ends_with_the_weights_of_an_undisturbed
         for rank, status in enumerate(one["statuses"]):
             assert status == (-9 if rank in planned["kill"][2] else 1), said[-3000:]
         assert one["seconds"] < 20  # the process that is left notices at its next step
+        assert one["fell"]  # at work, each of them
+    fell = Counter(at for one in results[1:-1] for at in one["fell"])
+    print("killed in", dict(fell))
+    for work in ("a step", "a checkpoint"):
+        assert any(work in at for at in fell)
     assert_same_weights(tmp_path / "whole" / "final.pt", tmp_path / "killed" / "final.pt")
     if processes == 2:
         assert "another process of this run ended during step" in said
