@@ -20,11 +20,21 @@ ROOT = Path(__file__).parent.parent
 
 def make_counts(n_obs: int = 240, n_vars: int = 60, seed: int = 0) -> ad.AnnData:
     """Cells of three types with genes of their own, as an AnnData of float32 counts with labels and a missing one."""
+    return _draw(n_obs, n_vars, seed)[0]
+
+
+def true_rates(n_obs: int = 240, n_vars: int = 60, seed: int = 0) -> np.ndarray:
+    """The Poisson rates that the counts of `make_counts` were drawn at, (n_obs, n_vars)."""
+    return _draw(n_obs, n_vars, seed)[1]
+
+
+def _draw(n_obs: int, n_vars: int, seed: int) -> tuple[ad.AnnData, np.ndarray]:
     rng = np.random.default_rng(seed)
     kind = rng.integers(3, size=n_obs)
     rate = rng.gamma(0.5, 1.0, size=(3, n_vars)) + 0.05
     depth = rng.lognormal(0, 0.3, size=n_obs)
-    counts = rng.poisson(rate[kind] * depth[:, None]).astype(np.float32)
+    rates = rate[kind] * depth[:, None]
+    counts = rng.poisson(rates).astype(np.float32)
     labels = pd.Categorical.from_codes(kind, ["T cell", "monocyte", "B cell"])  # in no alphabetical order
     labels[0] = None
     obs = pd.DataFrame(
@@ -32,7 +42,7 @@ def make_counts(n_obs: int = 240, n_vars: int = 60, seed: int = 0) -> ad.AnnData
         index=[f"cell{i}" for i in range(n_obs)],
     )
     var = pd.DataFrame({"symbol": [f"G{i}" for i in range(n_vars)]}, index=[f"gene{i}" for i in range(n_vars)])
-    return ad.AnnData(sp.csr_matrix(counts), obs=obs, var=var)
+    return ad.AnnData(sp.csr_matrix(counts), obs=obs, var=var), rates
 
 
 @pytest.fixture(scope="session")

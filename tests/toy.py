@@ -1,17 +1,26 @@
 """A joint distribution small enough to enumerate, and the network that knows it exactly.
 
 `Joint` holds p(x) of a few genes with a few bins. `ExactModel` answers as `SEDDTransformer` does (`forward`, `readout`,
-`log_mu`), from the table; what it says at a visible gene is p(clean | the other genes' noisy values).
+`log_mu`), from the table; what it says at a visible gene is p(clean | the other genes' noisy values). `exact` is a trained
+model, as the tasks take it, whose network is that.
 """
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
+from sedd.binning import Binning
+from sedd.config import DataConfig, TrainConfig
+from sedd.graph import AbsorbingGraph
+from sedd.inference.pretrained import Pretrained
 from sedd.model import SEDDTransformer
+from sedd.noise import LogLinearNoise
 
 
 class Joint:
@@ -157,6 +166,29 @@ class ExactNetwork(SEDDTransformer):
     def log_mu(self, readout: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
         """Return log-probabilities at the positions asked for, in the network's precision."""
         return self.exact.log_mu(readout, cells, genes).float()
+
+
+def exact(joint: Joint, values: np.ndarray | None = None) -> Pretrained:
+    """Return a model that knows a joint, for the tasks: gene0, gene1, ...
+
+    Parameters
+    ----------
+    values : (n_bins,), optional
+        The count that each token decodes to; the token itself if not given.
+    """
+    n_bins = joint.n_bins
+    return Pretrained(
+        path=Path("exact"),
+        model=ExactNetwork(joint).eval(),
+        genes=np.array([f"gene{i}" for i in range(joint.n_vars)], dtype=object),
+        binning=Binning("counts", n_bins, None, np.arange(n_bins) if values is None else values),
+        noise=LogLinearNoise(),
+        graph=AbsorbingGraph(n_bins),
+        categories={},
+        histogram=sp.csr_array((joint.n_vars, n_bins), dtype=np.int64),
+        libraries=np.ones(1, np.float32),
+        state={"args": TrainConfig(data=DataConfig(data_path="")).to_flat(), "data": {"is_counts": True}, "epoch": 0, "var": {}},
+    )
 
 
 class FreeModel(nn.Module):

@@ -9,6 +9,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.optimize import minimize_scalar
+from scipy.stats import geom
 
 from sedd.binning import Binning, geometric_edges, smoothed_log_shares
 from sedd.kernels.discretize import bin_counts, token_dtype, unbin_tokens
@@ -90,10 +92,17 @@ def test_geometric_bins_are_single_counts_and_then_of_one_ratio(num_bins: int, t
         assert (widths == 1).all()
         return
     assert edges[-1] <= top
-    # The widths, that of the last bin up to the largest count among them, rise smoothly from one count to a share of the counts.
-    widths, lows = np.append(widths, top + 1 - edges[-1]), np.concatenate([[0], edges])
-    share = widths[-1] / lows[-1]
-    assert (np.abs(widths - np.maximum(1, share * lows)) <= 2 + share + 0.1 * share * lows).all()
+    # From one count the widths rise smoothly to a share of the counts. The share is that between the first edge after a wide bin
+    # and the last edge, so the last bin, which ends at the largest count, is held against the bins before it.
+    first, last = int(np.argmax(widths >= 2)), edges.size - 1
+    if widths[first] < 2 or last - first < 2:
+        return
+    ratio = (edges[-1] / edges[first]) ** (1 / (last - first))
+    lows = np.concatenate([[0], edges[:-1]])
+    smooth = np.maximum(1, (ratio - 1) * lows)
+    assert (np.abs(widths - smooth) <= 2 + ratio + 0.1 * smooth).all()
+    rounding = 1 / edges[first] / (last - first) + 1 / edges[-1]  # of the edges to whole numbers, as a share
+    assert top + 1 == pytest.approx(ratio * edges[-1], rel=rounding)
 
 
 def test_the_law_inside_the_bins_makes_one_of_all_counts() -> None:
@@ -106,8 +115,24 @@ def test_the_law_inside_the_bins_makes_one_of_all_counts() -> None:
     assert p.sum() == pytest.approx(1, abs=1e-9)
     cdf_below = np.concatenate([[0], np.cumsum(tokens)])[binning.tokens(every)] + tokens[binning.tokens(every)] * below
     np.testing.assert_allclose(cdf_below, np.concatenate([[0], np.cumsum(p)])[:-1], atol=1e-9)
-    top = binning.tokens(counts) == 49
-    assert counts[top].mean() == pytest.approx((every * p)[binning.tokens(every) == 49].sum() * 50, rel=1e-6)
+
+
+def test_the_law_inside_a_bin_is_uniform_and_in_the_last_one_the_likeliest_geometric_law() -> None:
+    counts = np.random.default_rng(4).negative_binomial(0.3, 0.002, size=(3000, 4))
+    binning = Binning.fit("geometric", 50, hist=histogram(counts))
+    every = np.arange(int(counts.max()) * 2)
+    tokens, (log_p, below) = binning.tokens(every), binning.within(every)
+    for token in range(49):
+        inside = tokens == token
+        np.testing.assert_allclose(np.exp(log_p[inside]), 1 / inside.sum())
+        np.testing.assert_allclose(below[inside], np.arange(inside.sum()) / inside.sum(), atol=1e-12)
+    seen, inside = counts[binning.tokens(counts) == 49], every[tokens == 49]
+    first = inside[0]
+    fitted = minimize_scalar(lambda p: -geom.logpmf(seen - first + 1, p).sum(), bounds=(1e-6, 1), method="bounded", options={"xatol": 1e-12})
+    assert np.ptp(seen) > 100
+    law = geom(fitted.x, loc=first - 1)
+    np.testing.assert_allclose(log_p[tokens == 49], law.logpmf(inside), rtol=1e-4)
+    np.testing.assert_allclose(below[tokens == 49], law.cdf(inside - 1), rtol=1e-4, atol=1e-9)
 
 
 def test_bins_of_one_count_leave_nothing_open_and_real_bins_have_no_law_of_counts() -> None:
