@@ -25,11 +25,11 @@ class Reader:
         _know_filters(dataset)
         self.dataset = dataset
         self.shape: tuple[int, ...] = dataset.shape
-        self.dtype: np.dtype[Any] = dataset.dtype.newbyteorder("=")
+        self.dtype = workable(dataset.dtype)
         self._remote = remote
 
     def read(self, lo: int, hi: int) -> np.ndarray:
-        """Return rows `lo:hi` in native byte order."""
+        """Return rows `lo:hi` as `dtype`."""
         return np.asarray(self.dataset[lo:hi]).astype(self.dtype, copy=False)
 
     def slices(self, lo: int, hi: int, at_most: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -43,6 +43,13 @@ class Reader:
         for start in range(lo // step * step, hi, step):
             first = max(lo, start)
             yield first - lo, self.read(first, min(hi, start + step))
+
+
+def workable(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type that values of `dtype` are read as: scipy and Numba know neither half nor quadruple precision."""
+    if dtype.kind != "f":
+        return dtype.newbyteorder("=")
+    return np.dtype(np.float32 if dtype.itemsize <= 4 else np.float64)
 
 
 def _know_filters(dataset: h5py.Dataset) -> None:

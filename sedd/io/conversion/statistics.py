@@ -61,15 +61,28 @@ class Gathered:
         else:
             nonzero = counter.histogram(int(self.max))
             self.histogram = with_zeros(nonzero, self.n_obs)
-            counts = np.arange(self.histogram.shape[1], dtype=np.int64)
-            seen = self.n_obs - self.histogram[:, [0]].toarray().reshape(-1)
-            highest = np.zeros(plan.n_vars, np.int64)
-            entries = self.histogram.tocoo()
-            np.maximum.at(highest, entries.row, entries.col)
-            real = np.stack([self.histogram @ counts, self.histogram @ counts**2, seen, highest])
+            real = _of_genes(nonzero)
         self.genes = dict(zip(("sum", "sum_sq", "nnz", "max"), real, strict=True))
         self.genes["nnz"] = self.genes["nnz"].astype(np.int64)
 
     def content(self) -> str:
         """Return a hash of the matrix: of every cell's entries, in order."""
         return hashlib.blake2b(self.hashes.tobytes(), digest_size=16).hexdigest()
+
+
+def _of_genes(nonzero: sparse.csr_array) -> np.ndarray:
+    """Sum, sum of squares, number and largest of the non-zeros of each gene, from their histogram.
+
+    Entry by entry: a table of all numbers up to the largest count may not fit into memory.
+    """
+    entries = nonzero.tocoo()
+    n_vars, counts = nonzero.shape[0], entries.col.astype(np.int64) + 1
+    highest = np.zeros(n_vars, np.int64)
+    np.maximum.at(highest, entries.row, counts)
+    weighted = counts * entries.data
+    largest = int(highest.max(initial=0))
+    exact = np.dtype(np.int64 if largest**2 * int(nonzero.sum()) < 1 << 63 else np.float64)
+    sums = np.zeros((3, n_vars), exact)
+    for own, weights in zip(sums, (weighted, weighted.astype(exact) * counts, entries.data), strict=True):
+        np.add.at(own, entries.row, weights)
+    return np.concatenate([sums, highest[None]])

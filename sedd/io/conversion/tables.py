@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from contextlib import ExitStack
 from typing import Any
@@ -18,12 +17,10 @@ import sedd
 from sedd.io.conversion.genes import match_genes, unique_names
 from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.statistics import Gathered
+from sedd.io.format.elements import write_elements
 from sedd.io.format.shards import consolidate
 from sedd.io.h5ad import H5ad
 from sedd.io.store import FORMAT
-
-ROWS = 1 << 20
-"""Rows of a column in one chunk: few files."""
 
 
 def write(group: zarr.Group, plan: Plan) -> list[str]:
@@ -39,21 +36,25 @@ def write(group: zarr.Group, plan: Plan) -> list[str]:
         genes, _ = match_genes(paths, [f.index.tolist() for f in frames], settings["join"], settings["genes"], aloud=False)
         var = join_var(frames, pd.Index(genes, name=frames[0].index.name))
         obs, obsm = [file.obs(settings["obs"]) for file in files], [file.mapping("obsm") for file in files]
-        uns = files[0].mapping("uns") if len(files) == 1 else {}
-    news = [] if len(obs) > 1 or obs[0].index.is_unique else [_repeated(paths[0], obs[0].index)]
-    cells = join_obs(obs, obsm, paths)
+        uns = [file.mapping("uns") for file in files]
+    table, arrays, news = join_obs(obs, obsm, paths)
+    kept, lost = join_uns(uns, table, obs[0])
+    news += lost
     if settings["shuffle"]:
         places = np.load(f"{plan.folder}/places.npy")
         order = np.argsort(places, kind="stable")[places.size - n_obs :]
-        cells = cells[order].copy()
-        cells.obs["sedd_cell"] = order
-    elif n_obs < cells.n_obs:
-        cells = cells[:n_obs].copy()
-    uns.pop("sedd", None)
-    elements = {"obs": cells.obs, "var": var, "obsm": dict(cells.obsm), "uns": uns}
-    elements |= {name: {} for name in ("layers", "obsp", "varm", "varp")}
-    _write(group, elements)
-    return news
+        table = table.iloc[order].assign(sedd_cell=order)
+    else:
+        order = np.arange(n_obs)
+        table = table.iloc[:n_obs]
+    if settings["shuffle"] or n_obs < sum(map(len, obs)):
+        arrays = {name: _rows(array, order) for name, array in arrays.items()}
+    elements = {"obs": table, "var": var, "obsm": arrays, "uns": kept}
+    return news + write_elements(group, elements | {name: {} for name in ("layers", "obsp", "varm", "varp")})
+
+
+def _rows(array: Any, order: np.ndarray) -> Any:
+    return array.iloc[order] if isinstance(array, pd.DataFrame) else array[order]
 
 
 def _repeated(path: str, names: pd.Index) -> str:
@@ -70,14 +71,8 @@ def write_added(group: zarr.Group, plan: Plan, gathered: Gathered, inputs: list[
     """
     var = group["var"]
     names = ad.io.read_elem(var[var.attrs["_index"]])
-    _write(group["uns"], {"sedd": _added(plan, gathered, inputs, names.tolist())})
+    write_elements(group["uns"], {"sedd": _added(plan, gathered, inputs, names.tolist())})
     consolidate(group)
-
-
-def _write(group: zarr.Group, elements: dict[str, Any]) -> None:
-    with ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True):
-        for key, element in elements.items():
-            ad.experimental.write_dispatched(group, key, element, callback=_few_chunks)
 
 
 def _added(plan: Plan, gathered: Gathered, inputs: list[dict[str, str]], names: list[str]) -> dict[str, Any]:
@@ -104,43 +99,77 @@ def _added(plan: Plan, gathered: Gathered, inputs: list[dict[str, str]], names: 
     return added
 
 
-def _few_chunks(func: Any, group: Any, key: str, element: Any, dataset_kwargs: Any, iospec: Any) -> None:
-    """Write one element, arrays in chunks of `ROWS` rows."""
-    shape: tuple[int, ...] = getattr(element, "shape", ())
-    if iospec.encoding_type in ("array", "string-array") and len(shape) and 0 not in shape:
-        dataset_kwargs = {**dataset_kwargs, "chunks": (min(ROWS, shape[0]), *shape[1:])}
-    func(group, key, element, dataset_kwargs=dataset_kwargs)
-
-
 def join_var(frames: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame:
     """Return the genes' table of the result: each gene's row from the first input that has it."""
-    joined = frames[0].reindex(genes) if len(frames) == 1 or genes.isin(frames[0].index).all() else None
-    if joined is None:
-        joined = frames[0]
-        for frame in frames[1:]:
-            joined = pd.concat([joined, frame[~frame.index.isin(joined.index)]])
-        joined = joined.reindex(genes)
-    return joined
+    pieces: list[pd.DataFrame] = []
+    for frame in frames:
+        known = np.zeros(len(frame), bool) if not pieces else np.logical_or.reduce([frame.index.isin(p.index) for p in pieces])
+        wanted = frame.index.isin(genes) & ~known
+        if wanted.any():
+            pieces.append(frame[wanted])
+    return _concat(pieces, [{}] * len(pieces)).obs.reindex(genes)
 
 
-def join_obs(frames: list[pd.DataFrame], obsm: list[dict[str, Any]], sources: list[str]) -> ad.AnnData:
-    """Tables and embeddings of the cells of all inputs one after the other, without X."""
-    if len(frames) == 1:
-        return ad.AnnData(obs=frames[0].copy(), obsm=_usable(frames[0], obsm[0]))
-    shared = set.intersection(*(set(arrays) for arrays in obsm))
-    widths = {key: {np.shape(arrays[key])[1:] for arrays in obsm} for key in shared}
-    keys = sorted(key for key in shared if len(widths[key]) == 1)
-    cells = [
-        ad.AnnData(obs=frame.assign(source=pd.Categorical([os.path.basename(path)] * len(frame))),
-                   obsm=_usable(frame, {key: arrays[key] for key in keys}))
-        for frame, arrays, path in zip(frames, obsm, sources, strict=True)
-    ]  # fmt: skip
+def _concat(frames: list[pd.DataFrame], obsm: list[dict[str, Any]]) -> ad.AnnData:
+    """Tables one after the other, as `anndata.concat` does: categories are united, what a table lacks is missing."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Observation names are not unique")  # they are made so below
-        joined = ad.concat(cells, join="outer")
+        warnings.simplefilter("ignore")  # of names that repeat: they are made unique, or may
+        cells = [ad.AnnData(obs=frame, obsm=arrays) for frame, arrays in zip(frames, obsm, strict=True)]
+        return ad.concat(cells, join="outer") if len(cells) > 1 else cells[0]
+
+
+def join_obs(
+    frames: list[pd.DataFrame], obsm: list[dict[str, Any]], paths: list[str]
+) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
+    """Tables and embeddings of the cells of all inputs one after the other; and what is to be said of them."""
+    if len(frames) == 1:
+        return frames[0], _usable(frames[0], obsm[0]), ([] if frames[0].index.is_unique else [_repeated(paths[0], frames[0].index)])
+    names = dict.fromkeys(name for arrays in obsm for name in arrays)
+    widths = {name: {np.shape(arrays.get(name, ()))[1:] for arrays in obsm} for name in names}
+    kept = [name for name in names if all(name in arrays for arrays in obsm) and len(widths[name]) == 1]
+    news = []
+    if left := [name for name in names if name not in kept]:
+        news.append(f"obsm {', '.join(left)}: left out, as not all inputs have it, with the same number of columns.")
+    column = next(name for name in ("source", "sedd_source", *(f"sedd_source_{k}" for k in range(len(frames) + 1)))
+                  if not any(name in frame for frame in frames))  # fmt: skip
+    if column != "source":
+        news.append(f"obs['source'] is the inputs' own; which input a cell is from is in obs[{column!r}].")
+    labels = [pd.Categorical([label] * len(frame), [label]) for label, frame in zip(distinct_names(paths), frames, strict=True)]
+    joined = _concat(
+        [frame.assign(**{column: label}) for frame, label in zip(frames, labels, strict=True)],
+        [_usable(frame, {name: arrays[name] for name in kept}) for frame, arrays in zip(frames, obsm, strict=True)],
+    )
     if not joined.obs_names.is_unique:
         joined.obs_names_make_unique()
-    return joined
+    return joined.obs, dict(joined.obsm), news
+
+
+def distinct_names(paths: list[str]) -> list[str]:
+    """Return names of files that tell them apart: the last part of each path, or as many as are needed."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for depth in range(1, max(map(len, parts))):
+        names = ["/".join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return paths
+
+
+def join_uns(uns: list[dict[str, Any]], obs: pd.DataFrame, first: pd.DataFrame) -> tuple[dict[str, Any], list[str]]:
+    """Return what all inputs have in uns with the same value, and what is to be said of the rest.
+
+    The colours of a column are kept while its categories are those of the `first` input.
+    """
+    for mapping in uns:
+        mapping.pop("sedd", None)
+    if len(uns) == 1:
+        return uns[0], []
+    kept = ad.concat([ad.AnnData(obs=pd.DataFrame(index=[str(k)]), uns=own) for k, own in enumerate(uns)], uns_merge="same").uns
+    for name in [name for name in kept if name.endswith("_colors")]:
+        column = name.removesuffix("_colors")
+        if column in obs and column in first and obs[column].dtype != first[column].dtype:
+            del kept[name]
+    left = [name for name in dict.fromkeys(name for mapping in uns for name in mapping) if name not in kept]
+    return dict(kept), [f"uns {', '.join(left)}: left out, as it is not the same in all inputs."] if left else []
 
 
 def _usable(frame: pd.DataFrame, arrays: dict[str, Any]) -> dict[str, Any]:

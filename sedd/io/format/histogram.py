@@ -148,8 +148,9 @@ def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:
     if n_top < 1:
         raise UserError(f"the number of genes to choose must be positive, not {n_top}.")
     hist = sparse.csr_array(hist)
-    counts = np.arange(hist.shape[1], dtype=np.float64)
-    total, squares = hist @ counts, hist @ counts**2
+    entries = hist.tocoo()  # entry by entry: a table of all numbers up to the largest count may not fit into memory
+    counts = entries.col.astype(np.float64)
+    total, squares = (np.bincount(entries.row, counts**power * entries.data, hist.shape[0]) for power in (1, 2))
     mean = total / n_obs
     variance = (squares - total * mean) / max(1, n_obs - 1)
     seen = n_obs - np.asarray(hist[:, [0]].sum(axis=1)).reshape(-1)
