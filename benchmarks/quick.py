@@ -28,7 +28,7 @@ from matplotlib.image import imsave
 from sedd.evaluation.evaluate import evaluate
 from sedd.inference.cells import Cells, open_cells, read_anndata
 from sedd.inference.pretrained import Pretrained
-from sedd.report.page import figures
+from sedd.report import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data" / "pbmc3k.h5ad"
