@@ -80,7 +80,7 @@ def test_the_card_has_the_data_the_panel_the_metrics_and_commands_that_work(expo
     card = (exported / "README.md").read_text()
     config = json.loads((exported / "config.json").read_text())
     assert card.startswith("---\nlibrary_name: sedd\n")
-    assert "`tiny.zarr`: 240 cells, 60 genes; 216 cells trained on, 24 held out" in card
+    assert "`tiny.sedd.zarr`: 240 cells, 60 genes; 216 cells trained on, 24 held out" in card
     assert "Panel of 60 genes: `gene0`, `gene1`" in card
     assert "Conditioned on `cell_type`: T cell, monocyte, B cell." in card
     last = config["history"][-1]
