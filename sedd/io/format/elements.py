@@ -90,7 +90,7 @@ def _write_table(func: Any, store: Any, key: str, table: pd.DataFrame, write: An
 def _array(values: Any) -> Any:
     """Return the array of a column or an index, as what it is to anndata."""
     array = values.array
-    return array.to_numpy() if isinstance(array, pd.arrays.NumpyExtensionArray) else array
+    return array.to_numpy() if type(array) is pd.arrays.NumpyExtensionArray else array  # StringArray is a kind of it
 
 
 def writable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

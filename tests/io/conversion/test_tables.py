@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
 N_OBS, N_VARS = 20, 12
 CELLS, GENES = [f"cell{k}" for k in range(N_OBS)], [f"g{k}" for k in range(N_VARS)]
 IN_H5 = [name for name in NAMES if name != "_index"]
-QUICK = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write_with(path: Path, obs: pd.DataFrame, var: pd.DataFrame, **kwargs: Any) -> str:

@@ -25,7 +25,7 @@ OPEN: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", OPEN)
 @given(table=tables(INDEX))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_table_reads_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, kind: str, table: pd.DataFrame) -> None:
     group = OPEN[kind](tmp_path_factory.mktemp("t"))
     notes = write_elements(group, {"obs": table})
