@@ -26,11 +26,11 @@ def state_to_resume(run: RunConfig, directory: RunDirectory) -> dict[str, Any] |
     if run.resume == "auto":
         path = checkpoint.find_newest(directory.path)
         if path is None:
-            if found := [p.name for p in directory.files()]:
+            if not run.overwrite and (found := [p.name for p in directory.files()]):
                 raise UserError(
                     f"{directory.path}: --resume auto found no checkpoint that can be read, but other files of a run ({', '.join(found[:4])}). "
-                    "Nothing was changed. Put a whole checkpoint there, name one with --resume FILE, or pass --overwrite without --resume "
-                    "to start anew."
+                    "Nothing was changed. Put a whole checkpoint there, name one with --resume FILE, or pass --overwrite to "
+                    "start anew."
                 )
             return None  # a job that is queued again and again starts like this once
     else:
