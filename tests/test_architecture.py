@@ -71,7 +71,7 @@ def imported(name: str) -> set[str]:
             base = node.module.removeprefix("sedd").lstrip(".")
             for alias in node.names:
                 inside = f"{base}.{alias.name}".lstrip(".")
-                found.add(inside if inside in known and known[inside].stem != alias.name + "_" and is_module(base, alias.name) else base)
+                found.add(inside if is_module(base, alias.name) else base)
     return found - {"", name}
 
 
