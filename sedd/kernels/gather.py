@@ -135,20 +135,19 @@ def gather_rows(
 
 
 def take_rows(
-    indptr: np.ndarray, rows: np.ndarray, indices: np.ndarray, data: np.ndarray
+    starts: np.ndarray, stops: np.ndarray, indices: np.ndarray, data: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return some rows of a CSR block, in the order asked for.
+    """Return rows back to back, in the order asked for.
 
     Parameters
     ----------
-    indptr, indices, data : the block, `indptr` from 0
-    rows : (B,) int64, rows of the block
+    starts, stops : (B,) int64; row `i` is `starts[i]:stops[i]` of `indices` and `data`
+    indices, data : (nnz,) any types
 
     Returns
     -------
-    indptr, indices, data : of the rows, in the types of the block
+    indptr, indices, data : of the rows, in the same types
     """
-    starts, stops = indptr[rows], indptr[rows + 1]
     out = np.concatenate([[0], np.cumsum(stops - starts)])
     indices_out, data_out = np.empty(out[-1], indices.dtype), np.empty(out[-1], data.dtype)
     gather_rows(

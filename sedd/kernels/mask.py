@@ -12,7 +12,6 @@ cells of a large atlas could share a mask shifted by a few genes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -108,26 +107,19 @@ def exact_row(stream: Any, cell: Any, count: Any, hashes: Any, buckets: Any, out
         out[np.int64(inside[i] & np.uint64(0xFFFFFFFF))] = True
 
 
+@numba.njit(cache=True, nogil=True)
 def _random_rows(stream: Any, cells: Any, thresholds: Any, out: Any) -> None:
-    for row in numba.prange(cells.shape[0]):
+    for row in range(cells.shape[0]):
         mask_row(stream, cells[row], thresholds[row], out[row])
 
 
+@numba.njit(cache=True, nogil=True)
 def _exact_rows(stream: Any, cells: Any, count: Any, out: Any) -> None:
-    for row in numba.prange(cells.shape[0]):
+    for row in range(cells.shape[0]):
         hashes = np.empty(out.shape[1], np.uint32)
         buckets = np.empty(BUCKETS, np.int64)
         exact_row(stream, cells[row], count, hashes, buckets, out[row])
 
-
-_KERNELS: dict[str, Callable[..., None]] = {
-    "random": numba.njit(cache=True, nogil=True)(_random_rows),
-    "exact": numba.njit(cache=True, nogil=True)(_exact_rows),
-}
-_PARALLEL: dict[str, Callable[..., None]] = {
-    "random": numba.njit(cache=True, nogil=True, parallel=True)(_random_rows),
-    "exact": numba.njit(cache=True, nogil=True, parallel=True)(_exact_rows),
-}
 
 MASK_STREAM = 0x6D61736B  # a constant per purpose keeps the streams of masks, orders and times apart
 
@@ -184,7 +176,6 @@ def random_mask(
     probability: np.ndarray,
     *,
     out: np.ndarray | None = None,
-    parallel: bool = False,
 ) -> np.ndarray:
     """Hide each gene of each cell independently.
 
@@ -197,8 +188,6 @@ def random_mask(
     probability : (B,) float64 in [0, 1], the share of genes to hide
     out : (B, n_vars) bool, optional
         Where to write.
-    parallel : bool
-        Spread the rows over numba's threads.
 
     Returns
     -------
@@ -206,8 +195,7 @@ def random_mask(
     """
     cells, out = _checked(cells, n_vars, out)
     limits = np.broadcast_to(thresholds(probability), cells.shape)
-    kernels = _PARALLEL if parallel else _KERNELS
-    kernels["random"](np.uint64(mask_stream(seed, epoch)), cells, np.ascontiguousarray(limits), out)
+    _random_rows(np.uint64(mask_stream(seed, epoch)), cells, np.ascontiguousarray(limits), out)
     return out
 
 
@@ -219,7 +207,6 @@ def exact_mask(
     count: int,
     *,
     out: np.ndarray | None = None,
-    parallel: bool = False,
 ) -> np.ndarray:
     """Hide exactly `count` genes of each cell: those with the smallest hashes.
 
@@ -232,8 +219,6 @@ def exact_mask(
     count : int in [0, n_vars]
     out : (B, n_vars) bool, optional
         Where to write.
-    parallel : bool
-        Spread the rows over numba's threads.
 
     Returns
     -------
@@ -242,8 +227,7 @@ def exact_mask(
     if not 0 <= count <= n_vars:
         raise UserError(f"cannot hide {count} of {n_vars} genes; expected a count from 0 to {n_vars}")
     cells, out = _checked(cells, n_vars, out)
-    kernels = _PARALLEL if parallel else _KERNELS
-    kernels["exact"](np.uint64(mask_stream(seed, epoch)), cells, count, out)
+    _exact_rows(np.uint64(mask_stream(seed, epoch)), cells, count, out)
     return out
 
 

@@ -117,11 +117,12 @@ def _mask(mask_mode: Any, stream: Any, cell: Any, limit: Any, out: Any) -> None:
         exact_row(stream, cell, np.int64(limit), np.empty(out.shape[0], np.uint32), np.empty(BUCKETS, np.int64), out)
 
 
+@numba.njit(cache=True, nogil=True)
 def _table_rows(
     indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, member: Any, table: Any, out: Any, library: Any,
     mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
 ) -> None:  # fmt: skip
-    for row in numba.prange(starts.shape[0]):
+    for row in range(starts.shape[0]):
         if row + 1 < starts.shape[0]:
             fetch(indices, starts[row + 1], stops[row + 1])
             fetch(data, starts[row + 1], stops[row + 1])
@@ -134,11 +135,12 @@ def _table_rows(
                 _mask(mask_mode, stream, cells[row], limits[row], masked[row])
 
 
+@numba.njit(cache=True, nogil=True)
 def _real_rows(
     indices: Any, data: Any, starts: Any, stops: Any, n_store: Any, columns: Any, member: Any, mode: Any, zero: Any, edges: Any,
     out: Any, library: Any, mask_mode: Any, stream: Any, cells: Any, limits: Any, masked: Any,
 ) -> None:  # fmt: skip
-    for row in numba.prange(starts.shape[0]):
+    for row in range(starts.shape[0]):
         if row + 1 < starts.shape[0]:
             fetch(indices, starts[row + 1], stops[row + 1])
             fetch(data, starts[row + 1], stops[row + 1])
@@ -150,15 +152,6 @@ def _real_rows(
             library[row] = _real_row(genes, values, columns, member, mode, zero, edges, scratch, chosen, out[row])
             if mask_mode != _NO_MASK:
                 _mask(mask_mode, stream, cells[row], limits[row], masked[row])
-
-
-_KERNELS = {
-    False: (numba.njit(cache=True, nogil=True)(_table_rows), numba.njit(cache=True, nogil=True)(_real_rows)),
-    True: (
-        numba.njit(cache=True, nogil=True, parallel=True)(_table_rows),
-        numba.njit(cache=True, nogil=True, parallel=True)(_real_rows),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -288,7 +281,6 @@ class RowFiller:
         cells: np.ndarray | None = None,
         probability: np.ndarray | None = None,
         masked: np.ndarray | None = None,
-        parallel: bool = False,
     ) -> np.ndarray:
         """Write rows; row `i` has the non-zeros `starts[i] .. stops[i] - 1` of `indices` and `data`.
 
@@ -302,8 +294,6 @@ class RowFiller:
             Overwritten with the sums of each row over the panel.
         mask : MaskRule, optional
             Needs `cells` (B,) int64 and `masked` (B, n_panel) bool, and `probability` (B,) unless its count is set.
-        parallel : bool
-            Spread the rows over numba's threads.
 
         Returns
         -------
@@ -343,14 +333,13 @@ class RowFiller:
             limits,
             np.empty((0, 0), np.bool_) if masked is None else masked,
         )
-        by_table, by_value = _KERNELS[parallel]
         if self._table.size and data.dtype.kind in "ui":
-            by_table(indices, data, starts, stops, self.n_store, self.columns, self.member, self._table, *tail)
+            _table_rows(indices, data, starts, stops, self.n_store, self.columns, self.member, self._table, *tail)
         else:
             # Whole numbers are added as such: a processor waits for each sum of floating-point numbers before the next.
             zero = np.float64(0) if data.dtype.kind == "f" else np.int64(0)
             head = (indices, data, starts, stops, self.n_store, self.columns, self.member)
-            by_value(*head, self._mode, zero, self._real_edges(), *tail)
+            _real_rows(*head, self._mode, zero, self._real_edges(), *tail)
         if n_rows and float(library.min()) < 0:
             row = int(np.argmin(library))
             at = f"row {row}" if cells is None else f"cell {cells[row]}"
@@ -380,7 +369,6 @@ def rows_to_tokens(
     rows: np.ndarray | None = None,
     genes: np.ndarray | None = None,
     out: np.ndarray | None = None,
-    parallel: bool = False,
 ) -> np.ndarray:
     """Turn rows of a CSR matrix into dense tokens.
 
@@ -396,8 +384,6 @@ def rows_to_tokens(
         Columns to take, in this order; all of them by default.
     out : (B, n_panel), optional
         Memory to write to.
-    parallel : bool
-        Spread the rows over numba's threads.
 
     Returns
     -------
@@ -409,5 +395,5 @@ def rows_to_tokens(
     bounds = np.asarray(indptr, dtype=np.int64)
     if out is None:
         out = np.empty((picked.size, filler.n_panel), filler.dtype)
-    filler.fill(indices, data, bounds[picked], bounds[picked + 1], out, parallel=parallel)
+    filler.fill(indices, data, bounds[picked], bounds[picked + 1], out)
     return out

@@ -48,13 +48,6 @@ def test_the_ends_of_the_probability_hide_nothing_and_everything() -> None:
     assert random_mask(0, 0, np.arange(3), 1000, np.ones(3)).all()
 
 
-def test_parallel_rows_equal_serial_rows() -> None:
-    cells, probability = np.arange(64), np.linspace(0, 1, 64)
-    serial = random_mask(1, 2, cells, 300, probability)
-    np.testing.assert_array_equal(serial, random_mask(1, 2, cells, 300, probability, parallel=True))
-    np.testing.assert_array_equal(exact_mask(1, 2, cells, 300, 45), exact_mask(1, 2, cells, 300, 45, parallel=True))
-
-
 @pytest.mark.parametrize("p", [0.01, 0.15, 0.5, 0.9])
 def test_masks_have_the_right_rate_and_no_correlations(p: float) -> None:
     n, genes = 8_000, 400

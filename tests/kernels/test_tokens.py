@@ -71,15 +71,6 @@ def test_counts_beyond_the_lookup_table_are_binned_by_their_edges() -> None:
     np.testing.assert_array_equal(tokens[0], np.digitize(values, binning.edges))
 
 
-def test_parallel_rows_equal_serial_rows() -> None:
-    for dtype in (np.uint8, np.float32):
-        indptr, indices, values, dense = matrix(40, 60, 8, dtype)
-        binning = Binning.fit("linear", 9, values=dense.astype(float))
-        serial = rows_to_tokens(indptr, indices, values, n_vars=60, binning=binning)
-        again = rows_to_tokens(indptr, indices, values, n_vars=60, binning=binning, parallel=True)
-        np.testing.assert_array_equal(serial, again)
-
-
 def test_masks_and_library_come_with_the_tokens() -> None:
     indptr, indices, values, dense = matrix(16, 50, 9)
     genes = np.arange(40)[::-1].copy()

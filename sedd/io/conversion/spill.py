@@ -71,7 +71,7 @@ def _spill_rows(plan: Plan, source: int, lo: int, hi: int):  # type: ignore[no-u
         indptr, indices, values, summed = clean_rows(indptr, indices, values, plan.n_vars, src.genes)
     places = src.places[lo:hi] if src.places is not None else np.arange(lo, hi) + plan.offsets[source]
     order = np.argsort(places, kind="stable")
-    bounds, indices, values = take_rows(indptr, order, indices, values)
+    bounds, indices, values = take_rows(indptr[order], indptr[order + 1], indices, values)
     row_cuts = np.searchsorted(places[order] // plan.step, np.arange(plan.n_parts + 1))
     entry_cuts = bounds[row_cuts]
     local = (places[order] % plan.step).astype(np.uint32)

@@ -10,7 +10,7 @@ from scipy import sparse
 from tqdm import tqdm
 
 from sedd.errors import UserError
-from sedd.io.format.tally import SMALL, tally
+from sedd.io.format.tally import SMALL, KeyList, tally
 from sedd.kernels.gather import take_rows
 
 BLOCK = 1 << 22
@@ -81,34 +81,23 @@ class KeyCounter:
     def __init__(self, n_vars: int) -> None:
         self.n_vars = n_vars
         self._table = np.zeros(n_vars * SMALL, np.int64)
-        self._rare: list[tuple[np.ndarray, np.ndarray]] = []
-        self._n_rare = 0
+        self._rare = KeyList()
 
     def add(self, keys: np.ndarray, numbers: np.ndarray) -> None:
         """Add one histogram, whose keys are all different."""
         count = keys & 0xFFFFFFFF
         small = count < SMALL
         self._table[(keys[small] >> 32) * SMALL + count[small]] += numbers[small]
-        self._rare.append((keys[~small], numbers[~small]))
-        self._n_rare += self._rare[-1][0].size
-        if self._n_rare > 1 << 22:
-            self._merge()
-
-    def _merge(self) -> None:
-        keys, where = np.unique(np.concatenate([keys for keys, _ in self._rare]), return_inverse=True)
-        numbers = np.bincount(where, np.concatenate([numbers for _, numbers in self._rare]), keys.size)
-        self._rare = [(keys, numbers.astype(np.int64))]  # exact: bincount adds in float64, the numbers are below 2**53
-        self._n_rare = keys.size // 2  # so that merging stays rare when there is much that does not merge
+        self._rare.add(keys[~small], numbers[~small])
 
     def histogram(self, largest: int) -> sparse.csr_array:
         """Histogram of non-zeros `(n_vars, largest)`; column `v - 1` is count `v`."""
         place = np.flatnonzero(self._table)
         genes, counts = place // SMALL, place % SMALL
-        rare = np.concatenate([keys for keys, _ in self._rare]) if self._rare else np.empty(0, np.int64)
-        numbers = [self._table[place], *(numbers for _, numbers in self._rare)]
+        rare, numbers = self._rare.merged()
         rows, columns = np.concatenate([genes, rare >> 32]), np.concatenate([counts, rare & 0xFFFFFFFF]) - 1
-        shape = (self.n_vars, max(1, largest))
-        return sparse.csr_array((np.concatenate(numbers), (rows, columns)), shape=shape, dtype=np.int64)
+        values = np.concatenate([self._table[place], numbers])
+        return sparse.csr_array((values, (rows, columns)), shape=(self.n_vars, max(1, largest)), dtype=np.int64)
 
 
 def _tally_cells(store: Store, chosen: np.ndarray, progress: bool) -> sparse.csr_array:
@@ -121,7 +110,7 @@ def _tally_cells(store: Store, chosen: np.ndarray, progress: bool) -> sparse.csr
             continue
         lo, hi, wanted = lo + int(wanted[0]), lo + int(wanted[-1]) + 1, wanted - wanted[0]
         indptr, indices, values = store.read_rows(lo, hi)
-        block = tally(*take_rows(indptr, wanted, indices, values), store.n_vars)
+        block = tally(*take_rows(indptr[wanted], indptr[wanted + 1], indices, values), store.n_vars)
         counter.add(block.keys, block.numbers)
     return counter.histogram(int(store.max_value))
 

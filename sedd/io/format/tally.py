@@ -33,6 +33,30 @@ class Tally(NamedTuple):
     gene_real: np.ndarray
 
 
+class KeyList:
+    """Keys and how often each was seen, added up where they are alike once the list is long."""
+
+    def __init__(self) -> None:
+        self._runs = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        self._length = 0
+
+    def add(self, keys: np.ndarray, numbers: np.ndarray) -> None:
+        """Add `numbers` to the keys of the same places; both arrays are kept, not copied."""
+        self._runs.append((keys, numbers))
+        self._length += keys.size
+        if self._length > MANY:
+            # Half counts again, so that adding up stays rare when few keys are alike.
+            self._length = self.merged()[0].size // 2
+
+    def merged(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return every key once, ascending, and its number."""
+        if len(self._runs) > 1:
+            keys, where = np.unique(np.concatenate([keys for keys, _ in self._runs]), return_inverse=True)
+            numbers = np.bincount(where, np.concatenate([numbers for _, numbers in self._runs]), keys.size)
+            self._runs = [(keys, numbers.astype(np.int64))]  # exact: bincount adds in float64, the numbers are below 2**53
+        return self._runs[0]
+
+
 class Tallier:
     """Counts cells whose entries come in runs; a cell may be spread over several runs.
 
@@ -52,8 +76,7 @@ class Tallier:
         # By count first: most are 1 or 2, and those rows stay in the cache.
         self._table = np.zeros((SMALL, 0 if real else n_vars), np.uint32)
         self._room = np.empty(0, np.int64)
-        self._rare: list[tuple[np.ndarray, np.ndarray]] = []
-        self._n_rare = 0
+        self._rare = KeyList()
         self._last = -1
 
     def add(self, bounds: np.ndarray, at: int, indices: np.ndarray, values: np.ndarray, *, first: int = 0) -> bool:
@@ -79,7 +102,8 @@ class Tallier:
             if self._room.size < values.size:
                 self._room = np.empty(values.size, np.int64)
             ordered, n_rare = _tally(bounds, at, indices, values, self._last, self._keys, *per_row, self._table, self._room)
-            self._keep(self._room[:n_rare])
+            if n_rare:
+                self._rare.add(self._room[:n_rare].copy(), np.ones(n_rare, np.int64))
         self._last = int(indices[-1])
         return bool(ordered)
 
@@ -87,24 +111,9 @@ class Tallier:
         """Say which index stands before the first run in its cell."""
         self._last = index
 
-    def _keep(self, rare: np.ndarray) -> None:
-        if rare.size:
-            self._rare.append((rare.copy(), np.ones(rare.size, np.int64)))
-            self._n_rare += rare.size
-        if self._n_rare > MANY:
-            self._rare = [self._merged()]
-            self._n_rare = self._rare[0][0].size // 2  # so that merging stays rare when there is much that does not merge
-
-    def _merged(self) -> tuple[np.ndarray, np.ndarray]:
-        if not self._rare:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        keys, where = np.unique(np.concatenate([keys for keys, _ in self._rare]), return_inverse=True)
-        numbers = np.bincount(where, np.concatenate([numbers for _, numbers in self._rare]), keys.size)
-        return keys, numbers.astype(np.int64)  # exact: bincount adds in float64, the numbers are below 2**53
-
     def result(self) -> Tally:
         """Return what was counted so far."""
-        keys, numbers = self._merged()
+        keys, numbers = self._rare.merged()
         held = np.flatnonzero(self._table)
         if held.size:
             counts, genes = np.divmod(held, self.n_vars)

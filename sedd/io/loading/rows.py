@@ -12,6 +12,7 @@ from sedd.errors import UserError
 from sedd.io.format.reader import ChunkReader
 from sedd.io.loading.buffers import Slabs
 from sedd.io.store import CellStore
+from sedd.kernels.gather import take_rows
 
 _ABSENT, _LOADING, _LOADED = 0, 1, 2
 
@@ -27,11 +28,8 @@ class Rows:
 
     def compact(self) -> Rows:
         """Return the same rows, back to back and in order: what is worth sending to another machine."""
-        lengths = self.stops - self.starts
-        stops = np.cumsum(lengths)
-        starts = stops - lengths
-        take = np.repeat(self.starts - starts, lengths) + np.arange(int(lengths.sum()))
-        return Rows(self.indices[take], self.data[take], starts, stops)
+        bounds, indices, data = take_rows(self.starts, self.stops, self.indices, self.data)
+        return Rows(indices, data, bounds[:-1], bounds[1:])
 
 
 class RowReader:
