@@ -382,12 +382,12 @@ class H5ad:
 
 def _read_quietly(node: Any) -> Any:
     """Return an element of any age; that it is old is no news to the user."""
-    import anndata as ad
+    from sedd.io.format.plain import read_element  # imports pandas, which is needed for tables alone
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return ad.io.read_elem(node)
+            return read_element(node)
         except HDF5_ERRORS:
             raise
         except Exception as error:  # anndata has types of its own for what a damaged attribute makes of an element

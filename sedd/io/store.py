@@ -11,13 +11,13 @@ import os
 from functools import cached_property, lru_cache
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import zarr
 from scipy import sparse
 
 from sedd.errors import UserError
+from sedd.io.format.plain import read_element
 from sedd.io.format.reader import ChunkReader
 from sedd.io.format.tally import cell_hashes
 from sedd.io.remote import file_sizes
@@ -117,7 +117,7 @@ class CellStore:
 
     def _element(self, name: str) -> Any:
         try:
-            return ad.io.read_elem(self._group[name])
+            return read_element(self._group[name])
         except Exception as error:  # whatever a damaged store makes the readers raise
             raise UserError(f"{self.path}: cannot read {name} ({' '.join(str(error).split())[:200]}).") from error
 

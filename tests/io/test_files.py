@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedd.errors import UserError
-from sedd.io.files import move_into_place, new_file, write_json
+from sedd.io.files import move_into_place, new_file, sync_tree, write_json
 from sedd.options import parse_bytes
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
@@ -122,3 +122,27 @@ def test_a_folder_is_moved_over_another_or_the_other_stays(tmp_path: Path) -> No
     move_into_place(tmp_path / "made", tmp_path / "there")
     assert (tmp_path / "there" / "file").read_text() == "made"
     assert [item.name for item in tmp_path.iterdir()] == ["there"]
+
+
+def test_every_file_and_folder_is_synced_and_a_failure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(40):
+        (tmp_path / str(k)).mkdir()
+        (tmp_path / str(k) / "file").write_bytes(b"x")
+    synced, really = set[int](), os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.add(os.fstat(fd).st_ino)
+        really(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sync_tree(str(tmp_path))
+    assert synced == {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))}
+    last = (tmp_path / "39" / "file").stat().st_ino
+
+    def fails(fd: int) -> None:
+        if os.fstat(fd).st_ino == last:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="No space left"):
+        sync_tree(str(tmp_path))

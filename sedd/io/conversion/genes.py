@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
+from collections import Counter
 
 import numpy as np
 
@@ -14,16 +14,15 @@ def unique_names(path: str, names: list[str], *, aloud: bool = True) -> list[str
     """Gene names made unique as AnnData does (`-1`, `-2`, ...); says so in one line unless that was done before."""
     if len(set(names)) == len(names):
         return names
-    import pandas as pd  # rarely needed, and slow to import
-    from anndata.utils import make_index_unique
+    from sedd.io.format.plain import made_unique  # rarely needed, and imports pandas
 
-    index = pd.Index(names)
-    repeated = index[index.duplicated()]
     if aloud:
-        warn_user(f"{path}: {len(repeated)} gene names repeat (first: {repeated[0]!r}); they were made unique as AnnData does.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return [str(name) for name in make_index_unique(index)]
+        counts = Counter(names)
+        first = next(name for name in names if counts[name] > 1)
+        warn_user(
+            f"{path}: {len(names) - len(counts)} gene names repeat (first: {first!r}); they were made unique as AnnData does."
+        )
+    return made_unique(names)
 
 
 def read_gene_list(genes: str | os.PathLike[str] | list[str] | None) -> list[str] | None:

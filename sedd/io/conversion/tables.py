@@ -6,9 +6,8 @@ import hashlib
 import json
 import warnings
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import zarr
@@ -18,9 +17,13 @@ from sedd.io.conversion.genes import match_genes, unique_names
 from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.statistics import Gathered
 from sedd.io.format.elements import write_elements
+from sedd.io.format.plain import read_element
 from sedd.io.format.shards import consolidate
 from sedd.io.h5ad import H5ad
 from sedd.io.store import FORMAT
+
+if TYPE_CHECKING:
+    from anndata import AnnData  # imported only to join several inputs, as that takes long
 
 
 def write(group: zarr.Group, plan: Plan) -> list[str]:
@@ -70,7 +73,7 @@ def write_added(group: zarr.Group, plan: Plan, gathered: Gathered, inputs: list[
     inputs : what the store remembers of its inputs
     """
     var = group["var"]
-    names = ad.io.read_elem(var[var.attrs["_index"]])
+    names = read_element(var[var.attrs["_index"]])
     write_elements(group["uns"], {"sedd": _added(plan, gathered, inputs, names.tolist())})
     consolidate(group)
 
@@ -107,15 +110,18 @@ def join_var(frames: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame:
         wanted = frame.index.isin(genes) & ~known
         if wanted.any():
             pieces.append(frame[wanted])
-    return _concat(pieces, [{}] * len(pieces)).obs.reindex(genes)
+    joined = pieces[0] if len(pieces) == 1 else _concat(pieces, [{}] * len(pieces)).obs
+    return joined.reindex(genes)
 
 
-def _concat(frames: list[pd.DataFrame], obsm: list[dict[str, Any]]) -> ad.AnnData:
+def _concat(frames: list[pd.DataFrame], obsm: list[dict[str, Any]]) -> AnnData:
     """Tables one after the other, as `anndata.concat` does: categories are united, what a table lacks is missing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that repeat: they are made unique, or may
+        import anndata as ad
+
         cells = [ad.AnnData(obs=frame, obsm=arrays) for frame, arrays in zip(frames, obsm, strict=True)]
-        return ad.concat(cells, join="outer") if len(cells) > 1 else cells[0]
+        return ad.concat(cells, join="outer")
 
 
 def join_obs(
@@ -163,6 +169,8 @@ def join_uns(uns: list[dict[str, Any]], obs: pd.DataFrame, first: pd.DataFrame) 
         mapping.pop("sedd", None)
     if len(uns) == 1:
         return uns[0], []
+    import anndata as ad
+
     kept = ad.concat([ad.AnnData(obs=pd.DataFrame(index=[str(k)]), uns=own) for k, own in enumerate(uns)], uns_merge="same").uns
     for name in [name for name in kept if name.endswith("_colors")]:
         column = name.removesuffix("_colors")

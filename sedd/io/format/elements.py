@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
-import anndata as ad
 import pandas as pd
+import zarr
+
+from sedd.io.format.plain import kind_of, made_unique, write_plain
 
 ROWS = 1 << 20
 """Rows of a column in one chunk of a Zarr store: few files."""
@@ -42,7 +45,7 @@ def write_elements(group: Any, elements: Mapping[str, Any], *, rows: int | None 
         if isinstance(element, pd.DataFrame):
             table, renamed = writable_table(element)
             notes.extend(f"{key.strip('/')} {note}" for note in renamed)
-            _write_table(func, store, key, table, write)
+            _write_table(func, store, key, table, put)
             return
         if isinstance(element, Mapping):
             names = free_names(element, nested=False)
@@ -55,18 +58,26 @@ def write_elements(group: Any, elements: Mapping[str, Any], *, rows: int | None 
             dataset_kwargs = {**dataset_kwargs, "chunks": (min(rows, shape[0]), *shape[1:])}
         func(store, key, element, dataset_kwargs=dataset_kwargs)
 
-    with (
-        ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True, zarr_write_format=3),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        for key, element in elements.items():
+    def put(group: Any, key: str, element: Any) -> None:
+        if isinstance(group, zarr.Group) and (kind := kind_of(element)):
+            write(partial(write_plain, put=put), group, key, element, {}, kind)
+            return
+        import anndata as ad  # imported only if it is needed, as it takes long
+
+        with (
+            ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True, zarr_write_format=3),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
             ad.experimental.write_dispatched(group, key, element, callback=write)
+
+    for key, element in elements.items():
+        put(group, key, element)
     return notes
 
 
-def _write_table(func: Any, store: Any, key: str, table: pd.DataFrame, write: Any) -> None:
-    """Write a table: anndata does, but for the columns that lie in groups, as their names have slashes."""
+def _write_table(func: Any, store: Any, key: str, table: pd.DataFrame, put: Any) -> None:
+    """Write a table by `func`, but for the columns that lie in groups, as their names have slashes."""
     columns: list[str] = table.columns.tolist()
     nested = [name for name in columns if "/" in name]
     index: Any = table.index.name
@@ -82,7 +93,7 @@ def _write_table(func: Any, store: Any, key: str, table: pd.DataFrame, write: An
         inside.attrs["_index"] = index
     for name, values in deep.items():
         parent, _, own = name.rpartition("/")
-        ad.experimental.write_dispatched(inside.require_group(parent), own, values, callback=write)
+        put(inside.require_group(parent), own, values)
     if nested:
         inside.attrs["column-order"] = columns
 
@@ -101,7 +112,7 @@ def writable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     names = free_names([str(name) for name in table.columns], reserved=("_index",))
     columns = [names.get(str(name), "") for name in table.columns]
     if len(set(columns)) < len(columns):
-        columns = list(ad.utils.make_index_unique(pd.Index(columns)))
+        columns = made_unique(columns)
     notes = [
         f"column {_shown(old)} is kept as {_shown(new)}"
         for old, new in zip(table.columns, columns, strict=True)

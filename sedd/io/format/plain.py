@@ -1,0 +1,160 @@
+"""The usual elements of an AnnData file, read and written without anndata.
+
+Importing anndata, which imports Dask, takes longer than converting 10,000 cells. So what nearly all files hold is read and written here, as
+anndata does; everything else, and every older layout, is left to anndata.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+
+class Kind(NamedTuple):
+    """How an element is encoded, and in which version of that encoding."""
+
+    encoding_type: str
+    encoding_version: str
+
+
+ARRAY, STRINGS = Kind("array", "0.2.0"), Kind("string-array", "0.2.0")
+NUMBER, STRING = Kind("numeric-scalar", "0.2.0"), Kind("string", "0.2.0")
+CATEGORICAL, TABLE, MAPPING = Kind("categorical", "0.2.0"), Kind("dataframe", "0.2.0"), Kind("dict", "0.1.0")
+INTEGERS, BOOLEANS = Kind("nullable-integer", "0.1.0"), Kind("nullable-boolean", "0.1.0")
+CSR = Kind("csr_matrix", "0.1.0")
+
+
+def made_unique(names: list[str]) -> list[str]:
+    """Return names of which none repeats: as AnnData does, the second of them has `-1`, or the next number that makes it new."""
+    taken, numbers = set(names), Counter[str]()
+    found: dict[str, None] = {}
+    for name in names:
+        new = name
+        while new in found or (new != name and new in taken):
+            numbers[name] += 1
+            new = f"{name}-{numbers[name]}"
+        found[new] = None
+    return list(found)
+
+
+def read_element(node: Any) -> Any:
+    """Return an element of an HDF5 file or of a Zarr store, as `anndata.io.read_elem` does."""
+    found = node.attrs.get("encoding-type"), node.attrs.get("encoding-version")
+    read = _READERS.get(Kind(*found)) if all(isinstance(word, str) for word in found) else None
+    value = NotImplemented if read is None else read(node)
+    if value is NotImplemented:
+        import anndata as ad
+
+        return ad.io.read_elem(node)
+    return value
+
+
+def _read_text(node: Any) -> Any:
+    return node.asstr()[()] if hasattr(node, "asstr") else node[()]
+
+
+def _read_categorical(node: Any) -> pd.Categorical:
+    codes, categories = read_element(node["codes"]), read_element(node["categories"])
+    return pd.Categorical.from_codes(codes, categories, ordered=bool(node.attrs["ordered"]))
+
+
+def _read_table(node: Any) -> Any:
+    names, index = list(node.attrs["column-order"]), node.attrs["_index"]
+    if not all(isinstance(name, str) for name in [*names, index]):
+        return NotImplemented  # other writers than anndata have bytes there
+    columns = {name: read_element(node[name]) for name in names}
+    frame = pd.DataFrame(columns, index=read_element(node[index]), columns=names or None)
+    if index != "_index":
+        frame.index.name = index
+    return frame
+
+
+def _read_csr(node: Any) -> sparse.csr_matrix:
+    data, indices, indptr = (node[name][()] for name in ("data", "indices", "indptr"))
+    return sparse.csr_matrix((data, indices, indptr), shape=tuple(node.attrs["shape"]))
+
+
+def _reader_of_masked(array: Any) -> Callable[[Any], Any]:
+    return lambda node: array(read_element(node["values"]), mask=read_element(node["mask"]))
+
+
+_READERS: dict[Kind, Callable[[Any], Any]] = {
+    ARRAY: lambda node: node[()],
+    STRINGS: _read_text,
+    NUMBER: lambda node: node[()].item(),
+    STRING: lambda node: str(_read_text(node)),
+    MAPPING: lambda node: {name: read_element(inside) for name, inside in dict(node).items()},
+    CATEGORICAL: _read_categorical,
+    TABLE: _read_table,
+    INTEGERS: _reader_of_masked(pd.arrays.IntegerArray),
+    BOOLEANS: _reader_of_masked(pd.arrays.BooleanArray),
+    CSR: _read_csr,
+}
+
+
+def kind_of(element: Any) -> Kind | None:
+    """How `write_plain` encodes an element; None for what is left to anndata."""
+    kind = type(element)
+    if kind is np.ndarray and element.ndim:
+        if element.dtype.kind in "OU":
+            return STRINGS if pd.api.types.infer_dtype(element.reshape(-1), skipna=False) == "string" else None
+        return ARRAY if element.dtype.kind in "biuf" else None
+    if kind in (bool, int, float) or isinstance(element, np.number | np.bool_):
+        return NUMBER if np.asarray(element).dtype.kind in "biuf" else None
+    return _KINDS.get(kind)
+
+
+_KINDS: dict[type, Kind] = {
+    str: STRING, dict: MAPPING, pd.DataFrame: TABLE, pd.Categorical: CATEGORICAL,
+    pd.arrays.IntegerArray: INTEGERS, pd.arrays.BooleanArray: BOOLEANS, sparse.csr_array: CSR, sparse.csr_matrix: CSR,
+}  # fmt: skip
+
+
+def write_plain(
+    group: Any, key: str, element: Any, *, put: Callable[[Any, str, Any], None], dataset_kwargs: Mapping[str, Any]
+) -> None:
+    """Write an element that has a `kind_of` into a group of a Zarr v3 store, in the place of one of that name.
+
+    Parameters
+    ----------
+    group : of zarr
+    key, element : what to write
+    put : writes what is inside a table, mapping or matrix; takes group, key and element
+    dataset_kwargs : for the array, such as its chunks
+    """
+    kind = kind_of(element)
+    assert kind is not None
+    encoding = dict(zip(("encoding-type", "encoding-version"), kind, strict=True))
+    if kind in (ARRAY, STRINGS, NUMBER, STRING):
+        _write_array(group, key, np.asarray(element), attributes=encoding, **dataset_kwargs)
+        return
+    more: dict[str, Any] = {}
+    inside: dict[str, Any] = {}
+    if kind == MAPPING:
+        inside = element
+    elif kind == TABLE:
+        index = "_index" if element.index.name is None else element.index.name
+        more = {"column-order": element.columns.tolist(), "_index": index}
+        inside = {index: element.index._values} | {name: column._values for name, column in element.items()}
+    elif kind == CATEGORICAL:
+        more = {"ordered": bool(element.ordered)}
+        inside = {"codes": element.codes, "categories": element.categories.to_numpy()}
+    elif kind == CSR:
+        more = {"shape": list(map(int, element.shape))}
+    else:
+        inside = {"values": element.to_numpy(na_value=0, dtype=element.dtype.numpy_dtype), "mask": element.isna()}
+    made = group.create_group(key, attributes=more | encoding, overwrite=True)
+    for name, part in inside.items():
+        put(made, name, part)
+    for name in ("data", "indices", "indptr") if kind == CSR else ():
+        _write_array(made, name, getattr(element, name))
+
+
+def _write_array(group: Any, key: str, values: np.ndarray, **how: Any) -> None:
+    dtype: Any = str if values.dtype.kind in "OU" else values.dtype
+    group.create_array(key, shape=values.shape, dtype=dtype, overwrite=True, **how)[...] = values
