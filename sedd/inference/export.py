@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from torch import Tensor
 from sedd import __version__
 from sedd.checkpoint import FORMAT
 from sedd.errors import UserError
-from sedd.io.files import move_into_place
+from sedd.io.outputs import clear, move_into_place, only_writer
 
 _WEIGHTS, _CONFIG, _PANEL, _CARD = "model.safetensors", "config.json", "panel.json", "README.md"
 _SETTINGS = ("epoch", "step", "history", "model_config", "split", "data")
@@ -77,17 +75,21 @@ def write_export(
         If `directory` exists, unless it is an exported model and `overwrite` is given.
     """
     target = Path(directory)
-    if target.exists() and not (overwrite and is_export(target)):
-        way_out = "choose another directory" if overwrite else "pass --overwrite to replace it, if it is an exported model"
-        raise UserError(f"{target}: exists already; {way_out}.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        _write_files(state, weights, source, n_parameters, part)
-        os.chmod(part, 0o777 & ~_umask())
-        move_into_place(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with only_writer(target, wait=False) as folder:
+        if target.is_symlink():
+            raise UserError(f"{target}: is a link to {os.readlink(target)}, so it is not replaced. Name that, or choose another directory.")
+        if target.exists() and not (overwrite and is_export(target)):
+            way_out = "choose another directory" if overwrite else "pass --overwrite to replace it, if it is an exported model"
+            raise UserError(f"{target}: exists already; {way_out}.")
+        clear(folder)  # of a process that was killed
+        part = Path(folder, target.name)
+        part.mkdir()
+        try:
+            _write_files(state, weights, source, n_parameters, part)
+            move_into_place(part, target)
+        finally:
+            clear(folder)
     return target
 
 
@@ -164,12 +166,6 @@ def _sha256(data: bytes) -> str:
 
 def _digest(config: dict[str, Any]) -> str:
     return _sha256(json.dumps(config, sort_keys=True).encode())
-
-
-def _umask() -> int:
-    now = os.umask(0)
-    os.umask(now)
-    return now
 
 
 _MEASURED = {

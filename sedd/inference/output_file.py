@@ -21,9 +21,9 @@ import scipy.sparse as sp
 import zarr
 
 from sedd.inference.cells import read_anndata
-from sedd.inference.output_parts import Parts, is_mostly_full, partial_folder
-from sedd.io.files import move_into_place
+from sedd.inference.output_parts import Parts, is_mostly_full
 from sedd.io.format.shards import consolidate
+from sedd.io.outputs import move_into_place, partial_folder
 
 _BLOCK = 1 << 22  # values that are gathered before they are written
 _CHUNK = 1 << 16  # values in a chunk of a sparse matrix
@@ -110,7 +110,7 @@ def attach(
     if output is None:
         return result
     path = Path(output)
-    part = partial_folder(path) / path.name
+    part = Path(partial_folder(path), path.name)
     with _written_plainly():
         if path.suffix == ".zarr":
             root = zarr.open_group(part, mode="w", zarr_format=3)
@@ -128,7 +128,7 @@ def _same_kind(data: Path, output: Path) -> bool:
 
 
 def _attach_to_copy(data: Path, output: Path, obsm: dict[str, np.ndarray], uns: dict[str, Any]) -> ad.AnnData:
-    part = partial_folder(output) / output.name
+    part = Path(partial_folder(output), output.name)
     if data.is_dir():
         shutil.copytree(data, part, dirs_exist_ok=True)
     else:
@@ -165,7 +165,7 @@ class _GrowingFile:
 
     def __init__(self, path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
         self._path, self._shape = path, (len(obs), len(var))
-        self._part = partial_folder(path) / "whole"
+        self._part = Path(partial_folder(path), "whole")
         shutil.rmtree(self._part, ignore_errors=True)  # of a process that was killed here
         self._part.mkdir(parents=True)
         self._is_zarr = path.suffix == ".zarr"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +23,8 @@ import scipy.sparse as sp
 from sedd import __version__
 from sedd.errors import UserError
 from sedd.inference.pretrained import Pretrained
-from sedd.io.files import fingerprint, new_file, obs_digest, only_writer, save_arrays
+from sedd.io.files import fingerprint, new_file, obs_digest, save_arrays
+from sedd.io.outputs import clear, only_writer, partial_folder
 from sedd.processes import Processes, is_main
 
 _VALUES = 1 << 22  # in a layer of a part, at most
@@ -50,11 +50,6 @@ def check_batch_size(batch_size: int) -> None:
         raise UserError(f"--batch_size is {batch_size}; expected at least 1.")
 
 
-def partial_folder(output: str | Path) -> Path:
-    """Where the parts of an output are until it is complete."""
-    return Path(f"{output}.partial")
-
-
 def check_output(output: str, *, overwrite: bool, resume: bool = False) -> None:
     """Refuse an output before any work is done.
 
@@ -65,7 +60,7 @@ def check_output(output: str, *, overwrite: bool, resume: bool = False) -> None:
     """
     if not is_main():  # the main process may be at work on it already
         return
-    target, unfinished = Path(output), partial_folder(output)
+    target, unfinished = Path(output), Path(partial_folder(output))
     if target.exists() and not overwrite:
         raise UserError(f"{output}: exists already; pass --overwrite to replace it, or another name.")
     if unfinished.exists() and not (overwrite or resume):
@@ -157,7 +152,7 @@ class PartsInFolder(Parts):
         self, output: Path, made_from: dict[str, Any], *, n_obs: int, n_vars: int, batch_size: int, resume: bool
     ) -> None:
         self._output, self._made_from, self._resume = output, made_from, resume
-        self._folder = partial_folder(output)
+        self._folder = Path(partial_folder(output))
         self._processes = Processes.here()
         wanted = min(_CELLS, _VALUES // max(1, n_vars), -(-n_obs // _PARTS))
         size = max(1, wanted // batch_size) * batch_size
@@ -170,7 +165,7 @@ class PartsInFolder(Parts):
     def __enter__(self) -> Parts:
         if self.writes:
             self._output.parent.mkdir(parents=True, exist_ok=True)
-            self._stack.enter_context(only_writer(str(self._folder), output=str(self._output), wait=False))
+            self._stack.enter_context(only_writer(self._output, wait=False))
             with self._stack:  # let go of the lock if the folder is not what it should be
                 self._prepare()
                 self._stack = self._stack.pop_all()
@@ -192,7 +187,7 @@ class PartsInFolder(Parts):
                     "command that made them, or pass --overwrite without --resume to start again."
                 )
             return
-        self._clear()
+        clear(str(self._folder))
         with new_file(str(plan)) as file:
             file.write(json.dumps(self._made_from, indent=1).encode())
 
@@ -233,7 +228,7 @@ class PartsInFolder(Parts):
         keep = kind is not None and not issubclass(kind, UserError) and any(self._folder.glob("*.npz"))
         if self.writes:
             if not keep:
-                self._clear()
+                clear(str(self._folder))
             self._stack.close()
         if kind is None:
             self._processes.wait()
@@ -244,14 +239,6 @@ class PartsInFolder(Parts):
                 f"{self._output}: is not complete ({error.strerror or error}). What is done so far is in {self._folder}: make "
                 "room and pass --resume to complete it, or delete it."
             ) from error
-
-    def _clear(self) -> None:
-        """Remove all but the lock."""
-        for path in self._folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                os.unlink(path)
 
 
 def _matrix(arrays: Any, name: str) -> Any:

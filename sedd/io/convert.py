@@ -60,6 +60,8 @@ def convert(
 
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     target = str(output).rstrip("/")
+    if not target.endswith(".zarr"):
+        raise UserError(f"{target}: the output is a Zarr store; expected a name that ends in .zarr. Name the output last, after all inputs.")
     job = Job(
         [str(path) for path in paths],
         remote.staging(target) if remote.is_remote(target) else target,

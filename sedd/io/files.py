@@ -1,15 +1,12 @@
-"""Files that appear whole or not at all, their identity, and one writer at a time."""
+"""Files that appear whole or not at all, and their identity."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import secrets
-import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sedd.errors import UserError
 from sedd.io.remote import filesystem
 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
@@ -71,20 +67,6 @@ def save_arrays(path: str, **arrays: Any) -> None:
         np.savez(file, **arrays)
 
 
-def move_into_place(made: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Move a complete file or folder to its name, over what is there."""
-    old = f"{os.fspath(made)}.replaced"
-    if os.path.isdir(path):  # a folder cannot be replaced in one step as a file can
-        os.rename(path, old)
-    try:
-        os.replace(made, path)
-    except OSError:
-        if os.path.isdir(old):
-            os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def begin_to_sync(file: BinaryIO) -> None:
     """Have the system begin to write a file to the disk, without waiting, so that `sync_tree` need not wait long."""
     start = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it; elsewhere all is written in the end
@@ -135,50 +117,3 @@ def fingerprint(path: str) -> str:
 def obs_digest(names: Iterable[Any]) -> str:
     """Return an identity of cells by their names in their order, which any container of them keeps."""
     return hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def only_writer(folder: str, *, output: str, wait: bool) -> Iterator[None]:
-    """Hold the right to write `output`, by a lock in `folder` that the system drops if this process dies.
-
-    Parameters
-    ----------
-    folder : made when missing, and removed at the end if nothing else is in it
-    wait : wait until another writer is done; otherwise another writer is an error
-
-    Raises
-    ------
-    UserError
-        If another process holds the lock, or the folder cannot be made.
-    """
-    path = f"{folder}/lock"
-    while True:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the holder before us removed the folder just now
-            continue
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written ({error.strerror}).") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-                raise UserError(f"{output}: cannot be locked ({error.strerror}).") from error
-            raise UserError(f"{output}: another process is writing it. Wait for it, or choose another name.") from error
-        try:
-            if os.path.samestat(os.stat(path), os.fstat(fd)):
-                break
-        except FileNotFoundError:  # removed by the holder before us: lock the one that is there now
-            pass
-        os.close(fd)
-    try:
-        yield
-    finally:
-        try:
-            os.unlink(path)
-            os.rmdir(folder)
-        except OSError:  # kept for --resume, or gone already
-            pass
-        os.close(fd)

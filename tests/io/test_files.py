@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedd.errors import UserError
-from sedd.io.files import move_into_place, new_file, sync_tree, write_json
+from sedd.io.files import new_file, sync_tree, write_json
 from sedd.options import parse_bytes
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
@@ -110,18 +110,6 @@ def test_an_error_has_the_number_and_the_name_that_the_user_knows(tmp_path: Path
         signal.signal(signal.SIGXFSZ, handler)
     assert full.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_is_moved_over_another_or_the_other_stays(tmp_path: Path) -> None:
-    for name in ("made", "there"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    with pytest.raises(FileNotFoundError):
-        move_into_place(tmp_path / "none", tmp_path / "there")
-    assert (tmp_path / "there" / "file").read_text() == "there"
-    move_into_place(tmp_path / "made", tmp_path / "there")
-    assert (tmp_path / "there" / "file").read_text() == "made"
-    assert [item.name for item in tmp_path.iterdir()] == ["there"]
 
 
 def test_every_file_and_folder_is_synced_and_a_failure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ class Plan:
     Attributes
     ----------
     folder : where the plan and all that is unfinished are
+    id : in the names of the tasks' results, so that a task of an abandoned plan that still runs somewhere makes nothing of this one
     sources : (path, layer, raw) of each input
     fingerprints : of the inputs
     settings : everything else that the result depends on
@@ -44,6 +45,7 @@ class Plan:
     """
 
     folder: str
+    id: str
     sources: tuple[tuple[str, str | None, bool], ...]
     fingerprints: tuple[str, ...]
     settings: dict[str, Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -14,9 +13,10 @@ from sedd.io.conversion import inputs, planning, shard, spill
 from sedd.io.conversion.genes import read_gene_list
 from sedd.io.conversion.inputs import Plan, load_plan
 from sedd.io.conversion.runner import TaskRunner
-from sedd.io.files import fingerprint, move_into_place, only_writer, sync_tree
+from sedd.io.files import fingerprint, sync_tree
 from sedd.io.format.shards import n_shards
 from sedd.io.h5ad import H5ad
+from sedd.io.outputs import check_replaceable, clear, move_into_place, only_writer, partial_folder, remove_parts
 
 if TYPE_CHECKING:
     from sedd.io.store import CellStore  # what needs zarr, anndata or pandas is imported while the tasks run
@@ -43,7 +43,7 @@ class Job:
     def __init__(self, paths: list[str], output: str, asked: ConversionSettings, *, progress: bool = True) -> None:
         if not paths:
             raise UserError("no input; expected one or several .h5ad files.")
-        self.paths, self.output, self.folder = paths, output, f"{output}.partial"
+        self.paths, self.output, self.folder = paths, output, partial_folder(output)
         self.asked, self.settings = asked, {**asked.of_the_store(), "genes": read_gene_list(asked.genes)}
         for path in paths:
             H5ad(path).close()
@@ -80,14 +80,14 @@ class Job:
         parent = os.path.dirname(os.path.abspath(self.output))
         if not os.path.isdir(parent):
             raise UserError(f"{parent}: there is no such directory to write {os.path.basename(self.output)} in.")
-        with only_writer(self.folder, output=self.output, wait=wait):
-            if os.path.exists(self.output):
+        with only_writer(self.output, wait=wait):
+            if os.path.lexists(self.output):
                 if (resume or wait) and (store := self._finished()):
                     self._clear()
                     return store
                 if not overwrite:
                     raise UserError(f"{self.output}: exists already. Pass --overwrite to replace it, or choose another name.")
-                check_replaceable(self.output)
+                check_replaceable(self.output, "store")
             plan = self._earlier_plan(resume, overwrite)
             try:
                 return self._convert(plan or self._plan(direct_allowed=True))
@@ -128,12 +128,7 @@ class Job:
     def _clear(self) -> None:
         """Remove what is unfinished; the lock goes last, with the folder, when it is let go."""
         self._close()
-        for name in os.listdir(self.folder):
-            path = f"{self.folder}/{name}"
-            if os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
-            elif name != "lock":
-                os.unlink(path)
+        clear(self.folder)
 
     def _earlier_plan(self, resume: bool, overwrite: bool) -> Plan | None:
         """Return the plan of an unfinished conversion that can be resumed."""
@@ -145,6 +140,8 @@ class Job:
                 plan = load_plan(self.folder)
                 same_input = list(plan.fingerprints) == self.fingerprints
                 if same_input and plan.settings == self.settings:
+                    for name in ("shards", "spill"):
+                        remove_parts(f"{self.folder}/{name}")
                     return plan
                 changed = "the settings differ" if same_input else "the input changed"
             except (TypeError, ValueError):
@@ -165,6 +162,7 @@ class Job:
         )
 
     def _convert(self, plan: Plan) -> CellStore:
+        self._take_layers_back()
         try:
             notes = self._make_shards(plan)
         except shard.UntidyError:
@@ -218,15 +216,31 @@ class Job:
             warn_user(message)
         return notes
 
+    def _layers(self) -> list[tuple[str, str, str]]:
+        """Return of each layer to keep its name, the place of a store of its own, and its place in the store of all."""
+        if not self.settings["keep_layers"]:
+            return []
+        from sedd.io.format.elements import free_names
+
+        named = free_names(self.settings["keep_layers"], nested=False).items()
+        return [(name, f"{self.folder}/layer-{k}.zarr", f"{self.folder}/store/layers/{new}") for k, (name, new) in enumerate(named)]
+
+    def _take_layers_back(self) -> None:
+        """Give each layer's store its matrix back, which an attempt that was stopped later has moved: then it is whole, and is used again."""
+        for _, own, place in self._layers():
+            if os.path.isdir(place) and os.path.isdir(own) and not os.path.exists(f"{own}/X"):
+                os.rename(place, f"{own}/X")
+
     def _keep_layers(self) -> None:
         """Convert each layer to keep like an X of its own, and take its matrix into the store."""
-        for number, name in enumerate(self.settings["keep_layers"]):
-            output = f"{self.folder}/layer-{number}.zarr"
+        for name, output, place in self._layers():
             try:
                 self._layer_job(name, output, "counts").run(resume=True, overwrite=True)
             except NotCountsError:
                 self._layer_job(name, output, "real").run(resume=True, overwrite=True)
-            os.rename(f"{output}/X", f"{self.folder}/store/layers/{name}")
+            os.rename(f"{output}/X", place)
+            if os.path.basename(place) != name:
+                warn_user(f"layer {name!r} is kept as {os.path.basename(place)!r}.")
 
     def _layer_job(self, name: str, output: str, values: Literal["counts", "real"]) -> Job:
         asked = replace(
@@ -235,11 +249,3 @@ class Job:
         job = Job(self.paths, output, asked, progress=self.runner.progress)
         job.settings["obs"] = []  # the matrix is all that is wanted of it
         return job
-
-
-def check_replaceable(path: str) -> None:
-    """Refuse to replace a directory that is no Zarr store: a slip of the hand must not cost anybody their files."""
-    if not os.path.isdir(path) or not any(os.path.exists(f"{path}/{name}") for name in ("zarr.json", ".zgroup")):
-        if os.path.isdir(path) and not os.listdir(path):
-            return
-        raise UserError(f"{path}: is not a Zarr store, so it is not replaced. Choose another output.")

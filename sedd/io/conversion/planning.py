@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -114,6 +115,7 @@ def make_plan(
         np.save(f"{folder}/places.npy", places)
     plan = Plan(
         folder=folder,
+        id=secrets.token_hex(4),
         sources=tuple((path, settings["layer"], settings["raw"]) for path in paths),
         fingerprints=tuple(fingerprints),
         settings=settings,

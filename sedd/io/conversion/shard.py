@@ -59,7 +59,7 @@ def n_entries(plan: Plan) -> int:
 
 def result_path(plan: Plan, number: int) -> str:
     """Return the file that says that shard `number` is made, and what was counted."""
-    return f"{plan.folder}/shards/{number:06d}.npz"
+    return f"{plan.folder}/shards/{plan.id}-{number:06d}.npz"
 
 
 def array_path(plan: Plan, number: int, name: str, dtype: np.dtype[Any]) -> str:
@@ -67,7 +67,7 @@ def array_path(plan: Plan, number: int, name: str, dtype: np.dtype[Any]) -> str:
 
     The type is in the name: a shard that is made twice, or widened, may change its type, and the `.npz` says which one counts.
     """
-    return f"{plan.folder}/shards/{number:06d}.{name}.{dtype.name}"
+    return f"{plan.folder}/shards/{plan.id}-{number:06d}.{name}.{dtype.name}"
 
 
 def make_shard(folder: str, number: int) -> None:
@@ -102,7 +102,7 @@ def _value_dtype(plan: Plan) -> np.dtype[Any]:
 
 
 def _wide_path(plan: Plan, dtype: np.dtype[Any]) -> str:
-    return f"{plan.folder}/shards/{dtype.name}"
+    return f"{plan.folder}/shards/{plan.id}-{dtype.name}"
 
 
 def _make(plan: Plan, number: int, entries: _FromInput | _FromSpill, dtype: np.dtype[Any]) -> None:

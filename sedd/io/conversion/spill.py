@@ -30,7 +30,7 @@ ALIGN = 8
 
 def span_path(plan: Plan, number: int) -> str:
     """Stem of the files of span `number`: `.npz` (written last) and `.bin`."""
-    return f"{plan.folder}/spill/{number:06d}"
+    return f"{plan.folder}/spill/{plan.id}-{number:06d}"
 
 
 def spill_span(folder: str, number: int) -> None:
@@ -114,15 +114,18 @@ def index_spans(plan: Plan) -> dict[str, int]:
             notes["summed"] += int(meta["summed"])
     entries = np.diff(cuts[:, :, 1], axis=1).sum(axis=0)
     for name, table in (("cuts", cuts), ("kinds", kinds), ("first", np.concatenate([[0], np.cumsum(entries)]))):
-        with new_file(f"{plan.folder}/spill/{name}.npy") as file:
+        with new_file(_table_path(plan, name)) as file:
             np.save(file, table)
     return notes
 
 
 @lru_cache(maxsize=2)
 def _tables(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    folder = f"{plan.folder}/spill"
-    return np.load(f"{folder}/cuts.npy", mmap_mode="r"), np.load(f"{folder}/kinds.npy"), np.load(f"{folder}/first.npy")
+    return np.load(_table_path(plan, "cuts"), mmap_mode="r"), np.load(_table_path(plan, "kinds")), np.load(_table_path(plan, "first"))
+
+
+def _table_path(plan: Plan, name: str) -> str:
+    return f"{plan.folder}/spill/{plan.id}-{name}.npy"
 
 
 def first_entries(plan: Plan) -> np.ndarray:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 import multiprocessing as mp
 import os
-import random
 import resource
-import shutil
 import signal
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,8 @@ import numpy as np
 import pytest
 
 from sedd.errors import UserError
-from sedd.io.conversion import shard, spill
+from sedd.io.conversion import publish, shard, spill
+from sedd.io.conversion.inputs import load_plan
 from sedd.io.convert import convert, ensure_store
 from sedd.io.store import CellStore
 from sedd.io.verify import verify
@@ -45,10 +42,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write(tmp_path_factory.mktemp("source") / "a.h5ad", counts(600, 60, largest=700))
 
 
-def files_of(path: str) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*")) if file.is_file()}
-
-
 def run(processes: Any, source: str, output: str, **options: Any) -> str:
     """Convert in a process; what it told."""
     here, there = processes.Pipe()
@@ -57,73 +50,6 @@ def run(processes: Any, source: str, output: str, **options: Any) -> str:
     told = str(here.recv())
     process.join()
     return told
-
-
-def changes_of(
-    processes: Any, source: str, output: str, die_at: int | None = None, **options: Any
-) -> tuple[list[str], int | None]:
-    """Convert in a process that may die just before one of its changes; the changes, and its exit status."""
-    here, there = processes.Pipe()
-    process = processes.Process(target=launch.run_and_die, args=(source, output, options, die_at, there))
-    process.start()
-    there.close()
-    changes = []
-    with contextlib.suppress(EOFError):
-        while True:
-            changes.append(here.recv())
-    process.join()
-    return changes, process.exitcode
-
-
-STAGES = {"spill/": "spill", "shards/": "shard", "store": "publish"}
-
-
-def stage(changes: list[str]) -> str:
-    """What a conversion that has made these changes is about to do."""
-    if "os.rename .partial/store" in changes[:-1]:
-        return "clean up"
-    path = changes[-1].partition(".partial/")[2]
-    return next((name for start, name in STAGES.items() if path.startswith(start)), "plan")
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_a_killed_conversion_resumes_to_the_same_bytes(
-    shuffle: bool, processes: Any, source: str, tmp_path: Path
-) -> None:
-    check_kills(processes, source, tmp_path, 3, shuffle)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_fifty_kills_resume_to_the_same_bytes(shuffle: bool, processes: Any, source: str, tmp_path: Path) -> None:
-    check_kills(processes, source, tmp_path, 25, shuffle)
-
-
-def check_kills(processes: Any, source: str, folder: Path, n: int, shuffle: bool) -> None:
-    """Kill -9 conversions at their changes, every stage in turn; each must have died at work, and resume to the same bytes."""
-    output = str(folder / "a.zarr")
-    changes, status = changes_of(processes, source, output, shuffle=shuffle)
-    assert status == 0
-    expected = files_of(output)
-    shutil.rmtree(output)
-    places: dict[str, list[int]] = {}
-    for number in range(len(changes)):
-        places.setdefault(stage(changes[: number + 1]), []).append(number)
-    assert places.keys() == {"plan", "shard", "publish", "clean up"} | ({"spill"} if shuffle else set())
-    rng = random.Random(0)
-    fell = []
-    for _, numbers in zip(range(n), itertools.cycle(places.values()), strict=False):
-        made, status = changes_of(processes, source, output, rng.choice(numbers), shuffle=shuffle)
-        assert status == -signal.SIGKILL
-        fell.append(stage(made))
-        if Path(f"{output}.partial/plan.json").exists() and not Path(output).exists():
-            assert "pass --resume" in run(processes, source, output, shuffle=shuffle).lower()
-        assert run(processes, source, output, resume=True, shuffle=shuffle) == "done"
-        assert files_of(output) == expected
-        assert not Path(f"{output}.partial").exists()
-        shutil.rmtree(output)
-    print("killed before:", dict(Counter(fell)))  # threads take turns as they like, so a kill can fall beside its stage
-    assert len(set(fell)) >= min(n, len(places)) - 1
 
 
 SMALL = {
@@ -319,11 +245,66 @@ def test_an_existing_output_is_kept_unless_it_may_be_replaced(tmp_path: Path) ->
     other = write(tmp_path / "b.h5ad", counts(seed=5))
     convert(other, tmp_path / "a.zarr", overwrite=True, progress=False)
     verify(tmp_path / "a.zarr", against=other)
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="not a Zarr store"):
-        convert(source, tmp_path / "precious", overwrite=True, progress=False)
-    assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("there", ["folder", "file", "link", "dangling link", "foreign .partial", "another name"])
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_what_a_user_made_is_never_replaced_by_a_store(there: str, options: dict[str, bool], tmp_path: Path) -> None:
+    source = write(tmp_path / "a.h5ad", counts())
+    store, precious = tmp_path / "store.zarr", tmp_path / "precious.zarr"
+    convert(source, store, progress=False)
+    said = "not a Zarr store"
+    if there == "folder":
+        precious.mkdir()
+        (precious / "thesis.txt").write_text("mine")
+    elif there == "file":
+        precious.write_text("mine")
+    elif there.endswith("link"):
+        precious.symlink_to(store if there == "link" else tmp_path / "nowhere")
+        said = "is a link to .*, so it is not replaced"
+    elif there == "foreign .partial":
+        (tmp_path / "precious.zarr.partial").mkdir()
+        (tmp_path / "precious.zarr.partial" / "thesis.txt").write_text("mine")
+        said = "is a folder with thesis.txt, which sedd did not make"
+    else:
+        precious, said = tmp_path / "b.h5ad", "ends in .zarr. Name the output last"
+    if "overwrite" not in options and there not in ("another name", "foreign .partial"):
+        said = "exists already. Pass --overwrite"
+    other = write(tmp_path / "b.h5ad", counts(seed=5))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, os.listdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        convert(other, precious, progress=False, **options)
+    assert before == ({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, os.listdir(tmp_path))
+
+
+def test_a_task_of_an_abandoned_plan_makes_nothing_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = write(tmp_path / "a.h5ad", counts(seed=1)), write(tmp_path / "b.h5ad", counts(seed=2))
+    folder = f"{tmp_path / 'o.zarr'}.partial"
+    stragglers: list[Any] = []
+    real = publish.build
+
+    def fail(*_: Any) -> None:
+        stragglers.append(load_plan(folder))
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "build", fail)
+        with pytest.raises(UserError, match="Input/output error"):
+            convert(first, tmp_path / "o.zarr", shuffle=True, progress=False)
+
+    def build_late(*args: Any) -> None:
+        with monkeypatch.context() as patch:  # tasks that began under the first plan, and end now
+            for module in (spill, shard):
+                patch.setattr(module, "load_plan", lambda _: stragglers[0])
+            for task in (spill.spill_span, shard.make_shard):
+                with contextlib.suppress(OSError):
+                    task(folder, 0)
+        real(*args)
+
+    monkeypatch.setattr(publish, "build", build_late)
+    convert(second, tmp_path / "o.zarr", shuffle=True, overwrite=True, progress=False)
+    verify(tmp_path / "o.zarr", against=second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", "b.h5ad", "o.zarr"]
 
 
 @pytest.mark.slow
