@@ -21,7 +21,7 @@ from common import machine, write_result
 from sedd.io.conversion import counts as pack
 from sedd.io.format.codec import keep_freed_memory
 from sedd.io.format.shards import CHUNK
-from sedd.io.h5ad import H5ad
+from sedd.io.input.opening import open_input
 
 CANDIDATES = {
     "none": None,
@@ -37,7 +37,7 @@ CANDIDATES = {
 
 def sample(path: str, n_values: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Counts and indices of the first cells of a CSR h5ad, in the types of a store, and how many cells."""
-    with H5ad(path) as file:
+    with open_input(path) as file:
         matrix = file.matrix()
         lo, hi = matrix.spans(n_values)[0]
         _, indices, raw = matrix.read_major(lo, hi)

@@ -41,10 +41,10 @@ def given(command: Any, function: Callable[..., Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(ConversionSettings):
-    """Convert .h5ad files into one store that training reads fast."""
+    """Convert files of counts into one store that training reads fast."""
 
     paths: Positional[tuple[str, ...]]
-    """INPUT.h5ad [INPUT2.h5ad ...] OUTPUT.zarr"""
+    """INPUT.h5ad [INPUT2.h5ad ...] OUTPUT.zarr; also an AnnData .zarr, an .h5mu, a 10x .h5 or matrix.mtx folder, or a .loom."""
     resume: bool = False
     """Continue a conversion that was stopped."""
     overwrite: bool = False

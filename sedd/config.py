@@ -50,6 +50,18 @@ class ConversionSettings:
     """Take counts from this layer instead of X."""
     raw: bool = False
     """Take counts from .raw."""
+    modality: str | None = None
+    """Modality of an .h5mu to take; of a 10x file the type of features (Gene Expression if not given)."""
+    gene_names: str | None = None
+    """Name genes by this column of var instead of its index, such as feature_name in files of CELLxGENE."""
+    strip_version: bool = False
+    """Take the versions off identifiers of genes: ENSG00000141510.18 becomes ENSG00000141510."""
+    round: bool = False
+    """Round fractions among counts, as SoupX or EM leave them, to the nearest whole number (halves to the even one)."""
+    keys: tuple[str, ...] = ()
+    """Names of the inputs, in their order, for obs["source"]; their file names if not given."""
+    drop: tuple[str, ...] = ()
+    """Leave out obsm, uns, or one of their elements or columns, such as obsm/airr or obs/notes."""
     join: Literal["inner", "outer"] = "inner"
     """Genes of several inputs: those that all have, or those that any has."""
     genes: str | None = None
@@ -80,6 +92,14 @@ class ConversionSettings:
     def __post_init__(self) -> None:
         if self.values not in ("counts", "real"):
             raise UserError(f"values must be counts or real, not {self.values!r}.")
+        if self.round and self.values == "real":
+            raise UserError("--round makes whole numbers and --values real keeps fractions; leave one of them out.")
+        if len(set(self.keys)) < len(self.keys):
+            raise UserError(f"--keys {' '.join(self.keys)}: names the same input twice; expected a name of its own for each.")
+        for name in self.drop:
+            group, _, element = name.partition("/")
+            if name not in ("obsm", "uns") and (group not in ("obs", "var", "obsm", "uns") or not element):
+                raise UserError(f"--drop {name!r}: expected obsm, uns, or an element of obs, var, obsm or uns, such as obsm/X_umap.")
         if self.raw and self.keep_layers:
             raise UserError(f"--raw has other genes than the layers; {', '.join(self.keep_layers)} cannot be kept beside it.")
         if self.slurm_workers and self.scheduler is not None:
@@ -101,7 +121,7 @@ class ConversionSettings:
     def of_the_store(self) -> dict[str, Any]:
         """Return what the contents of the store depend on, as JSON has it; of a file of genes its name."""
         found = {name: value for name, value in dataclasses.asdict(self).items() if name not in _WHERE}
-        lists = {"obs": list(self.obs) or None, "keep_layers": list(self.keep_layers)}
+        lists = {"obs": list(self.obs) or None, **{name: list(getattr(self, name)) for name in ("keep_layers", "keys", "drop")}}
         return {**found, **lists, "seed": self.seed if self.shuffle else 0}
 
 

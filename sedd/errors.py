@@ -16,6 +16,10 @@ class NotCountsError(UserError):
     """Values that are no counts, such as log-normalised ones."""
 
 
+class NegativeValuesError(NotCountsError):
+    """Values below 0, such as z-scores, which no binning takes either."""
+
+
 class SeddWarning(UserWarning):
     """Something that a user should know and that does not stop the work."""
 

@@ -1,4 +1,4 @@
-r"""`.h5ad` files to a store, on threads or a Dask cluster, in bounded memory, never half-written.
+r"""Files of counts to a store, on threads or a Dask cluster, in bounded memory, never half-written.
 
     inputs ------------------------> make_shard --> shards --check, rename--> OUTPUT.zarr
        \--spill_span--> spill --/
@@ -35,11 +35,12 @@ def convert(
     progress: bool = True,
     **settings: Any,
 ) -> CellStore | None:
-    """Convert one or several `.h5ad` to a store.
+    """Convert one or several inputs to a store.
 
     Parameters
     ----------
-    inputs : path or paths (local, or URLs that fsspec opens)
+    inputs : path or paths (local, or URLs that fsspec opens) of an `.h5ad`, an AnnData `.zarr`, an `.h5mu`, a `.loom`, a 10x `.h5` or a folder
+        with `matrix.mtx`
     output : path of the store, `*.zarr`, or a URL
     resume : continue an unfinished conversion
     overwrite : replace a store, or an unfinished conversion

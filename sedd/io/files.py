@@ -114,6 +114,27 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
+def tree_fingerprint(path: str) -> str:
+    """Identity of a folder, such as a Zarr store: the names, sizes and times of change of all its files.
+
+    Parameters
+    ----------
+    path : local, or a URL that fsspec opens
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if "://" in path:
+        fs, inside = filesystem(path)
+        for name, info in sorted(fs.find(inside, detail=True).items()):
+            changed = info.get("ETag") or info.get("LastModified") or info.get("mtime")
+            digest.update(f"{name.removeprefix(inside)} {info['size']} {changed}\n".encode())
+        return digest.hexdigest()
+    names = [os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files]
+    for name in sorted(names):
+        stat = os.stat(name)
+        digest.update(f"{os.path.relpath(name, path)} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 def obs_digest(names: Iterable[Any]) -> str:
     """Return an identity of cells by their names in their order, which any container of them keeps."""
     return hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]

@@ -11,12 +11,12 @@ import numpy as np
 
 from sedd.errors import UserError
 from sedd.io.conversion.counts import clean_rows
-from sedd.io.conversion.genes import match_genes, unique_names
+from sedd.io.conversion.genes import match_inputs
 from sedd.io.conversion.runner import TaskRunner
-from sedd.io.files import fingerprint
 from sedd.io.format.reader import ChunkReader
 from sedd.io.format.tally import cell_hashes
-from sedd.io.h5ad import H5ad, Matrix
+from sedd.io.input.matrix import Matrix
+from sedd.io.input.opening import input_fingerprint, opened_as
 from sedd.io.store import CellStore, close_stores, span_hashes
 
 BLOCK = 1 << 22
@@ -35,7 +35,7 @@ def verify(
     Parameters
     ----------
     path : of the store
-    against : the `.h5ad` that it was made from (all of them, in order, when there were several)
+    against : the input that it was made from (all of them, in order, when there were several)
     workers : threads
     progress : show a bar
 
@@ -71,7 +71,7 @@ def verify(
         changed = [
             name
             for name, record in zip(inputs, store.uns_sedd["inputs"], strict=False)
-            if fingerprint(name) != record["fingerprint"]
+            if input_fingerprint(name) != record["fingerprint"]
         ]
         _compare(store, inputs, hashes, runner)
     n_chunks = sum(-(-array.shape[0] // array.chunks[0]) for array in store.x_arrays.values())
@@ -106,10 +106,9 @@ def _compare(store: CellStore, inputs: list[str], hashes: np.ndarray, runner: Ta
         raise UserError(f"{store.path}: was made from {len(store.uns_sedd['inputs'])} files; name all of them, in order.")
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about gene names: said at the conversion
-        files = [stack.enter_context(H5ad(name)) for name in inputs]
+        files = [stack.enter_context(opened_as(name, settings)) for name in inputs]
         matrices = [file.matrix(settings["layer"], settings["raw"]) for file in files]
-        names = [unique_names(file.path, file.var_names(settings["raw"])) for file in files]
-        genes, maps = match_genes(inputs, names, settings["join"], settings["genes"])
+        genes, maps = match_inputs(files, settings)
         if genes != store.var_names.tolist():
             raise UserError(f"{store.path}: has other genes than {inputs[0]}.")
         n_cells = [matrix.shape[0] for matrix in matrices]

@@ -16,7 +16,7 @@ import torch
 from sedd.binning import Binning, smoothed_log_shares
 from sedd.checkpoint import pack_histogram, unpack_histogram
 from sedd.config import DataConfig, ModelConfig, TrainConfig
-from sedd.errors import NotCountsError, UserError, warn_user
+from sedd.errors import NegativeValuesError, NotCountsError, UserError, warn_user
 from sedd.io.convert import ensure_store
 from sedd.io.files import obs_digest
 from sedd.io.format.histogram import histogram, select_genes
@@ -197,8 +197,8 @@ def _open_store(data: DataConfig) -> CellStore:
     """Return the store of the data: of counts if they are counts, of real values if the binning takes those."""
     try:
         return ensure_store(data.data_path, cache_dir=data.cache_dir, layer=data.layer)
-    except NotCountsError:
-        if data.binning not in ("linear", "log", "quantile"):
+    except NotCountsError as error:
+        if data.binning not in ("linear", "log", "quantile") or isinstance(error, NegativeValuesError):
             raise
         return ensure_store(data.data_path, cache_dir=data.cache_dir, layer=data.layer, values="real")
 

@@ -34,13 +34,14 @@ class Counts(NamedTuple):
     """Position of the first entry that is no count, -1 when all are."""
 
 
-def to_counts(values: np.ndarray, narrow: np.dtype) -> Counts:
+def to_counts(values: np.ndarray, narrow: np.dtype, *, rounding: bool = False) -> Counts:
     """Turn stored values into counts of type `narrow`, or of a wider one if they need it.
 
     Parameters
     ----------
     values : (nnz,) any integer, float or bool dtype
     narrow : uint8, uint16 or uint32, the type to try first
+    rounding : whether fractions above 0 are counts, rounded to the nearest whole number
     """
     if values.dtype == np.bool_:
         values = values.view(np.uint8)
@@ -52,15 +53,16 @@ def to_counts(values: np.ndarray, narrow: np.dtype) -> Counts:
         limit = values.dtype.type(most)
         if int(limit) > most:  # float32 has no 2**32 - 1
             limit = np.nextafter(limit, values.dtype.type(0))
-        wrong, n_zero, n_rounded = _narrow_real(values, out, limit, values.dtype.type(TOLERANCE))
+        tolerance = values.dtype.type(1 if rounding else TOLERANCE)
+        wrong, n_zero, n_rounded = _narrow_real(values, out, limit, values.dtype.type(-TOLERANCE), tolerance)
     else:
         wrong, n_zero = _narrow_integers(values, out, values.dtype.type(min(most, np.iinfo(values.dtype).max)))
         n_rounded = 0
     if not wrong:
         return Counts(out, n_zero, n_rounded, -1)
-    bad = int(_first_bad(values))
+    bad = int(_first_bad(values, 1.0 if rounding else TOLERANCE))
     if bad < 0:
-        return to_counts(values, np.dtype(np.uint16 if narrow.itemsize == 1 else np.uint32))
+        return to_counts(values, np.dtype(np.uint16 if narrow.itemsize == 1 else np.uint32), rounding=rounding)
     return Counts(out, n_zero, n_rounded, bad)
 
 
@@ -68,7 +70,7 @@ def to_counts(values: np.ndarray, narrow: np.dtype) -> Counts:
 
 
 @njit(cache=True, nogil=True)
-def _narrow_real(values, out, limit, tolerance):  # type: ignore[no-untyped-def]
+def _narrow_real(values, out, limit, least, tolerance):  # type: ignore[no-untyped-def]
     wrong = 0
     n_zero = 0
     n_rounded = 0
@@ -76,7 +78,7 @@ def _narrow_real(values, out, limit, tolerance):  # type: ignore[no-untyped-def]
     for i in range(values.size):
         x = values[i]
         r = np.rint(x)
-        wrong += not ((abs(x - r) <= tolerance) & (r >= zero) & (r <= limit))
+        wrong += not ((abs(x - r) <= tolerance) & (x >= least) & (r <= limit))
         n_zero += r == zero
         n_rounded += x != r
         out[i] = np.int32(r) if out.itemsize < 4 else np.int64(r)
@@ -96,11 +98,11 @@ def _narrow_integers(values, out, limit):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _first_bad(values):  # type: ignore[no-untyped-def]
+def _first_bad(values, tolerance):  # type: ignore[no-untyped-def]
     for i in range(values.size):
         x = float(values[i])
         r = np.rint(x)
-        if not (abs(x - r) <= TOLERANCE) or r < 0 or r > 4294967295.0:
+        if not (abs(x - r) <= tolerance) or x < -TOLERANCE or r > 4294967295.0:
             return i
     return -1
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
 from sedd.errors import UserError, warn_user
+from sedd.io.input.base import Input, strip_versions
 
 
 def unique_names(path: str, names: list[str], *, aloud: bool = True) -> list[str]:
@@ -26,17 +29,108 @@ def unique_names(path: str, names: list[str], *, aloud: bool = True) -> list[str
 
 
 def read_gene_list(genes: str | os.PathLike[str] | list[str] | None) -> list[str] | None:
-    """Gene names from a list, or from a file with one a line."""
+    """Gene names from a list, or from a file with one a line: the name is what stands before the first tab.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, is not text, or holds no names.
+    """
     if genes is None or isinstance(genes, list):
         return genes
     try:
-        with open(genes) as file:
-            names = [line.split()[0] for line in file if line.strip()]
+        with open(genes, "rb") as file:
+            raw = file.read()
+        # Spreadsheets begin a file with a byte order mark, and may write two bytes a letter.
+        text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except OSError as error:
         raise UserError(f"{genes}: cannot be read ({error.strerror}); expected a file with one gene name a line.") from error
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{genes}: is not UTF-8 text (byte 0x{raw[error.start]:02x} in line {line}); expected one gene name a line. Save it as UTF-8."
+        ) from error
+    names = [name for line in text.splitlines() if (name := line.split("\t")[0].strip())]
     if not names:
         raise UserError(f"{genes}: holds no gene names; expected one a line.")
     return list(dict.fromkeys(names))
+
+
+def match_inputs(files: list[Input], settings: dict[str, Any], *, aloud: bool = True) -> tuple[list[str], list[np.ndarray | None]]:
+    """Return what `match_genes` does of the genes of `files`, by the settings of a conversion.
+
+    Parameters
+    ----------
+    aloud : say what is made unique, left out or not found
+    """
+    raw = settings["raw"]
+    lacking = [file for file in files if not file.has_gene_names(raw)]
+    if len(lacking) == len(files):
+        files[0].check_naming(raw)
+    for file in lacking if aloud else []:
+        warn_user(f"{file.path}: var has no column {file.naming.column!r}; the names of its index are used.")
+    names, kept = [], []
+    for file in files:
+        own, mask = file.var_names(raw), file.kept_genes(raw)
+        if mask is not None:
+            own = [name for name, taken in zip(own, mask, strict=True) if taken]
+            if aloud:
+                warn_user(f"{file.path}: {len(mask) - len(own)} of {len(mask)} features are of another type and are left out; see --modality.")
+        names.append(unique_names(file.path, own, aloud=aloud))
+        kept.append(mask)
+    if len(files) > 1:
+        _check_overlap(files, names, settings)
+    genes, maps = match_genes([file.path for file in files], names, settings["join"], settings["genes"], aloud=aloud)
+    for k, mask in enumerate(kept):
+        if mask is not None:
+            whole = np.full(mask.size, -1, np.int32)
+            own_map = maps[k]
+            whole[mask] = np.arange(mask.sum(), dtype=np.int32) if own_map is None else own_map
+            maps[k] = whole
+    return genes, maps
+
+
+LEAST_OVERLAP, FEW = 0.1, 0.5
+"""Shares of the smaller panel that two inputs must, and should, have in common."""
+
+
+def _check_overlap(files: list[Input], names: list[list[str]], settings: dict[str, Any]) -> None:
+    """Refuse inputs that have hardly a gene in common, of those asked for, and mention few."""
+    asked = None if settings["genes"] is None else set(settings["genes"])
+    panels = [set(own) if asked is None else set(own) & asked for own in names]
+    for file, panel, own in zip(files[1:], panels[1:], names[1:], strict=True):
+        common, smaller = len(panel & panels[0]), min(len(panel), len(panels[0]))
+        if common >= FEW * smaller:
+            continue
+        count = f"{common} of its {len(panel)} genes" if common else "no gene"
+        text = f"{file.path}: has {count} in common with the {len(panels[0])} of {files[0].path} (for example {own[0]!r} and {names[0][0]!r})"
+        hint = name_hint(file, files[0], settings["raw"]) or name_hint(files[0], file, settings["raw"])
+        if common < LEAST_OVERLAP * smaller:
+            raise UserError(f"{text}. {hint or 'Do both use the same kind of names, symbols or Ensembl identifiers?'} If that is meant, name the genes by --genes.")
+        warn_user(f"{text}. {hint}".rstrip())
+
+
+def name_hint(file: Input, other: Input | list[str], raw: bool = False) -> str:
+    """Return how the genes of `file` could be named to be like those of `other`; empty if no way helps.
+
+    Parameters
+    ----------
+    other : another input, or names of genes
+    """
+    theirs = set(other if isinstance(other, list) else other.var_names(raw))
+    best, most = "", len(theirs & set(file.var_names(raw)))
+    if not file.naming.strip_version:
+        n = len(set(strip_versions(list(theirs))) & set(strip_versions(file.var_names(raw))))
+        if n > max(2 * most, 1):
+            best, most = "Pass --strip_version, which leaves the versions of identifiers out.", n
+    frame = file.var(raw)
+    for column in frame.columns:
+        if frame[column].dtype.kind in "biufcmM":
+            continue
+        n = len(theirs & set(frame[column].dropna().astype(str)))
+        if n > max(2 * most, 1):
+            best, most = f"Pass --gene_names {column}, to take the names from var[{str(column)!r}] of {file.path}.", n
+    return best
 
 
 def match_genes(
@@ -60,13 +154,8 @@ def match_genes(
     if join not in ("inner", "outer"):
         raise UserError(f"--join must be inner or outer, not {join!r}.")
     genes = names[0]
-    for path, other in zip(paths[1:], names[1:], strict=True):
+    for other in names[1:]:
         theirs, ours = set(other), set(genes)
-        if theirs.isdisjoint(ours):
-            raise UserError(
-                f"{path}: has no gene in common with {paths[0]} (for example {other[0]!r} and {names[0][0]!r}). "
-                "Do both use the same kind of names, symbols or Ensembl identifiers?"
-            )
         if join == "inner":
             genes = [name for name in genes if name in theirs]
         else:

@@ -16,11 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd.errors import NotCountsError, UserError
+from sedd.errors import UserError
 from sedd.io.conversion.counts import Counts, first_disorder, index_dtype, to_counts
+from sedd.io.conversion.explain import explain, no_counts
 from sedd.io.files import new_file
 from sedd.io.format.codec import keep_freed_memory
-from sedd.io.h5ad import H5ad, Matrix
+from sedd.io.input.base import Input
+from sedd.io.input.features import close_matrices
+from sedd.io.input.matrix import Matrix
+from sedd.io.input.opening import opened_as
 
 
 @dataclass(frozen=True, eq=False)  # as the key of a cache, a plan is itself and no other
@@ -91,7 +95,7 @@ def _load_plan(folder: str, _: tuple[int, int]) -> Plan:
 class Source(NamedTuple):
     """An input held open, the new numbers of its genes (None: unchanged) and the places of its cells in the store (None: in order)."""
 
-    file: H5ad
+    file: Input
     matrix: Matrix
     genes: np.ndarray | None
     places: np.ndarray | None
@@ -102,7 +106,7 @@ def open_source(plan: Plan, number: int) -> Source:
     """Open input `number`, once for all tasks of this process."""
     keep_freed_memory()
     path, layer, raw = plan.sources[number]
-    file = H5ad(path)
+    file = opened_as(path, plan.settings)
     matrix = file.matrix(layer, raw)
     genes, places = f"{plan.folder}/genes-{number}.npy", f"{plan.folder}/places.npy"
     own = slice(plan.offsets[number], plan.offsets[number] + matrix.shape[0])
@@ -118,6 +122,7 @@ def close_inputs() -> None:
     """Let go of the plans and inputs that `load_plan` and `open_source` hold."""
     _load_plan.cache_clear()
     open_source.cache_clear()
+    close_matrices()
 
 
 class Block(NamedTuple):
@@ -188,80 +193,7 @@ def take_values(
         if not finite.all():
             raise UserError(explain(src.file, src.matrix, raw, int(np.argmin(finite)), place_of))
         return Counts(values, int((values == 0).sum()), 0, -1)
-    counts = to_counts(raw, narrow)
+    counts = to_counts(raw, narrow, rounding=plan.settings["round"])
     if counts.bad >= 0:
-        raise NotCountsError(explain(src.file, src.matrix, raw, counts.bad, place_of))
+        raise no_counts(src.file, src.matrix, raw, counts.bad, place_of)
     return counts
-
-
-SAMPLE = 1 << 16
-"""Values looked at to tell counts from the rest."""
-
-
-def explain(
-    file: H5ad, matrix: Matrix, values: np.ndarray, bad: int, place_of: Callable[[int], tuple[int, int]]
-) -> str:
-    """Return the error message for `values[bad]`, which is no count.
-
-    Parameters
-    ----------
-    values : (nnz,) a block of the matrix as stored
-    place_of : maps a position in `values` to (cell, gene)
-    """
-    value = float(values[bad])
-    cell, gene = place_of(bad)
-    first = f"first: {value:.6g} at cell {cell} ({file.name('obs', cell)}), gene {file.gene_name(matrix, gene)}"
-    head = f"{file.path}: {matrix.name} has"
-    if not np.isfinite(value):
-        what = "NaN" if np.isnan(value) else "infinite"
-        return f"{head} {what} values ({first}). Drop or replace them, for instance with np.nan_to_num."
-    if value > np.iinfo(np.uint32).max:
-        return f"{head} values too large for counts ({first}; the limit is {np.iinfo(np.uint32).max})."
-    fractions = bool((values != np.rint(values)).any())
-    if value < 0 and not fractions:
-        return f"{head} negative values ({first}); counts are >= 0. {_way_out(file, matrix)}"
-    kind = "negative" if value < 0 else "non-integer"
-    return f"{head} {kind} values ({first}); {looks_like(values)}. {_way_out(file, matrix)}"
-
-
-def looks_like(values: np.ndarray) -> str:
-    """Return a guess at what was done to counts to give these values."""
-    sample = values[:SAMPLE].astype(np.float64)
-    sample = sample[np.isfinite(sample)]
-    if sample.size and sample.min() < 0:
-        return "it looks scaled (z-scores)"
-    if sample.size and sample.max() < 20:
-        return "it looks log-normalised"
-    return "it looks normalised, without a logarithm"
-
-
-def holds_counts(matrix: Matrix) -> bool:
-    """Whether the first stored values of a matrix are all counts."""
-    if matrix.layout == "dense":
-        rows = max(1, SAMPLE // max(1, matrix.shape[1]))
-        values = matrix.read_dense(0, min(rows, matrix.shape[0])).reshape(-1)
-    else:
-        values = matrix.data.read(0, min(SAMPLE, matrix.nnz or 0))
-    return values.size > 0 and to_counts(values, np.dtype(np.uint32)).bad < 0
-
-
-def _way_out(file: H5ad, matrix: Matrix) -> str:
-    """Name the matrices of the file that do hold counts."""
-    places = [(f"--layer {name}", name, False) for name in file.layers] + ([("--raw", None, True)] if file.has_raw else [])
-    if matrix.name != "X" and "X" in file.h5:
-        places.append(("X (no --layer)", None, False))
-    good = []
-    for flag, layer, raw in places:
-        try:
-            other = file.matrix(layer, raw)
-            if other.name != matrix.name and holds_counts(other):
-                good.append(flag)
-        except ValueError:  # a damaged layer is no way out
-            continue
-    if good:
-        return f"Pass {' or '.join(good)}, which holds counts; {_REAL}."
-    listed = ", ".join(file.layers) or "none"
-    return f"Pass --layer with the counts (layers: {listed}; none of them looks like counts); {_REAL}."
-
-
-_REAL = "or keep real values, by --values real of sedd convert or --binning log of sedd train"

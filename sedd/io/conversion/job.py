@@ -13,10 +13,11 @@ from sedd.io.conversion import inputs, planning, shard, spill
 from sedd.io.conversion.genes import read_gene_list
 from sedd.io.conversion.inputs import Plan, load_plan
 from sedd.io.conversion.runner import TaskRunner
-from sedd.io.files import fingerprint, sync_tree
+from sedd.io.files import sync_tree
 from sedd.io.format.shards import n_shards
-from sedd.io.h5ad import H5ad
+from sedd.io.input.opening import input_fingerprint, opened_as
 from sedd.io.outputs import check_replaceable, clear, move_into_place, only_writer, partial_folder, remove_parts
+from sedd.io.remote import is_remote
 
 if TYPE_CHECKING:
     from sedd.io.store import CellStore  # what needs zarr, anndata or pandas is imported while the tasks run
@@ -42,12 +43,13 @@ class Job:
 
     def __init__(self, paths: list[str], output: str, asked: ConversionSettings, *, progress: bool = True) -> None:
         if not paths:
-            raise UserError("no input; expected one or several .h5ad files.")
+            raise UserError("no input; expected one or several files.")
         self.paths, self.output, self.folder = paths, output, partial_folder(output)
         self.asked, self.settings = asked, {**asked.of_the_store(), "genes": read_gene_list(asked.genes)}
+        check_inputs(paths, output, asked)
         for path in paths:
-            H5ad(path).close()
-        self.fingerprints = [fingerprint(path) for path in paths]
+            opened_as(path, self.settings).close()
+        self.fingerprints = [input_fingerprint(path) for path in paths]
         self.runner = TaskRunner(
             workers=asked.workers, scheduler=asked.scheduler, slurm_workers=asked.slurm_workers, budget=asked.budget,
             progress=progress,
@@ -57,7 +59,9 @@ class Job:
     def made(self, store: CellStore) -> bool:
         """Whether `store` is what this conversion would make."""
         meta = store.uns_sedd
-        return bool(meta["inputs"] == self.records() and meta["settings"] == self.settings)
+        # A store of before a setting existed was made as if with its default.
+        made_with = {**ConversionSettings().of_the_store(), **meta["settings"]}
+        return bool(meta["inputs"] == self.records() and made_with == self.settings)
 
     def records(self) -> list[dict[str, str]]:
         """Return what the store remembers of its inputs."""
@@ -183,7 +187,7 @@ class Job:
         tables.write_added(group, plan, gathered, self.records())
         publish.check(plan, self.runner, gathered)
         for path, known in zip(self.paths, self.fingerprints, strict=True):
-            if fingerprint(path) != known:
+            if input_fingerprint(path) != known:
                 raise UserError(f"{path}: changed while it was converted. Convert it again.")
         sync_tree(f"{self.folder}/store")
         move_into_place(f"{self.folder}/store", self.output)
@@ -249,3 +253,18 @@ class Job:
         job = Job(self.paths, output, asked, progress=self.runner.progress)
         job.settings["obs"] = []  # the matrix is all that is wanted of it
         return job
+
+
+def check_inputs(paths: list[str], output: str, asked: ConversionSettings) -> None:
+    """Refuse an input that is given twice or is the output as well, and names of inputs that are not as many as these."""
+    known: dict[str, str] = {}
+    for path in paths:
+        own = path if is_remote(path) else os.path.realpath(path)
+        if own in known:
+            same = f"{path} and {known[own]} are the same input" if path != known[own] else f"{path}: is given twice"
+            raise UserError(f"{same}; its cells would be taken twice. Give each input once.")
+        known[own] = path
+    if not is_remote(output) and os.path.realpath(output) in known:
+        raise UserError(f"{output}: is an input; expected another name for the store that is made.")
+    if asked.keys and len(asked.keys) != len(paths):
+        raise UserError(f"--keys names {len(asked.keys)} inputs ({' '.join(asked.keys)}), but {len(paths)} are given; expected a name for each.")

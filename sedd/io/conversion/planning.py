@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd.errors import NotCountsError, UserError
+from sedd.errors import UserError
 from sedd.io.conversion.counts import dense_rows, index_dtype, to_counts
-from sedd.io.conversion.genes import match_genes, unique_names
-from sedd.io.conversion.inputs import SAMPLE, Plan, explain, row_of
+from sedd.io.conversion.explain import SAMPLE, no_counts
+from sedd.io.conversion.genes import match_inputs
+from sedd.io.conversion.inputs import Plan, row_of
 from sedd.io.format import tally
 from sedd.io.format.shards import CHUNK, Encoder, shard_length
-from sedd.io.h5ad import H5ad, Matrix
+from sedd.io.input.base import Input
+from sedd.io.input.matrix import Matrix
+from sedd.io.input.opening import opened_as
 
 LARGEST_BLOCK = 1 << 23
 """Stored values that a task reads at once at most; more does not make it more efficient."""
@@ -50,7 +53,7 @@ def _open(stack: ExitStack, paths: list[str], settings: dict[str, Any]) -> _Open
     """Open the inputs, closed with `stack`; refuses empty ones and what is no count."""
     files, matrices = [], []
     for path in paths:
-        file = stack.enter_context(H5ad(path))
+        file = stack.enter_context(opened_as(path, settings))
         matrix = file.matrix(settings["layer"], settings["raw"])
         for name in settings["keep_layers"]:
             file.matrix(name)
@@ -59,8 +62,7 @@ def _open(stack: ExitStack, paths: list[str], settings: dict[str, Any]) -> _Open
                 raise UserError(f"{path}: has no {what}; there is nothing to convert.")
         files.append(file)
         matrices.append(matrix)
-    names = [unique_names(file.path, file.var_names(settings["raw"])) for file in files]
-    genes, maps = match_genes(paths, names, settings["join"], settings["genes"])
+    genes, maps = match_inputs(files, settings)
     kinds = [_sample(file, matrix, settings) for file, matrix in zip(files, matrices, strict=True)]
     stored = sum(matrix.nnz if matrix.nnz is not None else matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     return _Opened(matrices, genes, maps, max(kinds, key=lambda dtype: dtype.itemsize), stored)
@@ -133,7 +135,7 @@ def make_plan(
     return plan
 
 
-def _sample(file: H5ad, matrix: Matrix, settings: dict[str, Any]) -> np.dtype[Any]:
+def _sample(file: Input, matrix: Matrix, settings: dict[str, Any]) -> np.dtype[Any]:
     """Look at some values: refuse what is no count, guess the type that holds them."""
     narrow = np.dtype(np.uint8)
     if settings["values"] == "real":
@@ -142,13 +144,13 @@ def _sample(file: H5ad, matrix: Matrix, settings: dict[str, Any]) -> np.dtype[An
         indptr, indices, raw = dense_rows(matrix.read_dense(0, min(max(1, SAMPLE // matrix.shape[1]), matrix.shape[0])))
     else:
         indptr, indices, raw = matrix.read_major(*matrix.spans(SAMPLE)[0])
-    counts = to_counts(raw, narrow)
+    counts = to_counts(raw, narrow, rounding=settings["round"])
     if counts.bad >= 0:
-        raise NotCountsError(explain(file, matrix, raw, counts.bad, lambda k: _place(matrix, indptr, indices, k)))
+        raise no_counts(file, matrix, raw, counts.bad, lambda k: _place(matrix, indptr, indices, k))
     kinds = [counts.values.dtype]
     nnz = matrix.nnz or 0
     for at in range(0, nnz, max(SAMPLE, nnz // SAMPLES)):
-        counts = to_counts(matrix.data.read(at, min(at + SAMPLE, nnz)), narrow)
+        counts = to_counts(matrix.data.read(at, min(at + SAMPLE, nnz)), narrow, rounding=settings["round"])
         kinds += [counts.values.dtype] * (counts.bad < 0)  # what is no count is named when its turn comes
     return max(kinds, key=lambda dtype: dtype.itemsize)
 
@@ -171,7 +173,7 @@ def forecast(paths: list[str], output: str, settings: dict[str, Any], workers: i
         lines = [
             f"{m.path}: {m.name} is {m.layout} {m.dtype}, {m.shape[0]:,} cells x {m.shape[1]:,} genes" for m in matrices
         ]
-        seconds, n_bytes = _rehearse(matrices[0], narrow, settings["codec"])
+        seconds, n_bytes = _rehearse(matrices[0], narrow, settings)
     n_obs = sum(matrix.shape[0] for matrix in matrices)
     n_obs = min(n_obs, settings["limit_cells"] or n_obs)
     if settings["keep_layers"]:
@@ -186,7 +188,7 @@ def forecast(paths: list[str], output: str, settings: dict[str, Any], workers: i
     return "\n".join(lines)
 
 
-def _rehearse(matrix: Matrix, narrow: np.dtype[Any], codec: str) -> tuple[float, float]:
+def _rehearse(matrix: Matrix, narrow: np.dtype[Any], settings: dict[str, Any]) -> tuple[float, float]:
     """Seconds of one core and bytes in the store, per stored value, measured on about a million values."""
     start = time.perf_counter()
     lo, hi = matrix.spans(1 << 20)[0]
@@ -194,12 +196,12 @@ def _rehearse(matrix: Matrix, narrow: np.dtype[Any], codec: str) -> tuple[float,
         indptr, indices, raw = dense_rows(matrix.read_dense(lo, hi))
     else:
         indptr, indices, raw = matrix.read_major(lo, hi)
-    counts = to_counts(raw, narrow)
+    counts = to_counts(raw, narrow, rounding=settings["round"])
     kind = index_dtype(matrix.shape[1])
     tally.tally(indptr, indices.astype(kind), counts.values, matrix.shape[1 if matrix.layout != "csc" else 0])
     n_bytes = 0
     for name, array in (("data", counts.values), ("indices", indices.astype(kind))):
-        encoder = Encoder(name, array.dtype, codec)
+        encoder = Encoder(name, array.dtype, settings["codec"])
         n_bytes += sum(len(encoder.encode(array[k : k + CHUNK])) for k in range(0, array.size, CHUNK))
     size = max(1, (matrix.nnz and indices.size) or (hi - lo) * matrix.shape[1])
     return (time.perf_counter() - start) / size, n_bytes / size

@@ -107,7 +107,9 @@ def report(store: CellStore, where: str) -> None:
     """One line for each thing that the user should know of the input."""
     rounded = store.uns_sedd["rounded"]
     if rounded:
-        warn_user(f"{where}: {rounded} values were within {TOLERANCE} of an integer and were rounded.")
+        meant = store.uns_sedd["settings"]["round"]
+        what = f"of {store.nnz} values were fractions" if meant else f"values were within {TOLERANCE} of an integer"
+        warn_user(f"{where}: {rounded} {what} and were rounded.")
     empty = int((np.diff(store.indptr) == 0).sum())
     if empty:
         warn_user(f"{where}: {empty} of {store.n_obs} cells have no counts; they were kept.")

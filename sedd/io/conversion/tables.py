@@ -13,13 +13,15 @@ import pandas as pd
 import zarr
 
 import sedd
-from sedd.io.conversion.genes import match_genes, unique_names
+from sedd.errors import UserError
+from sedd.io.conversion.genes import match_inputs, unique_names
 from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.statistics import Gathered
 from sedd.io.format.elements import write_elements
 from sedd.io.format.plain import read_element
 from sedd.io.format.shards import consolidate
-from sedd.io.h5ad import H5ad
+from sedd.io.input.base import Input
+from sedd.io.input.opening import opened_as
 from sedd.io.store import FORMAT
 
 if TYPE_CHECKING:
@@ -31,16 +33,18 @@ def write(group: zarr.Group, plan: Plan) -> list[str]:
     settings, n_obs = plan.settings, plan.n_obs
     paths = [path for path, _, _ in plan.sources]
     with ExitStack() as stack:
-        files = [stack.enter_context(H5ad(path)) for path in paths]
-        frames = [file.var(settings["raw"]) for file in files]
+        files = [stack.enter_context(opened_as(path, settings)) for path in paths]
+        drop = tuple(settings["drop"])
+        check_drop(files, drop)
+        frames = [_genes_of(file, settings["raw"], drop) for file in files]
         # What there is to say of genes was said when the plan was made.
         for file, frame in zip(files, frames, strict=True):
             frame.index = pd.Index(unique_names(file.path, frame.index.tolist(), aloud=False), name=frame.index.name)
-        genes, _ = match_genes(paths, [f.index.tolist() for f in frames], settings["join"], settings["genes"], aloud=False)
+        genes, _ = match_inputs(files, settings, aloud=False)
         var = join_var(frames, pd.Index(genes, name=frames[0].index.name))
-        obs, obsm = [file.obs(settings["obs"]) for file in files], [file.mapping("obsm") for file in files]
-        uns = [file.mapping("uns") for file in files]
-    table, arrays, news = join_obs(obs, obsm, paths)
+        obs, obsm = [file.obs(settings["obs"], drop) for file in files], [file.mapping("obsm", drop) for file in files]
+        uns = [file.mapping("uns", drop) for file in files]
+    table, arrays, news = join_obs(obs, obsm, paths, settings["keys"])
     kept, lost = join_uns(uns, table, obs[0])
     news += lost
     if settings["shuffle"]:
@@ -54,6 +58,21 @@ def write(group: zarr.Group, plan: Plan) -> list[str]:
         arrays = {name: _rows(array, order) for name, array in arrays.items()}
     elements = {"obs": table, "var": var, "obsm": arrays, "uns": kept}
     return news + write_elements(group, elements | {name: {} for name in ("layers", "obsp", "varm", "varp")})
+
+
+def _genes_of(file: Input, raw: bool, drop: tuple[str, ...]) -> pd.DataFrame:
+    frame, kept = file.var(raw, drop), file.kept_genes(raw)
+    return frame if kept is None else frame[kept]
+
+
+def check_drop(files: list[Input], drop: tuple[str, ...]) -> None:
+    """Refuse to leave out what no input has."""
+    for name in (name for name in drop if "/" in name):
+        there = [element for file in files for element in file.elements()]
+        if name not in there:
+            group = name.split("/")[0]
+            listed = ", ".join(dict.fromkeys(element for element in there if element.startswith(f"{group}/"))) or "nothing"
+            raise UserError(f"{files[0].path}: has no {name} (--drop); there are: {listed}.")
 
 
 def _rows(array: Any, order: np.ndarray) -> Any:
@@ -125,10 +144,15 @@ def _concat(frames: list[pd.DataFrame], obsm: list[dict[str, Any]]) -> AnnData:
 
 
 def join_obs(
-    frames: list[pd.DataFrame], obsm: list[dict[str, Any]], paths: list[str]
+    frames: list[pd.DataFrame], obsm: list[dict[str, Any]], paths: list[str], keys: list[str]
 ) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
-    """Tables and embeddings of the cells of all inputs one after the other; and what is to be said of them."""
-    if len(frames) == 1:
+    """Tables and embeddings of the cells of all inputs one after the other; and what is to be said of them.
+
+    Parameters
+    ----------
+    keys : names of the inputs; their paths if empty
+    """
+    if len(frames) == 1 and not keys:
         return frames[0], _usable(frames[0], obsm[0]), ([] if frames[0].index.is_unique else [_repeated(paths[0], frames[0].index)])
     names = dict.fromkeys(name for arrays in obsm for name in arrays)
     widths = {name: {np.shape(arrays.get(name, ()))[1:] for arrays in obsm} for name in names}
@@ -140,7 +164,7 @@ def join_obs(
                   if not any(name in frame for frame in frames))  # fmt: skip
     if column != "source":
         news.append(f"obs['source'] is the inputs' own; which input a cell is from is in obs[{column!r}].")
-    labels = [pd.Categorical([label] * len(frame), [label]) for label, frame in zip(distinct_names(paths), frames, strict=True)]
+    labels = [pd.Categorical([label] * len(frame), [label]) for label, frame in zip(keys or distinct_names(paths), frames, strict=True)]
     joined = _concat(
         [frame.assign(**{column: label}) for frame, label in zip(frames, labels, strict=True)],
         [_usable(frame, {name: arrays[name] for name in kept}) for frame, arrays in zip(frames, obsm, strict=True)],

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from sedd.errors import UserError
 from sedd.io.convert import convert
-from sedd.io.h5ad import H5ad
+from sedd.io.input.opening import open_input
 from tests.io.h5ads import counts, write
 
 pytestmark = pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
 def test_rows_of_every_layout_and_compression(tmp_path: Path, layout: str, compression: str | None) -> None:
     expected = counts()
     matrix = {"csr": expected, "csc": expected.tocsc(), "dense": expected.toarray()}[layout]
-    with H5ad(write(tmp_path / "a.h5ad", matrix, compression=compression)) as file:
+    with open_input(write(tmp_path / "a.h5ad", matrix, compression=compression)) as file:
         indptr, indices, values = file.matrix().read_rows(7, 41)
         read = sparse.csr_matrix((values, indices, indptr), shape=(34, expected.shape[1]))
         np.testing.assert_array_equal(read.toarray(), expected[7:41].toarray())
@@ -47,7 +47,7 @@ def test_slices_of_any_layout_come_in_native_byte_order(
         filters = {"compression": "gzip" if gzip else None, "shuffle": shuffle}
         h5.create_dataset("X/data", data=values, chunks=(chunk,), **filters)
         h5.create_dataset("X/indices", data=np.zeros(300, np.int32))
-    with H5ad(path) as file:
+    with open_input(path) as file:
         read = file.matrix().data.read(lo, min(300, lo + size))
         assert read.dtype.isnative
         np.testing.assert_array_equal(read, values[lo : lo + size])

@@ -1,0 +1,1 @@
+"""Input files: what a user brings, of any format, read by rows."""

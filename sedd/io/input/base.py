@@ -1,0 +1,204 @@
+"""What all inputs have in common, whatever their format: matrices, tables of cells and genes, and names."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from sedd.errors import UserError
+from sedd.io.input.faults import READ_ERRORS
+from sedd.io.input.matrix import Matrix
+
+if TYPE_CHECKING:
+    import pandas as pd  # which is imported where tables are read: the matrix can be converted meanwhile
+
+_VERSION = re.compile(r"^((?:ENS[A-Z]*|[NXY][MR]_|LRG_)[0-9]+)\.[0-9]+")
+"""An identifier of Ensembl or RefSeq with its version; what follows, as in `ENSG00000182378.15_PAR_Y`, tells genes apart."""
+
+
+class Naming(NamedTuple):
+    """Where the names of genes come from.
+
+    Attributes
+    ----------
+    column : of the genes' table; None for its index
+    strip_version : take the versions off identifiers (`ENSG00000141510.18`)
+    """
+
+    column: str | None = None
+    strip_version: bool = False
+
+
+def strip_versions(names: list[str]) -> list[str]:
+    """Names without the versions of identifiers; others stay as they are."""
+    return [_VERSION.sub(r"\1", name) for name in names]
+
+
+class Input:
+    """An open input; a context manager.
+
+    Attributes
+    ----------
+    path : as given
+    kind : what the file is, for messages
+    naming : where the names of genes come from
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, path: str, naming: Naming = Naming()) -> None:  # noqa: B008 (a tuple does not change)
+        self.path, self.naming = path, naming
+
+    def close(self) -> None:
+        """Close the file."""
+
+    def __enter__(self) -> Input:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def places(self) -> list[tuple[str, str | None, bool]]:
+        """The matrices there are: how one is asked for, its layer, whether it is raw."""
+        found: list[tuple[str, str | None, bool]] = [("X", None, False)] if self.has_x else []
+        found += [(f"--layer {name}", name, False) for name in self.layers]
+        return found + ([("--raw", None, True)] if self.has_raw else [])
+
+    @property
+    def has_x(self) -> bool:
+        """Whether there is a main matrix."""
+        return True
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers."""
+        return []
+
+    @property
+    def has_raw(self) -> bool:
+        """Whether the file keeps a `.raw` matrix."""
+        return False
+
+    def matrix(self, layer: str | None = None, raw: bool = False) -> Matrix:
+        """Open `X`, a layer or `.raw.X`.
+
+        Raises
+        ------
+        UserError
+            If it is not there (the message lists what is), or its shape disagrees with the tables.
+        """
+        if layer is not None and raw:
+            raise UserError("give --layer or --raw, not both.")
+        matrix = self._matrix(layer, raw)
+        n_obs, n_vars = self.n_obs, self.n_vars(raw)
+        if matrix.shape != (n_obs, n_vars):
+            raise UserError(
+                f"{self.path}: {matrix.name} is {matrix.shape[0]} x {matrix.shape[1]} but obs has {n_obs} rows and var {n_vars}."
+            )
+        return matrix
+
+    def _matrix(self, layer: str | None, raw: bool) -> Matrix:
+        raise NotImplementedError
+
+    def _no_matrix(self, name: str) -> UserError:
+        return UserError(f"{self.path}: has no {name}; it has {', '.join(how for how, _, _ in self.places) or 'no matrix at all'}.")
+
+    @property
+    def n_obs(self) -> int:
+        """Number of cells."""
+        return len(self.obs())
+
+    def n_vars(self, raw: bool = False) -> int:
+        """Return the number of genes (of `.raw`)."""
+        return len(self._var(raw))
+
+    def obs(self, columns: list[str] | None = None, drop: tuple[str, ...] = ()) -> pd.DataFrame:
+        """Return the cells' table, or only some `columns` of it; elements in `drop`, such as `obs/NAME`, are not read."""
+        frame = self._obs(drop)
+        if columns is None:
+            return frame
+        missing = [name for name in columns if name not in frame]
+        if missing:
+            raise UserError(f"{self.path}: obs has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}.")
+        return frame[columns]
+
+    def var(self, raw: bool = False, drop: tuple[str, ...] = ()) -> pd.DataFrame:
+        """Return the genes' table by the names that are asked for, of which some may repeat.
+
+        Names of the index that others take the place of are kept in a column.
+        """
+        frame = self._var(raw, drop)
+        names = self._renamed(frame)
+        if names == frame.index.tolist():
+            return frame
+        known = set(map(str, frame.columns))
+        named = [] if frame.index.name is None else [str(frame.index.name)]
+        column = next(name for name in (*named, "var_names", *(f"var_names_{k}" for k in range(len(known) + 1))) if name not in known)
+        frame = frame.assign(**{column: frame.index.to_numpy()})
+        frame.index = frame.index.__class__(names, dtype=frame.index.dtype, name=None)
+        return frame
+
+    def _renamed(self, frame: pd.DataFrame) -> list[str]:
+        names: list[str] = frame.index.tolist()
+        column, strip = self.naming
+        if column is not None and column in frame and column != frame.index.name:
+            values = frame[column].astype(object)
+            texts = ["" if missing else str(value).strip() for value, missing in zip(values, frame[column].isna(), strict=True)]
+            names = [text or name for text, name in zip(texts, names, strict=True)]
+        return strip_versions(names) if strip else names
+
+    def check_naming(self, raw: bool = False) -> None:
+        """Refuse names from a column that the genes' table does not have."""
+        if not self.has_gene_names(raw):
+            frame = self._var(raw)
+            listed = ", ".join(map(str, frame.columns)) or "none"
+            raise UserError(f"{self.path}: var has no column {self.naming.column!r} for --gene_names; its columns are: {listed}.")
+
+    def has_gene_names(self, raw: bool = False) -> bool:
+        """Whether the genes' table has the column that names are to come from."""
+        if self.naming.column is None:
+            return True
+        frame = self._var(raw)
+        return self.naming.column in frame or self.naming.column == frame.index.name
+
+    def _obs(self, drop: tuple[str, ...] = ()) -> pd.DataFrame:
+        raise NotImplementedError
+
+    def _var(self, raw: bool = False, drop: tuple[str, ...] = ()) -> pd.DataFrame:
+        raise NotImplementedError
+
+    @property
+    def obs_names(self) -> list[str]:
+        """Names of the cells."""
+        return [str(name) for name in self._obs().index]
+
+    def var_names(self, raw: bool = False) -> list[str]:
+        """Names of the genes; they may repeat."""
+        return [str(name) for name in self._renamed(self._var(raw))]
+
+    def kept_genes(self, raw: bool = False) -> np.ndarray | None:
+        """Which genes are taken where the file holds others too, (n_vars,) bool; None for all."""
+        return None
+
+    def mapping(self, name: str, drop: tuple[str, ...] = ()) -> dict[str, Any]:
+        """`obsm`, `varm` or `uns` as a dict, without the elements in `drop`; empty when absent."""
+        return {}
+
+    def elements(self) -> list[str]:
+        """Names of what `drop` can leave out: `obsm/X_pca`, `obs/batch`, ..."""
+        frames = [f"obs/{name}" for name in self._obs().columns] + [f"var/{name}" for name in self._var().columns]
+        return [*frames, *(f"{group}/{name}" for group in ("obsm", "uns") for name in self.mapping(group))]
+
+    def name(self, table: str, row: int, raw: bool = False) -> str:
+        """Name of row `row` of "obs" or "var", for messages."""
+        try:
+            return repr(str((self._obs() if table == "obs" else self._var(raw)).index[row]))
+        except (*READ_ERRORS, UserError):  # the message matters more than the name in it
+            return "?"
+
+    def gene_name(self, matrix: Matrix, column: int) -> str:
+        """Name of a column of one of the matrices, for messages."""
+        return self.name("var", column, matrix.name.startswith("raw"))

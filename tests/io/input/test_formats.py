@@ -1,0 +1,220 @@
+"""Every format gives the same store, by every way of naming genes; what cannot be read is named."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from sedd.errors import SeddWarning, UserError
+from sedd.io.convert import convert
+from sedd.io.input.opening import open_input
+from sedd.io.verify import verify
+from tests.io.h5ads import counts
+from tests.io.input.formats import TYPES, WRITERS, cells, h5ad, h5mu, loom, mtx_2, mtx_3, tenx_2, tenx_3, zarr_2
+
+pytestmark = pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
+
+every_format = pytest.mark.parametrize("kind", WRITERS)
+
+
+@every_format
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_format_gives_the_same_store(tmp_path: Path, kind: str, shuffle: bool) -> None:
+    adata = cells(counts())
+    path = WRITERS[kind](tmp_path / "in", adata)
+    store = convert(path, tmp_path / "out.zarr", shuffle=shuffle, progress=False)
+    read = ad.read_zarr(store.path)
+    order = read.obs["sedd_cell"].to_numpy() if shuffle else np.arange(adata.n_obs)
+    np.testing.assert_array_equal(read.X.toarray(), adata.X.toarray()[order])
+    assert read.var_names.tolist() == adata.var_names.tolist()
+    assert read.obs_names.tolist() == adata.obs_names[order].tolist()
+    assert read.var["gene_ids"].tolist() == adata.var["gene_ids"].tolist()
+    if "10x" not in kind and "mtx" not in kind:
+        assert read.obs["batch"].tolist() == adata.obs["batch"].to_numpy()[order].tolist()
+    assert verify(store.path, against=[path])["changed"] == []
+
+
+@every_format
+def test_names_come_from_a_column_without_versions_in_every_format(tmp_path: Path, kind: str) -> None:
+    adata = cells(counts())
+    path = WRITERS[kind](tmp_path / "in", adata)
+    store = convert(path, tmp_path / "out.zarr", gene_names="gene_ids", strip_version=True, progress=False)
+    assert store.var_names.tolist() == [name.split(".")[0] for name in adata.var["gene_ids"]]
+    assert store.var["var_names"].tolist() == adata.var_names.tolist()
+    np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), adata.X.toarray())
+    with pytest.raises(UserError, match=r"no column 'symbol' for --gene_names; its columns are: .*gene_ids"):
+        convert(path, tmp_path / "no.zarr", gene_names="symbol", progress=False)
+    assert not list(tmp_path.glob("no.zarr*"))
+
+
+@every_format
+@given(
+    n_obs=st.integers(1, 30), n_vars=st.integers(1, 20), density=st.sampled_from([0.05, 0.5, 1.0]), largest=st.sampled_from([1, 255, 256, 70000]),
+    seed=st.integers(0, 99), lo=st.floats(0, 1), hi=st.floats(0, 1),
+)  # fmt: skip
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_of_every_format_are_those_of_scipy(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, n_obs: int, n_vars: int, density: float, largest: int, seed: int, lo: float, hi: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    dense = rng.integers(1, largest + 1, (n_obs, n_vars)) * (rng.random((n_obs, n_vars)) < density)
+    path = WRITERS[kind](tmp_path_factory.mktemp("any") / "in", cells(sparse.csr_matrix(dense)))
+    first, last = sorted((int(lo * n_obs), int(hi * n_obs)))
+    with open_input(path) as file:
+        assert (file.n_obs, file.n_vars()) == dense.shape
+        indptr, indices, values = file.matrix().read_rows(first, last)
+    got = sparse.csr_matrix((values, indices, indptr), shape=(last - first, n_vars)).toarray()
+    np.testing.assert_array_equal(got, dense[first:last])
+
+
+@pytest.mark.parametrize("writer", [tenx_3, mtx_3])
+def test_of_several_types_of_features_genes_are_taken_and_others_can_be(tmp_path: Path, writer) -> None:  # type: ignore[no-untyped-def]
+    adata = cells(counts())
+    own = np.array(TYPES)[(np.arange(adata.n_vars) % 5 == 4).astype(int)]
+    adata.var["feature_types"] = own
+    path = writer(tmp_path / "in", adata)
+    for modality, taken in ((None, TYPES[0]), *((name, name) for name in TYPES)):
+        with pytest.warns(SeddWarning, match="features are of another type"):
+            store = convert(path, tmp_path / f"{modality}.zarr", modality=modality, progress=False)
+        np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), adata.X.toarray()[:, own == taken])
+        assert store.var_names.tolist() == adata.var_names[own == taken].tolist()
+        assert set(store.var["feature_types"]) == {taken}
+        assert verify(store.path, against=[path])["changed"] == []
+    with pytest.raises(UserError, match=r"no features of type 'Peaks' .*'Gene Expression', 'Antibody Capture'"):
+        convert(path, tmp_path / "no.zarr", modality="Peaks", progress=False)
+
+
+def test_a_modality_of_mudata_is_named_when_there_are_several(tmp_path: Path) -> None:
+    rna, adt = cells(counts()), cells(counts(n_vars=7, seed=5))
+    path = h5mu(tmp_path / "in", rna)
+    with h5py.File(path, "a") as file:
+        ad.io.write_elem(file["mod"], "adt", adt)
+    with pytest.raises(UserError, match=r"is MuData .* modalities (adt, rna|rna, adt); choose one with --modality"):
+        convert(path, tmp_path / "out.zarr", progress=False)
+    with pytest.raises(UserError, match="no modality 'atac'"):
+        convert(path, tmp_path / "out.zarr", modality="atac", progress=False)
+    store = convert(path, tmp_path / "out.zarr", modality="adt", progress=False)
+    np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), adt.X.toarray())
+    with pytest.raises(UserError, match="has no modalities; leave --modality rna out"):
+        convert(h5ad(tmp_path / "plain", rna), tmp_path / "no.zarr", modality="rna", progress=False)
+
+
+def test_a_layer_of_a_loom_is_read_and_a_missing_one_named(tmp_path: Path) -> None:
+    adata = cells(counts())
+    path = loom(tmp_path / "in", adata)
+    store = convert(path, tmp_path / "out.zarr", layer="spliced", progress=False)
+    np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), adata.X.toarray())
+    with pytest.raises(UserError, match="has no layers/unspliced; it has X, --layer spliced"):
+        convert(path, tmp_path / "no.zarr", layer="unspliced", progress=False)
+
+
+def test_one_genome_of_several_is_named(tmp_path: Path) -> None:
+    adata = cells(counts())
+    path = tenx_2(tmp_path / "in", adata)
+    with h5py.File(path, "a") as file:
+        file.copy("GRCh38", "mm10")
+        file["mm10/data"][:] = 1
+    with pytest.raises(UserError, match="holds the genomes GRCh38, mm10; choose one with --modality"):
+        convert(path, tmp_path / "out.zarr", progress=False)
+    store = convert(path, tmp_path / "out.zarr", modality="mm10", progress=False)
+    np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), adata.X.toarray() > 0)
+
+
+def test_formats_are_joined(tmp_path: Path) -> None:
+    one, two = cells(counts()), cells(counts(seed=7))[:, ::-1].copy()
+    two.obs_names = [f"other{i}" for i in range(two.n_obs)]
+    inputs = [tenx_3(tmp_path / "a", one), zarr_2(tmp_path / "b", two)]
+    store = convert(inputs, tmp_path / "out.zarr", keys=("first", "second"), progress=False)
+    expected = ad.concat([one, two], label="source", keys=["first", "second"])
+    read = ad.read_zarr(store.path)
+    np.testing.assert_array_equal(read.X.toarray(), expected[:, read.var_names].X.toarray())
+    assert read.obs["source"].tolist() == expected.obs["source"].tolist()
+
+
+def test_a_folder_of_several_matrices_is_not_guessed_about(tmp_path: Path) -> None:
+    path = Path(mtx_2(tmp_path / "in", cells(counts())))
+    for name in ("matrix.mtx", "genes.tsv", "barcodes.tsv"):
+        (path.parent / f"GSM2_{name}").write_bytes((path.parent / f"GSM1_{name}").read_bytes())
+    with pytest.raises(UserError, match=r"several matrices \(GSM1_matrix.mtx, GSM2_matrix.mtx\)"):
+        convert(path.parent, tmp_path / "out.zarr", progress=False)
+    (path.parent / "GSM2_barcodes.tsv").unlink()
+    with pytest.raises(UserError, match=r"none of GSM2_barcodes.tsv, GSM2_barcodes.tsv.gz"):
+        convert(path.parent / "GSM2_matrix.mtx", tmp_path / "out.zarr", progress=False)
+
+
+def test_a_matrix_of_cells_by_genes_is_refused(tmp_path: Path) -> None:
+    path = Path(mtx_2(tmp_path / "in", cells(counts(20, 9))))
+    names = (path.parent / "GSM1_genes.tsv").read_text().splitlines()
+    (path.parent / "GSM1_genes.tsv").write_text("\n".join(names[:-1]) + "\n")
+    with pytest.raises(UserError, match=r"is 9 x 20, but GSM1_genes.tsv has 8 rows and GSM1_barcodes.tsv 20"):
+        convert(path, tmp_path / "out.zarr", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["mtx v3", "mtx v2", "zarr v2", "zarr v3", "10x v3"])
+def test_a_change_of_any_part_is_noticed(tmp_path: Path, kind: str) -> None:
+    adata = cells(counts())
+    path = WRITERS[kind](tmp_path / "in", adata)
+    store = convert(path, tmp_path / "out.zarr", progress=False)
+    adata.obs_names = [f"new{i}" for i in range(adata.n_obs)]
+    (tmp_path / "other").mkdir()
+    again = Path(WRITERS[kind](tmp_path / "other" / "in", adata))
+    root, new = (Path(path).parent, again.parent) if kind == "mtx v2" else (Path(path), again)
+    for file in [new] if new.is_file() else [file for file in new.rglob("*") if file.is_file()]:
+        (root / file.relative_to(new) if new != file else root).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="other cell names"):
+        verify(store.path, against=[path])
+
+
+def test_what_is_no_input_is_named_for_what_it_is(tmp_path: Path) -> None:
+    whole = h5ad(tmp_path / "a", cells(counts()))
+    zipped = tmp_path / "a.h5ad.gz"
+    zipped.write_bytes(gzip.compress(Path(whole).read_bytes()))
+    archive = tmp_path / "z.zarr.zip"
+    archive.write_bytes(b"PK\x03\x04 and so on")
+    (tmp_path / "empty.h5ad").touch()
+    (tmp_path / "seurat.rds").write_bytes(b"\x1f\x8b of R")
+    with h5py.File(tmp_path / "s.h5seurat", "w") as file:
+        file.create_group("assays")
+    (tmp_path / "folder").mkdir()
+    says = {
+        zipped: "compressed with gzip.*gunzip",
+        archive: "zip archive",
+        tmp_path / "empty.h5ad": r"empty \(0 bytes\)",
+        tmp_path / "seurat.rds": "file of R",
+        tmp_path / "s.h5seurat": "found assays.*SeuratDisk",
+        tmp_path / "folder": "neither a Zarr store nor a matrix.mtx",
+        tmp_path / "absent.loom": "there is no such file",
+    }
+    for path, said in says.items():
+        with pytest.raises(UserError, match=said):
+            convert(path, tmp_path / "out.zarr", progress=False)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_locked_file_is_said_to_be_locked(tmp_path: Path) -> None:
+    path = h5ad(tmp_path / "a", cells(counts()))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import h5py, sys; f = h5py.File({path!r}, 'r+'); print('open', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline().strip() == b"open"
+    try:
+        with pytest.raises(UserError, match="is locked, as another program has it open for writing"):
+            convert(path, tmp_path / "out.zarr", progress=False)
+    finally:
+        holder.communicate(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert convert(path, tmp_path / "out.zarr", progress=False) is not None
