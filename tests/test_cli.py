@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,9 @@ def test_a_damaged_store_is_named_with_status_2(
 
 
 def test_two_files_become_one_store(tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = str(tmp_path / "both.zarr")
-    assert main(["convert", str(tiny_h5ad), str(tiny_h5ad), store, "--shuffle", "--join", "outer"]) == 0
+    store, copy = str(tmp_path / "both.zarr"), str(tmp_path / "copy.h5ad")
+    shutil.copy(tiny_h5ad, copy)
+    assert main(["convert", str(tiny_h5ad), copy, store, "--shuffle", "--join", "outer"]) == 0
     assert "480 cells x 60 genes" in capsys.readouterr().out
     assert main(["convert", store]) == 2
     assert "fewer than two paths" in capsys.readouterr().err
