@@ -97,7 +97,7 @@ def measure(case: Record, settings: Record) -> Record:
     if training_flop(model) * batch > settings["max_tflop"] * 1e12:
         return {**record, "skipped": f"a step needs more than {settings['max_tflop']} TFLOP"}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    network = torch.compile(model, dynamic=False) if settings["compile"] else model
+    network = model.compiled() if settings["compile"] else model
     clean = torch.randint(0, 3, (batch, case["genes"]), device=device)
     tokens = clean.masked_fill(torch.rand(clean.shape, device=device) < 0.5, model.mask_token)
     sigma = torch.full((batch,), 0.693, device=device)

@@ -232,8 +232,12 @@ class SEDDTransformer(nn.Module):
         model.load_state_dict(state, strict=False)
         return model.to(next(self.parameters()).device).train(self.training)
 
-    # The number of masked genes differs from batch to batch; what comes before has static shapes and is compiled.
-    @torch.compiler.disable
+    def compiled(self) -> Any:
+        """Return the network with what has static shapes compiled: all but `_at_masked`, as batches differ in their masked genes."""
+        # Not a decorator of it, which would import the compiler, slower than torch itself, whether or not it is used.
+        self._at_masked = torch.compiler.disable(self._at_masked)  # type: ignore[method-assign]
+        return torch.compile(self, dynamic=False)
+
     def _at_masked(self, readout: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
         cells, genes = (tokens == self.mask_token).nonzero(as_tuple=True)
         log_mu = self.head.log_mu_of(readout[cells, genes], genes, targets[cells, genes].long())

@@ -125,6 +125,7 @@ def test_files_hold_one_idea_each() -> None:
         ("sedd.io.plan", {"torch", "anndata", "zarr"}),
         ("sedd.io.convert", {"torch", "anndata", "zarr", "dask", "distributed"}),
         ("sedd", {"torch", "numpy"}),
+        ("sedd.tasks", {"torch._dynamo", "sklearn", "matplotlib", "distributed"}),
         ("sedd.cli", {"anndata", "zarr", "torch"}),
     ],
 )

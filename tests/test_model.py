@@ -313,7 +313,7 @@ def test_sizes_that_do_not_fit_are_named(settings, words):
 def test_compiling_with_static_shapes_gives_the_same_and_compiles_once(attention):
     torch._dynamo.reset()
     model = build(attention=attention)
-    compiled = torch.compile(model, dynamic=False)
+    compiled = model.compiled()
     for share in (0.2, 0.5, 0.8):
         clean, tokens, sigma = cells(share)
         with torch._dynamo.config.patch(error_on_recompile=True):

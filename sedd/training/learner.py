@@ -71,7 +71,7 @@ class Learner:
             betas=(0.9, 0.99),
             fused=accelerator.device.type == "cuda",
         )
-        module = torch.compile(self.model, dynamic=False) if config.optim.compile else self.model
+        module = self.model.compiled() if config.optim.compile else self.model
         self._module, self._optimizer = accelerator.prepare(module, optimizer)
         warmup = config.optim.warmup_steps
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, warmup)))
