@@ -22,14 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Stopwatch, new_model, processor, with_record, write_result
+from common import NOISE, Stopwatch, new_model, processor, training_step, with_record, write_result
 from quality import Task, prepare
-from sampling import NOISE
 
 from sedd.graph import AbsorbingGraph
 from sedd.likelihood import Likelihood, nelbo
-from sedd.loss import diffusion_loss
-from sedd.noise import stratified_times
 from sedd.training.ema import EMA
 
 DESIGNS: dict[str, dict[str, Any]] = {
@@ -93,15 +90,8 @@ def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, firs
     for epoch in range(1, args.epochs + 1):
         for batch in train[torch.randperm(len(train))].split(batch_size):
             with clock:
-                t = stratified_times(len(batch), 1 - float(torch.rand(())))
-                masked = torch.rand(batch.shape, dtype=torch.float64) < NOISE.mask_probability(t)[:, None]
-                loss, _ = diffusion_loss(model, graph, NOISE, batch, masked, t)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+                training_step(model, graph, batch, optimizer, ema)
                 warm_up.step()
-                ema.update(model)
             step += 1
             if marks and clock.cpu >= marks[0]:
                 yield look(args.masks)

@@ -10,6 +10,7 @@ work as well, the second is what can be compared.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -17,15 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import RESULTS, in_process, machine, peak_mib, summary, write_result
-
-N_BINS = 100
+from loader_peers import N_BINS, mean_entropy, rate
 
 
 def measure(options: dict[str, Any], form: str, seconds: float) -> dict[str, float]:
@@ -35,19 +35,13 @@ def measure(options: dict[str, Any], form: str, seconds: float) -> dict[str, flo
     with CellLoader(
         split="all", binning="counts", n_bins=N_BINS, labels=["cell_type"], pin_memory=False, **options
     ) as loader:
-        cells = epoch = 0
-        began, cpu = time.perf_counter(), time.process_time()
-        warm = began + seconds
-        while True:
-            loader.set_epoch(epoch)
-            epoch += 1
-            for batch in loader.as_csr() if form == "csr" else loader:
-                cells += len(batch.cell)
-                now = time.perf_counter()
-                if warm and now > warm:
-                    warm, cells, began, cpu = 0.0, 0, now, time.process_time()
-                elif not warm and now > began + seconds:
-                    return {"wall": cells / (now - began), "per_cpu_second": cells / (time.process_time() - cpu)}
+
+        def sizes() -> Iterator[int]:
+            for epoch in itertools.count():
+                loader.set_epoch(epoch)
+                yield from (len(batch.cell) for batch in (loader.as_csr() if form == "csr" else loader))
+
+        return rate(sizes(), seconds)
 
 
 def limits(store: str, seconds: float) -> dict[str, dict[str, float]]:
@@ -260,11 +254,7 @@ def shuffle_quality(store: str, batch: int = 64, n_batches: int = 2000) -> dict[
     codes, _ = encode_label(CellStore(store), "cell_type")
 
     def entropy(ranks: np.ndarray) -> float:
-        values = []
-        for part in codes[ranks].reshape(-1, batch):
-            share = np.bincount(part) / batch
-            values.append(-(share[share > 0] * np.log2(share[share > 0])).sum())
-        return float(np.mean(values))
+        return mean_entropy(iter(codes[ranks].reshape(-1, batch)), batch, n_batches)
 
     take, of_a_rank = (min(codes.size // batch // ranks, n_batches) * batch for ranks in (1, 8))
     orders = {mode: EpochOrder(codes.size, 0, 0, mode) for mode in ("window", "full")}

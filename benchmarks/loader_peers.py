@@ -156,18 +156,19 @@ def mean_entropy(batches: Iterator[Any], size: int, n_batches: int) -> float:
     return float(np.mean(values))
 
 
-def rate(batches: Iterator[Any], use: Callable[[Any], Any], seconds: float, buffer: int) -> dict[str, float]:
+def rate(sizes: Iterator[int], seconds: float, buffer: int = 0) -> dict[str, float]:
     """Cells per second, by the clock and by the processor time of all threads, after as long a stretch to warm up.
 
-    A peer that fills a buffer of `buffer` cells now and then is timed over whole buffers.
+    Parameters
+    ----------
+    sizes : of batches, each of which is made when it is asked for
+    buffer : cells that are read at once now and then; the rate is that over whole buffers
     """
 
     def take() -> tuple[int, float, float]:
         cells, began, cpu = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() < began + seconds or cells < buffer:
-            x = next(batches)
-            use(x)
-            cells += x.shape[0]
+            cells += next(sizes)
         return cells, time.perf_counter() - began, time.process_time() - cpu
 
     if buffer <= SLOW:
@@ -210,16 +211,22 @@ def main() -> None:
     result: dict[str, Any] = {"version": version(package)}
     if args.peer in ENTROPY:
         result["label_entropy_bits"] = mean_entropy(ENTROPY[args.peer](source, 64), 64, 400)
+
+    def used(batches: Iterator[Any], use: Callable[[Any], Any]) -> Iterator[int]:
+        for x in batches:
+            use(x)
+            yield x.shape[0]
+
     for batch in map(int, args.batches.split(",")):
         shapes = list(SHAPES) if args.peer == "annbatch" else [""]
-        rates = {shape: rate(make(source, batch, shape), lambda x: x, args.seconds, buffer) for shape in shapes}
+        rates = {shape: rate(used(make(source, batch, shape), id), args.seconds, buffer) for shape in shapes}
         best = max(shapes, key=lambda shape: rates[shape]["wall"])
         for shape in shapes if len(shapes) > 1 else []:
             result[f"csr/{batch} {shape}"] = rates[shape]
         result[f"csr/{batch}"] = rates[best]
         for name, use in forms.items():  # in the shape that was the fastest just now
             if name in args.forms.split(","):
-                result[f"{name}/{batch}"] = rate(make(source, batch, best), use, args.seconds, buffer)
+                result[f"{name}/{batch}"] = rate(used(make(source, batch, best), use), args.seconds, buffer)
     print(json.dumps(result))
 
 

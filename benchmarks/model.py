@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, peak_mib, with_record, write_result
+from common import machine, matmul_flops, peak_mib, with_record, write_result
 
 from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
 
@@ -55,20 +55,6 @@ def training_flop(model: SEDDTransformer) -> float:
         ends = 2 * genes * dim * (features + rank) + 2 * dim * latents * (features + rank)
     logits = 2 * (genes / 2) * rank * config["n_bins"] if config["head"] == "softmax" else 0
     return 3.0 * (config["num_layers"] * per_layer + ends + logits)
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second that a large matrix product reaches: the best of several."""
-    n = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(5):
-        synchronize(device)
-        began = clock(device)
-        a @ a
-        synchronize(device)
-        best = max(best, 2 * n**3 / (clock(device) - began))
-    return best
 
 
 def clock(device: torch.device) -> float:
@@ -126,7 +112,7 @@ def measure(case: Record, settings: Record) -> Record:
         "cells_per_s_wall": round(batch * steps / wall, 3),
         "us_per_cell_and_gene": round(seconds / (batch * steps * case["genes"]) * 1e6, 4),
         "peak_memory_mib": round(peak / 2**20, 1),
-        "flops_utilisation": round(reached / matmul_flops(device, torch.bfloat16 if low else torch.float32), 4),
+        "flops_utilisation": round(reached / matmul_flops(device.type, torch.bfloat16 if low else torch.float32, lambda: clock(device)), 4),
     }
 
 

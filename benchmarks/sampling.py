@@ -23,19 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Stopwatch, new_model, processor, with_record, write_result
+from common import NOISE, Stopwatch, new_model, processor, training_step, with_record, write_result
 from quality import Task, prepare
 
 from sedd import metrics as m
 from sedd.graph import AbsorbingGraph
 from sedd.likelihood import nelbo
-from sedd.loss import diffusion_loss
 from sedd.model import SEDDTransformer
-from sedd.noise import LogLinearNoise, stratified_times
 from sedd.sampling import make_sampler
 from sedd.training.ema import EMA
 
-NOISE = LogLinearNoise()
 Record = dict[str, Any]
 
 
@@ -47,14 +44,7 @@ def train(task: Task, args: argparse.Namespace, attention: str, n_bins: int) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     for _ in range(args.epochs):
         for batch in tokens[torch.randperm(len(tokens))].split(16):
-            t = stratified_times(len(batch), 1 - float(torch.rand(())))
-            masked = torch.rand(batch.shape, dtype=torch.float64) < NOISE.mask_probability(t)[:, None]
-            loss, _ = diffusion_loss(model, graph, NOISE, batch, masked, t)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update(model)
+            training_step(model, graph, batch, optimizer, ema)
     model.load_state_dict(ema.average, strict=False)
     return model.eval()
 

@@ -40,7 +40,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, machine, peak_mib, summary, write_result
+from common import RESULTS, machine, matmul_flops, peak_mib, summary, write_result
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
@@ -242,24 +242,8 @@ def figures(args: argparse.Namespace, measured: list[Step], first: float, precis
         "threads": torch.get_num_threads(),
         "peak_memory_mib": memory,
         "first_step_s": first - args.began,
-        "peak_tflops": matmul_peak(args.device, precision) / 1e12,
+        "peak_tflops": matmul_flops(args.device, torch.float32 if precision == "no" else torch.bfloat16) / 1e12,
     }
-
-
-def matmul_peak(device: str, precision: str) -> float:
-    """Operations a second of a large matrix product: the best of several, by the clock."""
-    import torch
-
-    n = 8192 if device == "cuda" else 1536
-    a = torch.randn(n, n, device=device, dtype=torch.float32 if precision == "no" else torch.bfloat16)
-    best = 0.0
-    for _ in range(8):
-        began = time.perf_counter()
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * n**3 / (time.perf_counter() - began))
-    return best
 
 
 # -- running the contestants -------------------------------------------------------------------------------------------
