@@ -65,7 +65,7 @@ def write_elements(group: Any, elements: Mapping[str, Any], *, rows: int | None 
         import anndata as ad  # imported only if it is needed, as it takes long
 
         with (
-            ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True, zarr_write_format=3),
+            ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")

@@ -96,7 +96,7 @@ def test_tables_of_several_inputs(
     joined = ad.concat(read, join="outer", label=label, keys=[f"{k}.h5ad" for k in range(len(paths))])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with ad.settings.override(allow_write_nullable_strings=True):
+        with ad.settings.override(allow_write_nullable_strings=True, disallow_forward_slash_in_h5ad=False):
             joined.write_h5ad(folder / "expected.h5ad")
         expected = ad.read_h5ad(folder / "expected.h5ad").obs
     store = convert(paths, folder / "o.zarr", shuffle=shuffle, progress=False)
