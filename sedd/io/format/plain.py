@@ -26,6 +26,7 @@ ARRAY, STRINGS = Kind("array", "0.2.0"), Kind("string-array", "0.2.0")
 NUMBER, STRING = Kind("numeric-scalar", "0.2.0"), Kind("string", "0.2.0")
 CATEGORICAL, TABLE, MAPPING = Kind("categorical", "0.2.0"), Kind("dataframe", "0.2.0"), Kind("dict", "0.1.0")
 INTEGERS, BOOLEANS = Kind("nullable-integer", "0.1.0"), Kind("nullable-boolean", "0.1.0")
+NULLABLE_STRINGS = Kind("nullable-string-array", "0.1.0")
 CSR = Kind("csr_matrix", "0.1.0")
 
 
@@ -74,6 +75,14 @@ def _read_table(node: Any) -> Any:
     return frame
 
 
+def _read_nullable_strings(node: Any) -> Any:
+    text = pd.Index(["a"]).dtype  # a type of its own since pandas 3, in which a missing value is NaN
+    is_text = isinstance(text, pd.StringDtype) and node.attrs.get("na-value") == "NaN"
+    values: Any = pd.array(read_element(node["values"]).astype(object), dtype=text if is_text else pd.StringDtype())
+    values[read_element(node["mask"])] = values.dtype.na_value
+    return values
+
+
 def _read_csr(node: Any) -> sparse.csr_matrix:
     data, indices, indptr = (node[name][()] for name in ("data", "indices", "indptr"))
     return sparse.csr_matrix((data, indices, indptr), shape=tuple(node.attrs["shape"]))
@@ -93,6 +102,7 @@ _READERS: dict[Kind, Callable[[Any], Any]] = {
     TABLE: _read_table,
     INTEGERS: _reader_of_masked(pd.arrays.IntegerArray),
     BOOLEANS: _reader_of_masked(pd.arrays.BooleanArray),
+    NULLABLE_STRINGS: _read_nullable_strings,
     CSR: _read_csr,
 }
 
@@ -104,6 +114,8 @@ def kind_of(element: Any) -> Kind | None:
         if element.dtype.kind in "OU":
             return STRINGS if pd.api.types.infer_dtype(element.reshape(-1), skipna=False) == "string" else None
         return ARRAY if element.dtype.kind in "biuf" else None
+    if isinstance(element, pd.arrays.StringArray | pd.arrays.ArrowStringArray):
+        return None if element.dtype.na_value is pd.NA else NULLABLE_STRINGS  # all text, since pandas 3
     if kind in (bool, int, float) or isinstance(element, np.number | np.bool_):
         return NUMBER if np.asarray(element).dtype.kind in "biuf" else None
     return _KINDS.get(kind)
@@ -146,6 +158,9 @@ def write_plain(
         inside = {"codes": element.codes, "categories": element.categories.to_numpy()}
     elif kind == CSR:
         more = {"shape": list(map(int, element.shape))}
+    elif kind == NULLABLE_STRINGS:
+        more = {"na-value": "NaN"}
+        inside = {"values": element.to_numpy(object, na_value=""), "mask": element.isna()}
     else:
         inside = {"values": element.to_numpy(na_value=0, dtype=element.dtype.numpy_dtype), "mask": element.isna()}
     made = group.create_group(key, attributes=more | encoding, overwrite=True)
