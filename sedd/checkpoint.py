@@ -8,11 +8,13 @@ and loading it executes nothing: `torch.load(weights_only=True)` on a zip archiv
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import re
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,6 +22,8 @@ import torch
 
 from sedd.errors import UserError, warn_user
 from sedd.io.files import new_file
+
+T = TypeVar("T")
 
 FORMAT = 1
 _NUMBERED = re.compile(r"(epoch|step)_(\d+)\.pt$")
@@ -55,8 +59,15 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
         raise OSError(cause.errno, f"could not be written: {cause.strerror or cause}", str(path)) from error
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: str | Path, *, header: bool = False) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU, verifying every checksum and executing nothing.
+
+    Parameters
+    ----------
+    path
+        The file.
+    header
+        Read only what is no tensor, verifying nothing else: the tensors are those of the file, mapped and not looked at.
 
     Raises
     ------
@@ -67,11 +78,9 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; expected a .pt file or the directory of a run.")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path}: the checkpoint is damaged (checksum of {damaged}); use another one of the run.")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not header:
+            _verify(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=header)
     except pickle.UnpicklingError as error:
         # Not with torch's words: they advise to load it all the same.
         raise UserError(
@@ -121,20 +130,51 @@ def numbered_checkpoints(directory: str | Path, kind: str | None = None) -> list
     return [path for _, _, path in sorted(found)]
 
 
+def load_newest(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest whole checkpoint of a run and its state, passing over damaged ones with a warning; None if there is none."""
+    return next(_passing_over_damaged(_newest_first(directory), load), None)
+
+
 def find_newest(directory: str | Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, passing over damaged ones with a warning; None if there is none."""
-    directory = Path(directory)
-    found = [p for p in directory.glob("*.pt") if p.name in ("best.pt", "final.pt") or _NUMBERED.match(p.name)]
-    progress = []
-    for path in found:
+    """Return the newest whole checkpoint of a run as `load_newest` does, without holding it in memory."""
+    return next((path for path, _ in _passing_over_damaged(_newest_first(directory), _verify)), None)
+
+
+def _passing_over_damaged(paths: Iterable[Path], look: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+    for path in paths:
         try:
-            state = load(path)
+            found = look(path)
         except UserError as error:
             warn_user(f"passed over {error}")
-            continue
-        # best.pt is a copy of an epoch's end: of equal progress the others are as good.
-        progress.append(((state["step"], state["epoch"], path.name != "best.pt"), path))
-    return max(progress)[1] if progress else None
+        else:
+            yield path, found
+
+
+def _newest_first(directory: str | Path) -> list[Path]:
+    """Return the checkpoints of a run whose headers can be read, by the progress that these tell; no tensor is read for it."""
+    directory = Path(directory)
+    found = [p for p in directory.glob("*.pt") if p.name in ("best.pt", "final.pt") or _NUMBERED.match(p.name)]
+    headers = _passing_over_damaged(sorted(found), functools.partial(load, header=True))
+    # best.pt is a copy of an epoch's end: of equal progress the others are as good.
+    progress = [((state["step"], state["epoch"], path.name != "best.pt"), path) for path, state in headers]
+    return [path for _, path in sorted(progress, reverse=True)]
+
+
+def _verify(path: Path) -> None:
+    """Check every checksum of a file.
+
+    Raises
+    ------
+    UserError
+        If one is wrong.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: the checkpoint is damaged or not one ({error}).") from error
+    if damaged is not None:
+        raise UserError(f"{path}: the checkpoint is damaged (checksum of {damaged}); use another one of the run.")
 
 
 def pack_histogram(histogram: sp.csr_array) -> dict[str, Any]:

@@ -15,15 +15,14 @@ import math
 import sys
 import time
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from sedd import checkpoint
 from sedd.config import TrainConfig
-from sedd.errors import UserError
 from sedd.io.loader import CellLoader
 from sedd.model import SEDDTransformer
 from sedd.training.directory import RunDirectory
@@ -31,7 +30,7 @@ from sedd.training.dry_run import forecast
 from sedd.training.failures import check_finite, explained
 from sedd.training.learner import Learner
 from sedd.training.logs import Progress, Tracker, resolve_logger
-from sedd.training.parallel import Ranks, make_accelerator
+from sedd.training.parallel import Ranks, make_accelerator, together
 from sedd.training.resuming import state_to_resume
 from sedd.training.run_data import Panel, prepare_panel
 from sedd.training.saving import Saver
@@ -96,11 +95,11 @@ class SEDDTrainer:
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
         resolve_logger(run.log_with)
-        resumed = state_to_resume(run, self.directory)
         self.accelerator = make_accelerator(self.config.optim.mixed_precision)
         with contextlib.ExitStack() as stack:
             self._stop = stack.enter_context(StopRequest())
             with self._stop.at_once():
+                resumed = self._state_to_resume()
                 self._panel = self._prepare(resumed)
             stack.callback(self._panel.store.close)
             stack.enter_context(explained(self.config, lambda: self.step, self._largest_batch))
@@ -111,10 +110,7 @@ class SEDDTrainer:
                 step = functools.partial(self._learner.step, step=self.step, epoch=self.epoch)
                 self.accelerator.print(forecast(self.config, self._panel, self.model, self._loader, step))
                 return self.history
-            if self.accelerator.is_main_process:
-                self.directory.create(self.config.to_flat(), fresh=resumed is None)
-                self.directory.rewind_metrics(self.step)
-            self.accelerator.wait_for_everyone()
+            together(self.accelerator, functools.partial(self._open_directory, stack, fresh=resumed is None))
             self._ranks = Ranks(self.accelerator)
             divided = self.accelerator.is_fsdp2
             self._saver = Saver(run, self._ranks, divided=divided, state=self.state, step=self.step)
@@ -129,25 +125,37 @@ class SEDDTrainer:
             self.accelerator.wait_for_everyone()
         return self.history
 
+    def _state_to_resume(self) -> dict[str, Any] | None:
+        """Return the state to resume, of the checkpoint that the first rank has chosen: another might find others, or choose otherwise."""
+        found: list[tuple[Path, dict[str, Any]] | None] = []
+
+        def choose() -> Path | None:
+            found.append(state_to_resume(self.config, self.directory) if self.accelerator.is_main_process else None)
+            return found[0][0] if found[0] else None
+
+        path = together(self.accelerator, choose)[0]
+        if path is not None:
+            together(self.accelerator, lambda: None if found[0] else found.insert(0, (path, checkpoint.load(path))))
+        return found[0][1] if found[0] else None
+
+    def _open_directory(self, stack: contextlib.ExitStack, *, fresh: bool) -> None:
+        """Have the first rank make the directory of the run its own until the end."""
+        if self.accelerator.is_main_process:
+            stack.enter_context(self.directory.only_writer())
+            self.directory.create(self.config.to_flat(), fresh=fresh)
+            self.directory.rewind_metrics(self.step)
+
     def _prepare(self, resumed: dict[str, Any] | None) -> Panel:
         """Return the panel, converted and counted by the first rank while the others wait; its errors reach every rank."""
-        error: list[str | None] = [None]
-        panel = None
-        if self.accelerator.is_main_process:
-            try:
-                panel = prepare_panel(self.config, resumed)
-            except UserError as e:
-                error[0] = str(e)
-                if self.accelerator.num_processes == 1:
-                    raise
-        if self.accelerator.num_processes > 1:
-            dist.broadcast_object_list(error)
-            if error[0] is not None:
-                raise UserError(error[0])
-            if panel is None:
-                panel = prepare_panel(self.config, resumed)  # quick: the store and its statistics are there
-        assert panel is not None
-        return panel
+        panels: list[Panel] = []
+
+        def prepare() -> None:
+            panels.append(prepare_panel(self.config, resumed))
+
+        together(self.accelerator, prepare if self.accelerator.is_main_process else lambda: None)
+        if not panels:
+            prepare()  # quick: the store and its statistics are there
+        return panels[0]
 
     def _build(self, resumed: dict[str, Any] | None) -> None:
         config, panel = self.config, self._panel

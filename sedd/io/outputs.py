@@ -99,7 +99,10 @@ def _locked(path: str, output: str, *, wait: bool) -> Iterator[None]:
         if owner is not None:
             os.close(fd)
             who = f" ({' process '.join(owner.split())})" if owner else ""
-            raise UserError(f"{output}: another process is writing it{who}. Wait for it, or choose another name.")
+            raise UserError(
+                f"{output}: another process is writing it{who}. Wait for it, or choose another name; if the machine of that process is "
+                f"gone, delete {held.path if held else path}."
+            )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(fd)):
                 break

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from sedd.checkpoint import numbered_checkpoints
 from sedd.errors import UserError
 from sedd.io.files import new_file, write_json
+from sedd.io.outputs import only_writer_in
 
 _FILES = ("best.pt", "final.pt", "args.json", "history.json", "metrics.jsonl", "wandb_id")
 _HEADER = ["run", "state", "epochs", "step", "best nats/cell", "at", "cells/s", "model", "attention", "genes", "batch", "lr", "seed"]
@@ -34,25 +37,62 @@ class RunDirectory:
         named = [self.path / name for name in _FILES if (self.path / name).exists()]
         return named + numbered_checkpoints(self.path)
 
-    def check_free(self) -> None:
-        """Refuse a directory that holds a run.
+    def check_usable(self) -> None:
+        """Refuse what cannot be the directory of a run.
 
         Raises
         ------
         UserError
-            If it does, or if `path` is not a directory.
+            If it is a file, a store, or cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: is a file; expected a directory for --checkpoint_dir.")
-        if self.files():
+        if (self.path / "zarr.json").exists():
+            raise UserError(f"{self.path}: is a Zarr store; expected a directory of its own for --checkpoint_dir.")
+        near = next(path for path in (self.path, *self.path.absolute().parents) if os.path.lexists(path))
+        if not near.is_dir():
+            raise UserError(f"{near}: is not a directory; expected one for --checkpoint_dir.")
+        if not os.access(near, os.W_OK):
+            raise UserError(f"{near}: cannot be written; expected a directory that can for --checkpoint_dir.")
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """Refuse a directory in which a new run would take the place of files.
+
+        Parameters
+        ----------
+        overwrite
+            A run that is there may be deleted; files that only have the names of one may not.
+
+        Raises
+        ------
+        UserError
+            If there are such files.
+        """
+        found = ", ".join(p.name for p in self.files()[:4])
+        if not found:
+            return
+        settings = _read(self.path / "args.json", None)
+        if not isinstance(settings, dict) or not {"data_path", "checkpoint_dir"} <= settings.keys():
             raise UserError(
-                f"{self.path}: holds a run already ({', '.join(p.name for p in self.files()[:4])}). Pass --resume auto to "
+                f"{self.path}: holds {found}, but no args.json of a run, so these are not known to be a run's and are not "
+                "replaced. Move them, or choose another --checkpoint_dir."
+            )
+        if not overwrite:
+            raise UserError(
+                f"{self.path}: holds a run already ({found}). Pass --resume auto to "
                 "continue it, --overwrite to start anew, or another --checkpoint_dir."
             )
 
+    def only_writer(self) -> AbstractContextManager[None]:
+        """Hold the right to write into the directory, which is made when missing.
+
+        Raises
+        ------
+        UserError
+            If another process trains in it.
+        """
+        return only_writer_in(self.path)
+
     def create(self, settings: dict[str, Any], *, fresh: bool) -> None:
-        """Make the directory and write args.json; with `fresh`, delete the files of an earlier run (and only those)."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Write args.json; with `fresh`, delete the files of an earlier run (and only those)."""
         if fresh:
             for path in self.files():
                 path.unlink()

@@ -21,7 +21,7 @@ from sedd.training.ema import EMA
 from sedd.training.failures import check_finite, largest_batch
 from sedd.training.masking import device_masks, drop_conditions
 from sedd.training.parallel import divide_like, divide_optimizer_state, whole
-from sedd.training.resuming import check_same_model
+from sedd.training.resuming import check_same_vectors
 from sedd.training.run_data import Panel
 
 
@@ -49,7 +49,7 @@ class Learner:
     Raises
     ------
     UserError
-        If the checkpoint is of another network.
+        If the checkpoint is of a network with other gene vectors.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Learner:
         torch.manual_seed(config.run.seed)
         self.model = panel.build_model(config.model)
         if resumed is not None:
-            check_same_model(resumed, self.model.config, config.model.graph)
+            check_same_vectors(resumed, self.model, config.model.gene_embeddings)
             self.model.load_state_dict(resumed["model"])
         optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, config.optim.weight_decay),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from accelerate.utils import (
 from torch import Tensor
 
 from sedd.errors import UserError
+
+T = TypeVar("T")
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)  # the other ranks wait for the first while it converts a file
 
@@ -56,6 +59,29 @@ def _divide_weights(accelerator: Accelerator) -> None:
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
     # Accelerate would round the inputs of every block, noise levels included; autocast rounds what may be rounded.
     state.fsdp_plugin.mixed_precision_policy = None
+
+
+def together(accelerator: Accelerator, function: Callable[[], T]) -> list[T]:
+    """Return what `function` returns on every process, on every process. All of them must call this, with what can be sent.
+
+    Raises
+    ------
+    UserError
+        On all processes, if it was raised on one.
+    """
+    if accelerator.num_processes == 1:
+        return [function()]
+    found: tuple[Any, str | None]
+    try:
+        found = function(), None
+    except UserError as error:
+        found = None, str(error)
+    everywhere: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(everywhere, found)
+    for _, message in everywhere:
+        if message is not None:
+            raise UserError(message)
+    return [value for value, _ in everywhere]
 
 
 class Ranks:

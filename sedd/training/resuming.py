@@ -1,67 +1,130 @@
-"""What a run resumes from, and whether it may."""
+"""What a run resumes from, and whether it may: every setting is compared with those of the checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sedd import checkpoint
-from sedd.config import RunConfig
-from sedd.errors import UserError
+from sedd.config import SECTIONS, TrainConfig
+from sedd.errors import UserError, warn_user
+from sedd.model import SEDDTransformer
 from sedd.training.directory import RunDirectory
 
+SAME, TOLD, CONTENT, FREE = "same", "told", "content", "free"
+ON_RESUME: dict[str, str] = {
+    "data_path": CONTENT, "cache_dir": FREE, "layer": SAME, "genes": CONTENT, "binning": SAME, "num_bins": SAME,
+    "val_fraction": SAME, "limit_cells": SAME, "memory_budget": FREE, "loader_threads": FREE, "masks_on": FREE,
+    "model": CONTENT, "hidden_dim": SAME, "num_layers": SAME, "num_heads": SAME, "dropout": SAME, "attention": SAME,
+    "num_latents": SAME, "head": SAME, "graph": SAME, "noise": SAME, "objective": SAME, "mask_ratio": SAME, "condition": SAME,
+    "condition_library_size": SAME, "condition_dropout": SAME, "gene_embeddings": CONTENT,
+    "num_epochs": FREE, "batch_size": TOLD, "learning_rate": TOLD, "warmup_steps": SAME, "weight_decay": SAME, "grad_clip": TOLD,
+    "ema_decay": SAME, "gradient_accumulation_steps": TOLD, "mixed_precision": TOLD, "compile": TOLD,
+    "checkpoint_dir": FREE, "resume": FREE, "overwrite": FREE, "seed": SAME, "num_threads": FREE, "checkpoint_every": FREE,
+    "keep_checkpoints": FREE, "early_stopping": FREE, "log_with": FREE, "dry_run": FREE,
+}  # fmt: skip
+"""What a resumed run does about each setting, if it is not that of the checkpoint.
 
-def state_to_resume(run: RunConfig, directory: RunDirectory) -> dict[str, Any] | None:
-    """Return the state that `--resume` names, or None for a new run.
+SAME: it is an error, for the result would be of neither. TOLD: the way out of a loss that grows or of too little memory; the run says that
+it changes how the rest is fitted. CONTENT: what counts is what it names, a store, a list of genes, vectors or sizes, and that is
+compared. FREE: it says how long, where and on what the run trains, and the steps are the same.
+"""
+
+
+def state_to_resume(config: TrainConfig, directory: RunDirectory) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint that `--resume` names and its state, or None for a new run. Nothing is changed by that.
 
     Raises
     ------
     UserError
-        If the directory holds another run, or the checkpoint cannot be read.
+        If the directory holds another run or something else, or if the checkpoint cannot be read or was made with other settings.
     """
+    run = config.run
+    directory.check_usable()
     if run.resume is None:
-        if not run.overwrite:
-            directory.check_free()
+        directory.check_free(overwrite=run.overwrite)
         return None
     if run.resume == "auto":
-        path = checkpoint.find_newest(directory.path)
-        if path is None:
-            if not run.overwrite and (found := [p.name for p in directory.files()]):
+        found = checkpoint.load_newest(directory.path)
+        if found is None:
+            if not run.overwrite and (there := [p.name for p in directory.files()]):
                 raise UserError(
-                    f"{directory.path}: --resume auto found no checkpoint that can be read, but other files of a run ({', '.join(found[:4])}). "
+                    f"{directory.path}: --resume auto found no checkpoint that can be read, but other files of a run ({', '.join(there[:4])}). "
                     "Nothing was changed. Put a whole checkpoint there, name one with --resume FILE, or pass --overwrite to "
                     "start anew."
                 )
+            directory.check_free(overwrite=run.overwrite)
             return None  # a job that is queued again and again starts like this once
     else:
         path = Path(run.resume)
-        path = checkpoint.find_newest(path) or checkpoint.find(path) if path.is_dir() else path
-    state = checkpoint.load(path)
-    if path.resolve().parent != directory.path.resolve() and not run.overwrite:
-        directory.check_free()
-    return state
+        found = checkpoint.load_newest(path) if path.is_dir() else None
+        if found is None:
+            path = checkpoint.find(path) if path.is_dir() else path
+            found = path, checkpoint.load(path)
+    path, state = found
+    if path.resolve().parent != directory.path.resolve():
+        directory.check_free(overwrite=run.overwrite)
+    check_same_settings(state, config)
+    return path, state
 
 
-def check_same_model(state: dict[str, Any], built: dict[str, Any], graph: str) -> None:
-    """Check that the settings build the model of a checkpoint.
-
-    Parameters
-    ----------
-    state
-        The checkpoint.
-    built, graph
-        What the settings say.
+def check_same_settings(state: dict[str, Any], config: TrainConfig) -> None:
+    """Compare all settings with those of a checkpoint.
 
     Raises
     ------
     UserError
-        If they do not; the first difference is named.
+        If one differs that may not; all of these are named, with both values.
     """
-    trained = {**state["model_config"], "graph": state["args"].get("graph", "absorbing")}
-    different = {k: (v, now) for k, v in trained.items() if (now := {**built, "graph": graph}.get(k)) != v}
-    if different:
-        name, (old, new) = next(iter(different.items()))
+    fields = {field.name: field for section in SECTIONS.values() for field in section.__dataclass_fields__.values()}
+    before, now = state["args"], config.to_flat()
+    wrong: list[tuple[str, Any, Any]] = []
+    for name, kind in ON_RESUME.items():
+        was, given = before.get(name, fields[name].default), now[name]  # a setting that came later had its default
+        was, given = (list(value) if isinstance(value, list | tuple) else value for value in (was, given))
+        if name == "gene_embeddings":
+            same = (was is None) == (given is None)
+        else:
+            same = kind in (FREE, CONTENT) or was == given
+        if not same and kind == TOLD:
+            warn_user(
+                f"--resume: from here on {_flag(name, given)} where the checkpoint was made with {_flag(name, was)}."
+            )
+        elif not same:
+            wrong.append((name, was, given))
+    if wrong:
+        made, said = (", ".join(_flag(name, values[k]) for name, *values in wrong) for k in range(2))
         raise UserError(
-            f"--resume: the checkpoint's model has {name} {old}, the settings say {new}; pass --{name} {old} or start anew "
-            "in another --checkpoint_dir."
+            f"--resume: the checkpoint was made with {made}; the settings now say {said}. A run is resumed with the settings that "
+            f"determine its result: pass {made}, or start anew in another --checkpoint_dir."
         )
+
+
+def _flag(name: str, value: Any) -> str:
+    """Return a setting as on the command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    if value is None or value == []:
+        return f"no --{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def check_same_vectors(state: dict[str, Any], model: SEDDTransformer, file: str | None) -> None:
+    """Check that pretrained gene vectors are those that the model of a checkpoint was trained with.
+
+    Raises
+    ------
+    UserError
+        If `file` holds others.
+    """
+    for name, vectors in model.named_buffers():
+        known = state["model"].get(name)
+        if name.endswith(".pretrained") and (
+            known is None or known.shape != vectors.shape or not torch.equal(known, vectors.cpu())
+        ):
+            raise UserError(
+                f"--resume: --gene_embeddings {file} holds other vectors than those the checkpoint was trained with; pass the file "
+                "with those, or start anew in another --checkpoint_dir."
+            )

@@ -232,13 +232,6 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore,
             f"{state['data']['n_obs']} there, or other contents); continue on that, or start anew in another "
             "--checkpoint_dir."
         )
-    given = (train.val_fraction, train.seed, train.limit)
-    kept = (state["split"]["val_fraction"], state["split"]["seed"], state["split"]["limit"]["train"])
-    if given != kept:
-        raise UserError(
-            f"--resume: the checkpoint's split has (val_fraction, seed, cells) {kept}, the settings say {given}; "
-            "continue with the settings of args.json."
-        )
     data = config.data
     wanted = state["genes"]
     if data.genes != state["args"]["genes"]:
@@ -248,11 +241,6 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore,
         raise UserError(
             f"--resume: the checkpoint was trained on {len(state['genes'])} other genes than the {len(wanted)} of --genes "
             f"{data.genes}; pass --genes {state['args']['genes']} as then, or start anew in another --checkpoint_dir."
-        )
-    if (data.binning, data.num_bins) != (state["args"]["binning"], state["args"]["num_bins"]):
-        raise UserError(
-            f"--resume: the checkpoint has --binning {state['args']['binning']} --num_bins {state['args']['num_bins']}, the "
-            f"settings say {data.binning} {data.num_bins}; continue with those or start anew in another --checkpoint_dir."
         )
     vectors = None
     if config.model.gene_embeddings is not None:
