@@ -88,7 +88,7 @@ def in_process(words: list[str], timeout: float | None = None) -> dict[str, Any]
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median and range of every figure over the rounds; what is no figure, or never differs, as it is."""
+    """Median and range of every figure over the rounds; what is no figure, or never differs, is kept."""
     result: dict[str, Any] = {}
     for name, first in rounds[0].items():
         values = [one[name] for one in rounds]

@@ -4,7 +4,7 @@
     python benchmarks/curves.py --work experiments/curves --sizes medium large --genes 1000 --limit_cells 675
 
 A size is a run of `sedd train` in `WORK/SIZE`; one that was interrupted goes on, one that is finished is only read. What every run
-was told and came to is written to `benchmarks/results/curves.json`, in place of the sizes it repeats, and drawn in
+was given and came to is written to `benchmarks/results/curves.json`, in place of the sizes it repeats, and drawn in
 `docs/figures/curves.png`: nats per training and per held-out cell.
 """
 
@@ -22,7 +22,7 @@ from common import write_result
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "curves.json"
-TOLD = ("model", "learning_rate", "batch_size", "warmup_steps", "ema_decay", "dropout", "genes", "limit_cells", "num_epochs", "seed")
+SETTINGS = ("model", "learning_rate", "batch_size", "warmup_steps", "ema_decay", "dropout", "genes", "limit_cells", "num_epochs", "seed")
 CAME_TO = ("step", "train_loss", "val_nelbo", "val_mae")
 
 
@@ -35,12 +35,12 @@ def train(args: argparse.Namespace, size: str) -> None:
 
 
 def collect(directory: Path) -> dict[str, Any]:
-    """What a run was told and came to."""
-    told = json.loads((directory / "args.json").read_text())
+    """What a run was given and came to."""
+    settings = json.loads((directory / "args.json").read_text())
     history = json.loads((directory / "history.json").read_text())
     best = min(history, key=lambda entry: entry["val_nelbo"])
     return {
-        "settings": {name: told[name] for name in TOLD},
+        "settings": {name: settings[name] for name in SETTINGS},
         "epochs": len(history),
         "best_epoch": best["epoch"],
         "best_val_nelbo": best["val_nelbo"],
@@ -56,12 +56,12 @@ def plot(runs: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3.2), layout="constrained")
     for axis, (name, run) in zip(axes if len(runs) > 1 else [axes], runs.items(), strict=True):
-        told, epochs = run["settings"], range(1, run["epochs"] + 1)
+        settings, epochs = run["settings"], range(1, run["epochs"] + 1)
         axis.plot(epochs, run["curve"]["train_loss"], color="0.6", linewidth=1, label="training cells, own noise levels")
         axis.plot(epochs, run["curve"]["val_nelbo"], color="#0b6e99", label="held-out cells, averaged weights")
         axis.plot(run["best_epoch"], run["best_val_nelbo"], "o", color="#0b6e99", markersize=4)
-        cells = "" if told["limit_cells"] is None else f", {told['limit_cells']:,} cells"
-        axis.set_title(f"{name}: {told['learning_rate']:g}, batches of {told['batch_size']}{cells}", fontsize=9)
+        cells = "" if settings["limit_cells"] is None else f", {settings['limit_cells']:,} cells"
+        axis.set_title(f"{name}: {settings['learning_rate']:g}, batches of {settings['batch_size']}{cells}", fontsize=9)
         axis.set_xlabel("epoch")
     first = axes[0] if len(runs) > 1 else axes
     first.set_ylabel("nats per cell")

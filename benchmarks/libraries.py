@@ -3,7 +3,7 @@
     python benchmarks/atlas.py /tmp/data/a120k.h5ad
     python benchmarks/libraries.py /tmp/data/a120k.h5ad
 
-Each part is swapped for the library's way while the program runs, everything else stays as it is:
+Each part is swapped for the library's way while the program runs, and nothing else is changed:
 
 - reading: `sedd.io.format.reader` and `codec` against zarr-python, and against zarr-python with zarrs' codecs if it is installed
 - encoding: `sedd.io.format.codec` against the same codecs called from Python

@@ -134,7 +134,7 @@ def run_peer(method: str, task_file: Path, output: Path, seed: int, python: str)
 def score_denoising(task: Task, method: str, denoised: np.ndarray, log_estimate: np.ndarray | None = None) -> Record:
     """Denoising on the test cells, and on all cells as transductive methods are usually scored.
 
-    `mse` is that of the denoised counts as they are; `mse_expected_log` gives the method the estimator that this error
+    `mse` is that of the denoised counts themselves; `mse_expected_log` gives the method the estimator that this error
     rewards, the expectation of the logarithm at the depth of the held-out molecules.
     """
     ratio = task.held_out.sum() / task.kept.sum()
@@ -279,9 +279,9 @@ def sedd_records(
             answers = quality_sedd.impute(model, test, hidden)
             yield score_imputation(task, "sedd", fraction, answers.pop("mean"), **answers)
     if "likelihood" in protocols:
-        for told in (False, True) if model.model.config["condition_library"] else (False,):
-            nats = quality_sedd.likelihood(model, test, n_masks, task.seed, told=told)
-            row = score_likelihood(task, "sedd, bound", nats, "the cell's total" if told else "nothing")
+        for whole in (False, True) if model.model.config["condition_library"] else (False,):
+            nats = quality_sedd.likelihood(model, test, n_masks, task.seed, whole=whole)
+            row = score_likelihood(task, "sedd, bound", nats, "the cell's total" if whole else "nothing")
             yield {**row, "masks_per_cell": n_masks}
     if "denoising" in protocols:
         kept = quality_sedd.aligned(model, task.kept[task.test_rows], task.genes)

@@ -47,9 +47,9 @@ def gene_order(model: Pretrained, genes: np.ndarray) -> np.ndarray:
     return np.array([position[gene] for gene in genes])
 
 
-def likelihood(model: Pretrained, adata: anndata.AnnData, n_masks: int, seed: int, *, told: bool) -> np.ndarray:
-    """Bound on the negative log likelihood of each cell's counts, nats; given their total if the model is `told` it."""
-    given = (CellBatch(tokens, **context) for _, _, tokens, context in batches(model, adata, whole=told))
+def likelihood(model: Pretrained, adata: anndata.AnnData, n_masks: int, seed: int, *, whole: bool) -> np.ndarray:
+    """Bound on the negative log likelihood of each cell's counts, nats; given their total if cells are seen `whole`."""
+    given = (CellBatch(tokens, **context) for _, _, tokens, context in batches(model, adata, whole=whole))
     of_tokens = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
     return of_tokens + within_nats(model.binning, sparse.csr_matrix(adata.X))
 

@@ -86,7 +86,7 @@ def table(protocol: str, records: Sequence[dict[str, Any]]) -> list[str]:
             if np.isfinite(row[i]) and "anchor" not in who[0] and not (given and who[1] != "nothing")
         }
         best[i] = min(rivals, key=lambda who, rivals=rivals: rivals[who]) if rivals else None
-    head = ["method", *(["told"] if given else []), *(title for _, title, _ in columns), "seeds"]
+    head = ["method", *(["given"] if given else []), *(title for _, title, _ in columns), "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for who in sorted(means, key=rank):
         cells = []

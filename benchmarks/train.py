@@ -7,7 +7,7 @@
 Contestants run one after the other, each in processes of its own, `--rounds` times; every round, medians and ranges go to
 `benchmarks/results/train_DEVICE.json`, with what is required of them.
 
-    loop            `sedd train` as it is: cells from the store, masks, bar, logs
+    loop            `sedd train` itself: cells from the store, masks, bar, logs
     memory          the same loop, fed from tensors that were made beforehand
     loop_masks      the loop with the masks drawn on the side that it does not choose by itself: beside the network on a CPU,
                     by the loader's threads on a GPU

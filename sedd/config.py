@@ -139,7 +139,7 @@ class DataConfig:
     """The genes to model: a number N (the N most variable, seurat_v3 on the training cells), a file with one name a
     line, or `all`."""
     binning: Literal["auto", "identity", "geometric", "counts", "linear", "log", "quantile"] = "auto"
-    """How a value becomes a token. auto: small counts as they are, large ones in bins of a few per cent (geometric)."""
+    """How a value becomes a token. auto: small counts unchanged, large ones in bins of a few per cent (geometric)."""
     num_bins: int = 100
     """Number of value bins; the mask is a token of its own beside them."""
     val_fraction: float = 0.1

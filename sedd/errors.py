@@ -1,4 +1,4 @@
-"""What a user is told: one line for bad input, one line for a warning."""
+"""Errors and warnings for users: one line for bad input, one line for a warning."""
 
 from __future__ import annotations
 

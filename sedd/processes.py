@@ -32,7 +32,7 @@ class Processes:
         import torch
         from accelerate import PartialState
 
-        # Accelerate takes processes without GPUs for single ones unless it is told that they are meant to use the CPU.
+        # Accelerate takes processes without GPUs for single ones unless a setting says that they are meant to use the CPU.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
         return cls(state.process_index, state.num_processes, state)
 

@@ -150,10 +150,10 @@ def denoise(
     resume: bool = False,
     progress: bool = True,
 ) -> ad.AnnData:
-    """Replace every count by the rate behind it, as the whole cell tells it.
+    """Replace every count by the rate behind it, estimated from the whole cell.
 
     Each gene of a cell is hidden once a round, together with a random 1/`folds` of the others, and predicted from the rest;
-    predictions are averaged over `rounds` random partitions. The count itself then updates what the others say of it.
+    predictions are averaged over `rounds` random partitions. The count itself then updates the prediction from the others.
 
     Parameters
     ----------
@@ -339,14 +339,14 @@ def _for_each_batch(
     make: Callable[[TaskBatch], dict[str, np.ndarray]],
     details: dict[str, Any],
 ) -> ad.AnnData:
-    """Return what `make` says of each batch of cells, put together; `embed` puts it beside its input, other tasks make a new table.
+    """Return what `make` gives for each batch of cells, put together; `embed` puts it beside its input, other tasks make a new table.
 
     Parameters
     ----------
     arguments
         All arguments of the task.
     details
-        What the result says of how it was made, beside which genes were missing.
+        What the result's uns records of how it was made, beside which genes were missing.
     """
     names = ("data", "cells", "layer", "batch_size", "output", "progress")
     data, cells, layer, batch_size, output, progress = (arguments[name] for name in names)
@@ -374,6 +374,6 @@ def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
 
 
 def _described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:
-    """Return what a result says of how it was made, for its uns."""
+    """Return what the uns of a result records of how it was made."""
     done = {"task": task, "version": __version__, "checkpoint": str(model.path), "epoch": int(model.state["epoch"])}
     return {"sedd": {**done, "binning": model.binning.kind, **details}}

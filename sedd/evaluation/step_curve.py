@@ -36,7 +36,7 @@ def step_curve(
         A loaded model.
     made
         Generated cells, whose own number of steps is a point too if they were drawn without conditions and by the
-        reverse process as it is.
+        plain reverse process.
     real, train
         Held-out cells and training cells over the known genes.
     known : (n_vars,) bool

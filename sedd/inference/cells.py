@@ -177,7 +177,7 @@ def opened(data: ad.AnnData | str | Path, layer: str | None = None) -> Iterator[
     Parameters
     ----------
     data
-        An AnnData is passed on as it is.
+        An AnnData is passed on unchanged.
     layer
         The only layer that is needed; X as well if None.
 

@@ -43,7 +43,7 @@ def add_genes(
     Returns
     -------
     model : Pretrained
-        For `impute`, `denoise` and `embed`. What it says of the old genes changes only by what it sees of the new ones.
+        For `impute`, `denoise` and `embed`. Predictions of the old genes change only through the counts of the new ones.
 
     Raises
     ------

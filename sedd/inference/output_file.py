@@ -151,7 +151,7 @@ def _attach_to_copy(data: Path, output: Path, obsm: dict[str, np.ndarray], uns: 
 
 @contextlib.contextmanager
 def _written_plainly() -> Iterator[None]:
-    """Whatever pandas makes of strings, in the format that every anndata reads, without what it says of coming versions."""
+    """Whatever pandas makes of strings, in the format that every anndata reads, without its warnings about coming versions."""
     with (
         ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True),
         warnings.catch_warnings(),

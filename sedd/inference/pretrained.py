@@ -86,7 +86,7 @@ class Pretrained:
         Parameters
         ----------
         path
-            A checkpoint, the directory of a run, that of an exported model, or a loaded model, which is returned as it is.
+            A checkpoint, the directory of a run, that of an exported model, or a loaded model, which is returned unchanged.
         device
             Where to put the model; this process's GPU if there is one.
 

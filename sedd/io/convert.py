@@ -90,14 +90,14 @@ def ensure_store(
     values: Literal["counts", "real"] = "counts",
     progress: bool = True,
 ) -> CellStore:
-    """Open a store, converting an `.h5ad` once and using the result while the file stays as it is.
+    """Open a store, converting an `.h5ad` once and using the result until the file changes.
 
     Several processes may call this at once: one converts, the others wait for it. The store of `mine.h5ad` is `mine.sedd.zarr`, a
     name of its own, and only what was made of the same file is ever replaced there.
 
     Parameters
     ----------
-    path : a `.zarr` store, opened as it is, or an `.h5ad`
+    path : a `.zarr` store, which is opened directly, or an `.h5ad`
     cache_dir : where the store is put, by default beside the file
     layer, values : as in `convert`
     progress : show a bar while converting

@@ -1,4 +1,4 @@
-"""CellLoader: a store, a plan and the kernels make token batches, ahead of whoever consumes them."""
+"""CellLoader: a store, an order and the kernels make token batches, ahead of whoever consumes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sedd.io.loading.pipeline import Pipeline, Recipe
 from sedd.io.loading.rows import RowReader, WholeStore
 from sedd.io.loading.selection import cumulative_weights, encode_label, find_genes, make_split
 from sedd.io.loading.torch_dataset import TorchDataset
-from sedd.io.plan import FULL_SHUFFLE_BYTES, EpochOrder, RankPlan, Split
+from sedd.io.plan import FULL_SHUFFLE_BYTES, EpochOrder, RankSteps, Split
 from sedd.io.store import CellStore
 from sedd.kernels.mask import masked_count
 from sedd.kernels.tokens import RowFiller
@@ -145,8 +145,8 @@ class CellLoader:
             self._binning, self._fit = self._fit(), None
         return self._binning
 
-    def _plan(self, start: int) -> RankPlan:
-        return RankPlan(self.n_cells, self.batch_size, self.rank, self.world_size, start, self.drop_last, self.pad)
+    def _steps(self, start: int) -> RankSteps:
+        return RankSteps(self.n_cells, self.batch_size, self.rank, self.world_size, start, self.drop_last, self.pad)
 
     @property
     def order(self) -> EpochOrder:
@@ -155,7 +155,7 @@ class CellLoader:
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
-        return -(-self._plan(0).n_mine // self.batch_size)
+        return -(-self._steps(0).n_mine // self.batch_size)
 
     @property
     def bytes_read(self) -> int:
@@ -225,10 +225,10 @@ class CellLoader:
     def _iterate(self, form: str) -> Iterator[dict[str, Any]]:
         start = self._resume_at or 0
         self._position, self._resume_at = start, None
-        span, epoch, plan = self.batch_size * self.world_size, self.epoch, self._plan(start)
-        if plan.n_mine == 0:
+        span, epoch, steps = self.batch_size * self.world_size, self.epoch, self._steps(start)
+        if steps.n_mine == 0:
             return
-        batches = self._running().run(plan, self.order, form)
+        batches = self._running().run(steps, self.order, form)
         try:
             for step in itertools.count(1):
                 began = time.perf_counter()

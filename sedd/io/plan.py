@@ -17,7 +17,7 @@ from sedd.errors import UserError
 from sedd.io.loading.split import CellList, Split, split_cells
 from sedd.kernels.random_bits import GOLDEN64, mix64, stream_key
 
-__all__ = ["CellList", "EpochOrder", "RankPlan", "Split", "noise_times", "permute", "split_cells", "weighted_ranks"]
+__all__ = ["CellList", "EpochOrder", "RankSteps", "Split", "noise_times", "permute", "split_cells", "weighted_ranks"]
 
 LANES = 192
 """Lanes of a window: rank r of W reads only its own lanes when W divides this (1, 2, 3, 4, 6, 8, 12, 16, 24, .. 64, 96)."""
@@ -238,7 +238,7 @@ def weighted_ranks(seed: int, epoch: int, positions: np.ndarray, cumulative: np.
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class RankSteps:
     """The positions that one rank takes of an epoch, cut into steps.
 
     Attributes
@@ -250,7 +250,7 @@ class RankPlan:
         First position that is still to be seen.
     drop_last, pad : bool
         A last step that not all ranks can fill is dropped, or filled with positions from the start of the epoch, so that
-        all ranks have as many cells; without either it is as short as it is, on some ranks empty.
+        all ranks have as many cells; without either it is short, and on some ranks empty.
     """
 
     n_positions: int

@@ -116,7 +116,7 @@ class Learner:
                 loss, per_cell = self._loss(batch, self._module, epoch)
                 accelerator.backward(loss * (len(batch.cell) / n_cells))
             total += per_cell.sum()
-        # Without clipping only the norm is of interest: infinity leaves the gradients as they are.
+        # Without clipping only the norm is of interest: infinity leaves the gradients unchanged.
         norm = whole(accelerator.clip_grad_norm_(self._module.parameters(), self._config.optim.grad_clip or math.inf))
         total, norm = torch.stack([total, norm.to(total)]).tolist()  # together: a step waits for a GPU once
         mean, place = total / n_cells, f"at step {step} of epoch {epoch + 1} (cells {group[0].cell[:4].tolist()} ...)"

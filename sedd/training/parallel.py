@@ -115,7 +115,7 @@ class Ranks:
         return found.tolist()
 
     def total(self, values: Tensor) -> Tensor:
-        """Return the sums of `values` over all processes; with one process `values` as they are."""
+        """Return the sums of `values` over all processes; with one process `values` themselves."""
         if self._group is not None:
             values = values.clone()
             dist.all_reduce(values, group=self._group)
@@ -151,6 +151,6 @@ def divide_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimiz
 
 
 def whole(value: Tensor) -> Tensor:
-    """All of a divided tensor; one that is not divided as it is."""
+    """All of a divided tensor; any other is returned unchanged."""
     full = getattr(value, "full_tensor", None)  # of a DTensor, whose module takes long to import
     return value if full is None else full()

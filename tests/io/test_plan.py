@@ -17,7 +17,7 @@ from sedd.io.plan import (
     LANES,
     CellList,
     EpochOrder,
-    RankPlan,
+    RankSteps,
     Split,
     noise_times,
     permute,
@@ -99,7 +99,7 @@ def test_a_rank_that_fits_the_lanes_reads_only_its_own_part() -> None:
     n = 8 * WINDOW
     order = EpochOrder(n, 5, 0, "window")
     for world in (8, 64):
-        mine = order.ranks(RankPlan(n, 32, 3, world).positions(0, n))
+        mine = order.ranks(RankSteps(n, 32, 3, world).positions(0, n))
         runs = np.flatnonzero(np.diff(np.sort(mine)) != 1).size + 1
         assert mine.size / runs > BLOCK / 2
 
@@ -153,8 +153,8 @@ def test_weighted_ranks_follow_the_weights() -> None:
 def test_ranks_share_the_positions_that_are_left(
     n: int, batch: int, world: int, start: int, drop: bool, pad: bool
 ) -> None:
-    plans = [RankPlan(n, batch, rank, world, start, drop, pad) for rank in range(world)]
-    mine = [plan.positions(0, plan.n_mine) for plan in plans]
+    all_steps = [RankSteps(n, batch, rank, world, start, drop, pad) for rank in range(world)]
+    mine = [steps.positions(0, steps.n_mine) for steps in all_steps]
     taken = np.sort(np.concatenate(mine))
     left = max(n - start, 0)
     if drop:
@@ -169,22 +169,22 @@ def test_ranks_share_the_positions_that_are_left(
         assert (part % world == rank).all()
 
 
-def test_the_plan_of_a_billion_cells_for_one_of_512_ranks_is_quick_and_small() -> None:
+def test_the_steps_of_a_billion_cells_for_one_of_512_ranks_is_quick_and_small() -> None:
     code = """
 import time, numpy as np
-from sedd.io.plan import EpochOrder, RankPlan, Split, noise_times
+from sedd.io.plan import EpochOrder, RankSteps, Split, noise_times
 split = Split(10**9)
 order = EpochOrder(split.n_cells, 0, 0, "window")
-plan = RankPlan(split.n_cells, 512, 77, 512)
+steps = RankSteps(split.n_cells, 512, 77, 512)
 EpochOrder(100, 0, 0, "window").ranks(np.arange(100)); Split(100).cells(); noise_times(0, 0, np.arange(5))
 began = time.process_time()
 seen = 0
-for low in range(0, plan.n_mine, 1 << 18):
-    positions = plan.positions(low, low + (1 << 18))
+for low in range(0, steps.n_mine, 1 << 18):
+    positions = steps.positions(low, low + (1 << 18))
     cells = split.cells(np.sort(order.ranks(positions)))
     seen += cells.size
     noise_times(0, 0, positions)
-assert seen == plan.n_mine
+assert seen == steps.n_mine
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(time.process_time() - began, peak.split()[1])
 """
@@ -199,8 +199,8 @@ def test_a_hundred_million_cells_are_resumed_in_under_a_second(mode: str) -> Non
     order = EpochOrder(split.n_cells, 0, 7, mode)
 
     def next_cells(start: int, skip: int) -> np.ndarray:
-        plan = RankPlan(split.n_cells, 512, 3, 8, start)
-        ranks = order.ranks(plan.positions(skip, skip + 8192))
+        steps = RankSteps(split.n_cells, 512, 3, 8, start)
+        ranks = order.ranks(steps.positions(skip, skip + 8192))
         return split.cells(np.sort(ranks))
 
     next_cells(0, 0)  # compiles
@@ -222,7 +222,7 @@ def test_a_hundred_million_cells_are_resumed_in_under_a_second(mode: str) -> Non
         (lambda: permute(np.array([3]), 3, 0), "expected 0 to 2"),
     ],
 )
-def test_bad_plans_are_refused_in_one_line(call: object, message: str) -> None:
+def test_bad_orders_are_refused_in_one_line(call: object, message: str) -> None:
     assert callable(call)
     with pytest.raises(ValueError, match=message):
         call()

@@ -107,7 +107,7 @@ def _array(values: Any) -> Any:
 def writable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Return a table that files can hold with every value and every missing value, and what had to be renamed.
 
-    Repeated names of columns are told apart as AnnData does with names of cells.
+    Repeated names of columns get numbers, as AnnData gives them to names of cells.
     """
     names = free_names([str(name) for name in table.columns], reserved=("_index",))
     columns = [names.get(str(name), "") for name in table.columns]
@@ -157,7 +157,7 @@ def free_names(names: Iterable[Any], *, reserved: Iterable[str] = (), nested: bo
 
     Parameters
     ----------
-    names : as they are
+    names : that are wanted
     reserved : names that are not free
     nested : whether a name may have slashes
     """

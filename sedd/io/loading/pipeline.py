@@ -19,7 +19,7 @@ from sedd.errors import UserError
 from sedd.io.loading.buffers import Slabs
 from sedd.io.loading.rows import RowReader, Rows, WholeStore, read_rows_elsewhere
 from sedd.io.loading.threads import Task, Threads
-from sedd.io.plan import CellList, EpochOrder, RankPlan, Split, noise_times, weighted_ranks
+from sedd.io.plan import CellList, EpochOrder, RankSteps, Split, noise_times, weighted_ranks
 from sedd.kernels.gather import gather_rows, row_pointers
 from sedd.kernels.tokens import MaskRule, RowFiller
 
@@ -115,7 +115,7 @@ class Pipeline:
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
-    def _run_cells(self, plan: RankPlan) -> int:
+    def _run_cells(self, steps: RankSteps) -> int:
         """Cells that one read may bring into memory."""
         store = self.reader.store
         per_cell = max(store.nnz / max(store.n_obs, 1) * self.reader.value_bytes, 1.0)
@@ -123,32 +123,32 @@ class Pipeline:
             return _RUN
         # A block of 64 cells brings about one chunk more than it needs; readers + 2 runs are in memory at a time.
         most = int(self.memory_budget * 0.5 / (self.threads + 2) / (1.25 * per_cell))
-        if most < 1 or self._batch_bytes(plan) * 2 > self.memory_budget // 2:
-            need = int(max(2 * (self.threads + 2) * 1.25 * per_cell, self._batch_bytes(plan) * 4)) >> 20
+        if most < 1 or self._batch_bytes(steps) * 2 > self.memory_budget // 2:
+            need = int(max(2 * (self.threads + 2) * 1.25 * per_cell, self._batch_bytes(steps) * 4)) >> 20
             raise UserError(
-                f"memory_budget of {self.memory_budget >> 20} MiB is too small for batches of {plan.batch_size} cells; "
+                f"memory_budget of {self.memory_budget >> 20} MiB is too small for batches of {steps.batch_size} cells; "
                 f"expected {need + 1} MiB or more: raise memory_budget or lower batch_size or threads"
             )
         return most
 
-    def _batch_bytes(self, plan: RankPlan, form: str = "dense") -> int:
+    def _batch_bytes(self, steps: RankSteps, form: str = "dense") -> int:
         if form == "csr":  # of an average batch, of all genes: indices and values have four bytes each
-            return 8 * plan.batch_size * self.reader.store.nnz // max(self.reader.store.n_obs, 1)
+            return 8 * steps.batch_size * self.reader.store.nnz // max(self.reader.store.n_obs, 1)
         per_gene = self.recipe.filler.dtype.itemsize + (self.recipe.mask is not None)
-        return plan.batch_size * self.recipe.filler.n_panel * per_gene
+        return steps.batch_size * self.recipe.filler.n_panel * per_gene
 
-    def _cuts(self, plan: RankPlan, order: EpochOrder) -> Iterator[tuple[int, int]]:
+    def _cuts(self, steps: RankSteps, order: EpochOrder) -> Iterator[tuple[int, int]]:
         """Cut this rank's cells into reads, at the ends of the order's windows where they fit into memory."""
-        most = self._run_cells(plan)
+        most = self._run_cells(steps)
         low, size = 0, _FIRST_RUN
-        while low < plan.n_mine:
+        while low < steps.n_mine:
             if order.window > 1:
-                high = _window_end(plan, order.window, low)
-                while high - low < _MIN_RUN and high < plan.n_mine:
-                    high = _window_end(plan, order.window, high)
+                high = _window_end(steps, order.window, low)
+                while high - low < _MIN_RUN and high < steps.n_mine:
+                    high = _window_end(steps, order.window, high)
             else:
                 high, size = low + size, min(2 * size, max(_RUN, most if order.mode == "full" else _RUN))
-            high = min(high, low + most, plan.n_mine)
+            high = min(high, low + most, steps.n_mine)
             yield low, high
             low = high
 
@@ -169,25 +169,25 @@ class Pipeline:
         cells[by_rank] = self.cells.cells(ranks[by_rank])
         return cells
 
-    def _start_read(self, plan: RankPlan, order: EpochOrder, low: int, high: int) -> _Run:
+    def _start_read(self, steps: RankSteps, order: EpochOrder, low: int, high: int) -> _Run:
         def read() -> tuple[np.ndarray, Rows]:
-            cells = self._cells_at(order, plan.positions(low, high))
+            cells = self._cells_at(order, steps.positions(low, high))
             return cells, self.reader.read(cells)
 
         def read_elsewhere() -> tuple[np.ndarray, Rows]:
-            cells = self._cells_at(order, plan.positions(low, high))
+            cells = self._cells_at(order, steps.positions(low, high))
             task = self.client.submit(read_rows_elsewhere, self.reader.store.path, cells, pure=False)
             return cells, Rows(*task.result())
 
         return _Run(low, high, self._readers.submit(read if self.client is None else read_elsewhere))
 
     def _make_dense(
-        self, plan: RankPlan, order: EpochOrder, low: int, high: int, runs: list[_Run]
+        self, steps: RankSteps, order: EpochOrder, low: int, high: int, runs: list[_Run]
     ) -> list[dict[str, Any]]:
         """Fill the batches of the cells `low .. high - 1`."""
         recipe, n_rows = self.recipe, high - low
         shape = (n_rows, recipe.filler.n_panel)
-        positions = plan.positions(low, high)
+        positions = steps.positions(low, high)
         t = noise_times(recipe.seed, order.epoch, positions % order.n_cells).astype(np.float32)
         tokens = self._slabs.take(shape, recipe.filler.dtype)
         masked = None if recipe.mask is None else self._slabs.take(shape, np.dtype(np.bool_))
@@ -217,19 +217,19 @@ class Pipeline:
             "t": torch.from_numpy(t),
             "cell": torch.from_numpy(cell),
             "library": torch.from_numpy(library.astype(np.float32)),
-            "valid": torch.from_numpy(positions < plan.n_positions) if plan.pad else None,
+            "valid": torch.from_numpy(positions < steps.n_positions) if steps.pad else None,
         }
         labels = {name: torch.from_numpy(codes[cell]) for name, codes in recipe.codes.items()}
         batches = []
-        for first in range(0, n_rows, plan.batch_size):
-            part = slice(first, first + plan.batch_size)
+        for first in range(0, n_rows, steps.batch_size):
+            part = slice(first, first + steps.batch_size)
             fields: dict[str, Any] = {k: None if v is None else v[part] for k, v in whole.items()}
             fields["labels"] = {name: codes[part] for name, codes in labels.items()}
             batches.append(fields)
         return batches
 
     def _make_csr(
-        self, plan: RankPlan, order: EpochOrder, low: int, high: int, runs: list[_Run]
+        self, steps: RankSteps, order: EpochOrder, low: int, high: int, runs: list[_Run]
     ) -> list[dict[str, Any]]:
         """Gather the batches of the cells `low .. high - 1` as CSR matrices: views of one block."""
         cell, pieces = np.empty(high - low, np.int64), []
@@ -242,8 +242,8 @@ class Pipeline:
         indptr, indices, data = self._gather(pieces)
         labels = {name: of[cell] for name, of in self.recipe.codes.items()}
         batches = []
-        for first in range(0, high - low, plan.batch_size):
-            part = slice(first, min(first + plan.batch_size, high - low))
+        for first in range(0, high - low, steps.batch_size):
+            part = slice(first, min(first + steps.batch_size, high - low))
             x = _csr(indptr[part.start : part.stop + 1], indices, data, self.recipe.filler.n_panel)
             batches.append({"x": x, "cell": cell[part], "labels": {name: codes[part] for name, codes in labels.items()}})
         return batches
@@ -275,19 +275,19 @@ class Pipeline:
 
     # -- an epoch ------------------------------------------------------------------------------------------------
 
-    def run(self, plan: RankPlan, order: EpochOrder, form: str) -> Generator[dict[str, Any], None, None]:
-        """Yield the fields of each batch, `dense` or `csr`, from the plan's start to the end of the epoch.
+    def run(self, steps: RankSteps, order: EpochOrder, form: str) -> Generator[dict[str, Any], None, None]:
+        """Yield the fields of each batch, `dense` or `csr`, from the first position of `steps` to the end of the epoch.
 
         Leaving the iterator drops what is queued. An exception in a thread is raised here.
         """
-        batch_bytes = max(self._batch_bytes(plan, form), 1)
+        batch_bytes = max(self._batch_bytes(steps, form), 1)
         room = self.memory_budget // 4
         group_bytes = min(_GROUP_BYTES, room // (self.threads + 2))
-        per_group = max(1, min(_GROUP_ROWS // plan.batch_size, group_bytes // batch_bytes))
-        group = per_group * plan.batch_size
-        size = max(1, _FIRST_GROUP_ROWS // plan.batch_size) * plan.batch_size  # doubled until it is a whole group's
+        per_group = max(1, min(_GROUP_ROWS // steps.batch_size, group_bytes // batch_bytes))
+        group = per_group * steps.batch_size
+        size = max(1, _FIRST_GROUP_ROWS // steps.batch_size) * steps.batch_size  # doubled until it is a whole group's
         groups_ahead = min(self.threads + 2, max(2, room // (batch_bytes * per_group)))
-        cuts = self._cuts(plan, order)
+        cuts = self._cuts(steps, order)
         runs: deque[_Run] = deque()
         pending: deque[Task[list[dict[str, Any]]]] = deque()
         asked, read_to = 0, 0
@@ -298,18 +298,18 @@ class Pipeline:
             cut = next(cuts, None)
             if cut is None:
                 return False
-            runs.append(self._start_read(plan, order, *cut))
+            runs.append(self._start_read(steps, order, *cut))
             read_to = cut[1]
             return True
 
         try:
             while True:
-                while asked < plan.n_mine and len(pending) < groups_ahead:
-                    stop, size = min(asked + min(size, group), plan.n_mine), 2 * size
+                while asked < steps.n_mine and len(pending) < groups_ahead:
+                    stop, size = min(asked + min(size, group), steps.n_mine), 2 * size
                     while read_to < stop:
                         read_more()
                     needed = [run for run in runs if run.low < stop and run.high > asked]
-                    pending.append(self._makers.submit(make, plan, order, asked, stop, needed))
+                    pending.append(self._makers.submit(make, steps, order, asked, stop, needed))
                     asked = stop
                     while runs and runs[0].high <= asked:
                         runs.popleft()
@@ -337,8 +337,8 @@ def _csr(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_vars: int)
     return x
 
 
-def _window_end(plan: RankPlan, window: int, low: int) -> int:
+def _window_end(steps: RankSteps, window: int, low: int) -> int:
     """First of this rank's cells, after `low`, that lies in the window after that of cell `low`."""
-    position = plan.first + plan.world_size * low
+    position = steps.first + steps.world_size * low
     end = (position // window + 1) * window
-    return -(-(end - plan.first) // plan.world_size)
+    return -(-(end - steps.first) // steps.world_size)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Cancelled(Exception):
-    """The task was not begun, because nobody wants its result any more."""
+    """The task was not started, because nobody wants its result any more."""
 
 
 class Task(Generic[T]):
@@ -103,7 +103,7 @@ class Threads:
                 break
             if task is not None:
                 task.cancel()
-                task.run()  # whoever waits for it is told
+                task.run()  # its outcome, an error too, reaches whoever waits for it
         _stop(self._queue, len(self._threads))
         for thread in self._threads:
             thread.join()
