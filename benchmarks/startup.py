@@ -29,7 +29,6 @@ COMMANDS = {
     "sedd convert, 2,700 cells": ["-m", "sedd", "convert", "data/pbmc3k.h5ad", "STORE", "--overwrite"],
     "sedd info STORE": ["-m", "sedd", "info", "STORE"],
     "first batch of a loader": ["-c", "import sys, sedd; next(iter(sedd.CellLoader(sys.argv[1], batch_size=64)))", "STORE"],
-    "import sedd.trainer": ["-c", "import sedd.trainer"],
     "import sedd.tasks": ["-c", "import sedd.tasks"],
 }
 LIMITS = {"import sedd": 0.2, "sedd --help": 0.5}

@@ -23,7 +23,16 @@ from sedd.config import TrainConfig, config_file_arguments, environment_argument
 from sedd.errors import SeddWarning, UserError
 from sedd.training.stopping import EXIT_INTERRUPTED, TrainingInterrupted, follow_launcher, report_status
 
-_TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+_TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.DisallowNone)
+
+_PURPOSES = {
+    "Prepare data": ("convert", "verify"),
+    "Train a model": ("train", "runs"),
+    "Use a model": ("impute", "denoise", "generate", "embed"),
+    "Judge it and hand it on": ("evaluate", "export"),
+    "Look at any of these": ("info",),
+}
+"""What commands are for; the overview lists them so."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +126,7 @@ def _parse(cls: Any, name: str, arguments: list[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=arguments, prog=f"sedd {name}", description=description, config=_TYRO)
+            return tyro.cli(cls, args=arguments, prog=f"sedd {name}", description=description, config=_TYRO, use_underscores=True)
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise
@@ -140,7 +149,9 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 
 def _overview() -> str:
-    lines = ["usage: sedd COMMAND ...", "", "Score-entropy discrete diffusion for single-cell RNA-seq.", ""]
-    for name, cls in {"train": TrainConfig, **COMMANDS}.items():
-        lines.append(f"  {name:<10} {(cls.__doc__ or '').strip().splitlines()[0]}")
+    lines = ["usage: sedd COMMAND ...", "", "Score-entropy discrete diffusion for single-cell RNA-seq."]
+    classes = {"train": TrainConfig, **COMMANDS}
+    for purpose, names in _PURPOSES.items():
+        lines += ["", f"{purpose}:"]
+        lines += [f"  {name:<10} {(classes[name].__doc__ or '').strip().splitlines()[0]}" for name in names]
     return "\n".join([*lines, "", "`sedd COMMAND --help` lists a command's options."])

@@ -43,7 +43,7 @@ def given(command: Any, function: Callable[..., Any]) -> dict[str, Any]:
 class Convert(ConversionSettings):
     """Convert files of counts into one store that training reads fast."""
 
-    paths: Positional[tuple[str, ...]]
+    paths: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATHS")]
     """INPUT.h5ad [INPUT2.h5ad ...] OUTPUT.zarr; also an AnnData .zarr, an .h5mu, a 10x .h5 or matrix.mtx folder, or a .loom."""
     resume: bool = False
     """Continue a conversion that was stopped."""
@@ -70,7 +70,7 @@ class Convert(ConversionSettings):
 class Info:
     """Tell what is in a store, a checkpoint, the directory of a run or an exported model."""
 
-    path: Positional[str]
+    path: Annotated[Positional[str], tyro.conf.arg(metavar="PATH")]
     """A .zarr store, a .pt checkpoint, the directory of a run or that of an exported model."""
 
     def run(self) -> int:
@@ -91,7 +91,7 @@ class Info:
 class Verify:
     """Prove that a store is whole: every checksum, index and statistic, and its contents against the input."""
 
-    store: Positional[str]
+    store: Annotated[Positional[str], tyro.conf.arg(metavar="STORE")]
     """The .zarr store."""
     against: tuple[str, ...] = ()
     """The .h5ad files it was made from, in their order."""
@@ -109,7 +109,7 @@ class Verify:
 class _OfModel:
     """What every use of a model takes."""
 
-    checkpoint: Positional[str]
+    checkpoint: Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint or the directory of a run."""
     batch_size: int = 64
     """Cells at a time."""
@@ -119,7 +119,7 @@ class _OfModel:
 class _Cells:
     """Which cells a model is applied to."""
 
-    data: Positional[str]
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
     """An .h5ad or a .zarr store of counts."""
     cells: Literal["all", "train", "val"] = "all"
     """Which cells, for the data that the model was trained on."""
@@ -217,7 +217,7 @@ class Denoise(_Prediction):
     folds: int = 4
     """Parts of a partition; each is hidden once."""
     own_counts: bool = True
-    """Whether a count has a say in its own denoised value; --no-own_counts leaves it to the other genes."""
+    """Whether a count has a say in its own denoised value; --no_own_counts leaves it to the other genes."""
     log1p: bool = False
     """Also give the expected log1p(CP10k), in the layer sedd_log1p."""
 
@@ -271,7 +271,7 @@ class Embed(_Cells, _Task):
 class Evaluate(_OfModel):
     """Measure likelihood, imputation and generation beside baselines, and write a report."""
 
-    data: Positional[str]
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
     """The data of the training run (its validation cells are used) or other cells on the same genes."""
     output: Output
     """Directory for metrics.json, steps.json and report.html."""
@@ -321,7 +321,7 @@ class Evaluate(_OfModel):
 class Runs:
     """List the runs under a directory side by side."""
 
-    directory: Positional[str] = "experiments"
+    directory: Annotated[Positional[str], tyro.conf.arg(metavar="DIRECTORY")] = "experiments"
     """Where the directories of runs are."""
 
     def run(self) -> int:
@@ -336,9 +336,9 @@ class Runs:
 class Export:
     """Write a trained model into a directory to hand on: safetensors, settings, panel and a model card."""
 
-    checkpoint: Positional[str]
+    checkpoint: Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint or the directory of a run."""
-    directory: Positional[str]
+    directory: Annotated[Positional[str], tyro.conf.arg(metavar="DIRECTORY")]
     """The directory to make; the other commands take it like a checkpoint."""
     overwrite: bool = False
     """Replace an exported model that is there."""

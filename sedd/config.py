@@ -373,7 +373,7 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
         if not value:
             continue
         if kind == "bool":
-            arguments.append(f"--{name}" if value.lower() in ("1", "true", "yes") else f"--no-{name}")
+            arguments.append(f"--{name}" if value.lower() in ("1", "true", "yes") else f"--no_{name}")
         else:
             arguments += [f"--{name}", *(value.split() if kind.startswith("tuple") else [value])]
     return arguments
@@ -402,7 +402,7 @@ def config_file_arguments(path: str) -> list[str]:
         if name not in known:
             raise UserError(f"{path}: unknown setting {key!r}; `sedd train --help` lists those there are.")
         if isinstance(value, bool):
-            arguments.append(f"--{name}" if value else f"--no-{name}")
+            arguments.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list | tuple):
             arguments += [f"--{name}", *map(str, value)]
         elif value is not None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from sedd import __version__
-from sedd.cli import main
+from sedd.cli import _PURPOSES, main
 from sedd.commands import COMMANDS
-from sedd.config import ConversionSettings
+from sedd.config import ConversionSettings, setting_types
 from sedd.io.convert import convert
 
 
@@ -68,6 +69,32 @@ def test_every_command_has_a_help_page(capsys: pytest.CaptureFixture[str]) -> No
         assert f"sedd {name}" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"sedd {__version__}"
+
+
+@pytest.mark.parametrize("name", ["train", *COMMANDS])
+def test_help_shows_every_option_as_it_is_documented(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    page = capsys.readouterr().out
+    options = set(re.findall(r"--([a-z][\w-]*)", page))
+    assert not [option for option in options if "-" in option]
+    assert "{None}" not in page
+    fields = set(setting_types()) if name == "train" else {setting.name for setting in dataclasses.fields(COMMANDS[name])}
+    positional = {field for field in fields if field not in options}
+    assert positional <= {"path", "paths", "store", "checkpoint", "data", "directory"}
+    assert all(re.search(rf"\b{field.upper()}\b", page) for field in positional)
+
+
+def test_the_overview_names_each_command_once_by_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    page = capsys.readouterr().out
+    assert sorted(re.findall(r"^  (\w+) ", page, re.MULTILINE)) == sorted(["train", *COMMANDS])
+    assert re.findall(r"^([A-Z].*):$", page, re.MULTILINE) == list(_PURPOSES)
+
+
+def test_the_word_none_is_a_name_not_a_missing_value(tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(tiny_h5ad), str(tmp_path / "a.zarr"), "--layer", "None"]) == 2
+    assert "has no layers/None" in capsys.readouterr().err
 
 
 def test_every_setting_of_a_conversion_is_a_keyword_of_convert() -> None:

@@ -108,7 +108,7 @@ def test_a_file_of_settings_becomes_arguments(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("batch-size: 64\nlearning_rate: 2.0e-4\ncompile: true\noverwrite: false\ncondition: [a, b]\nlayer: null\n")
     assert config_file_arguments(str(path)) == [
-        *("--batch_size", "64", "--learning_rate", "0.0002", "--compile", "--no-overwrite", "--condition", "a", "b")
+        *("--batch_size", "64", "--learning_rate", "0.0002", "--compile", "--no_overwrite", "--condition", "a", "b")
     ]
 
 
@@ -125,5 +125,5 @@ def test_a_bad_file_of_settings_is_one_clear_error(tmp_path: Path, text: str, sa
 def test_settings_come_from_the_environment_by_the_same_names() -> None:
     environment = {"DATA_PATH": "a b.h5ad", "NUM_EPOCHS": "3", "COMPILE": "1", "OVERWRITE": "0", "CONDITION": "x y", "LAYER": ""}
     assert environment_arguments(environment) == [
-        *("--data_path", "a b.h5ad", "--condition", "x", "y", "--num_epochs", "3", "--compile", "--no-overwrite")
+        *("--data_path", "a b.h5ad", "--condition", "x", "y", "--num_epochs", "3", "--compile", "--no_overwrite")
     ]

@@ -67,7 +67,7 @@ def test_the_bound_of_the_evaluation_is_near_the_entropy_and_says_what_was_left_
     uniform_run: Path, joint_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "report")
-    few = ["--num_steps", "16", "--n_masks", "64", "--steps", "--no-umap"]
+    few = ["--num_steps", "16", "--n_masks", "64", "--steps", "--no_umap"]
     assert main(["evaluate", str(uniform_run), str(joint_h5ad), "-o", out, *few]) == 0
     assert "Imputation was not measured: the uniform graph" in capsys.readouterr().out
     found = json.loads((tmp_path / "report" / "metrics.json").read_text())
