@@ -43,8 +43,8 @@ def _require(ok: bool, flag: str, value: object, expected: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionSettings:
-    """What a store is made to hold, and on which machine."""
+class InputSettings:
+    """What is taken of the inputs, and under which names."""
 
     layer: str | None = None
     """Take counts from this layer instead of X."""
@@ -64,6 +64,22 @@ class ConversionSettings:
     """Leave out obsm, uns, or one of their elements or columns, such as obsm/airr or obs/notes."""
     join: Literal["inner", "outer"] = "inner"
     """Genes of several inputs: those that all have, or those that any has."""
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.raw:
+            raise UserError("give --layer or --raw, not both.")
+        if len(set(self.keys)) < len(self.keys):
+            raise UserError(f"--keys {' '.join(self.keys)}: names the same input twice; expected a name of its own for each.")
+        for name in self.drop:
+            group, _, element = name.partition("/")
+            if name not in ("obsm", "uns") and (group not in ("obs", "var", "obsm", "uns") or not element):
+                raise UserError(f"--drop {name!r}: expected obsm, uns, or an element of obs, var, obsm or uns, such as obsm/X_umap.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionSettings(InputSettings):
+    """What a store is made to hold, and on which machine."""
+
     genes: str | None = None
     """Keep only these genes, in this order: a file with one name a line (in Python also a list of names)."""
     obs: tuple[str, ...] = ()
@@ -92,14 +108,9 @@ class ConversionSettings:
     def __post_init__(self) -> None:
         if self.values not in ("counts", "real"):
             raise UserError(f"values must be counts or real, not {self.values!r}.")
+        super().__post_init__()
         if self.round and self.values == "real":
             raise UserError("--round makes whole numbers and --values real keeps fractions; leave one of them out.")
-        if len(set(self.keys)) < len(self.keys):
-            raise UserError(f"--keys {' '.join(self.keys)}: names the same input twice; expected a name of its own for each.")
-        for name in self.drop:
-            group, _, element = name.partition("/")
-            if name not in ("obsm", "uns") and (group not in ("obs", "var", "obsm", "uns") or not element):
-                raise UserError(f"--drop {name!r}: expected obsm, uns, or an element of obs, var, obsm or uns, such as obsm/X_umap.")
         if self.raw and self.keep_layers:
             raise UserError(f"--raw has other genes than the layers; {', '.join(self.keep_layers)} cannot be kept beside it.")
         if self.slurm_workers and self.scheduler is not None:
@@ -126,15 +137,14 @@ class ConversionSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(InputSettings):
     """Which counts, and how they become tokens."""
 
-    data_path: str
-    """An .h5ad file (converted once into a store and reused while it is unchanged) or a .zarr store."""
+    data_path: str | tuple[str, ...]
+    """A .zarr store, or one or several inputs, which are converted once into a store and reused while they are unchanged: an
+    .h5ad, an AnnData .zarr, an .h5mu, a 10x .h5 or matrix.mtx folder, or a .loom."""
     cache_dir: str | None = None
-    """Where a converted .h5ad is kept; beside the file if not given."""
-    layer: str | None = None
-    """Take counts from this layer instead of X."""
+    """Where that store is kept; beside the first input if not given."""
     genes: str | None = "2000"
     """The genes to model: a number N (the N most variable, seurat_v3 on the training cells), a file with one name a
     line, or `all`."""
@@ -154,10 +164,29 @@ class DataConfig:
     """Where the genes to hide are drawn, with the same result. auto: on the GPU if there is one, else by the loader's threads."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.data_path, str):  # one path is kept as such
+            paths = tuple(map(str, self.data_path)) if isinstance(self.data_path, list | tuple) else (str(self.data_path),)
+            object.__setattr__(self, "data_path", paths[0] if len(paths) == 1 else paths)
+        _require(bool(self.data_path), "data_path", self.data_path, "at least one file or store")
         _require(self.num_bins >= 2, "num_bins", self.num_bins, "at least 2")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "a share between 0 and 1")
         _require(self.limit_cells is None or self.limit_cells >= 2, "limit_cells", self.limit_cells, "at least 2")
         _require(self.loader_threads >= 1, "loader_threads", self.loader_threads, "at least 1")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All inputs, or the store."""
+        return (self.data_path,) if isinstance(self.data_path, str) else self.data_path
+
+    @property
+    def named(self) -> str:
+        """What messages call the data."""
+        return " ".join(self.paths)
+
+    def of_inputs(self) -> dict[str, Any]:
+        """Return what is taken of the inputs, as keywords of `sedd.io.convert.ensure_store`."""
+        return {own.name: getattr(self, own.name) for own in dataclasses.fields(InputSettings)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,8 +378,8 @@ class TrainConfig:
             parts[name] = {k: left.pop(k) for k in fields if k in left}
         if left:
             raise UserError(f"unknown settings {sorted(left)}; `sedd train --help` lists those there are.")
-        if "condition" in parts["model"]:
-            parts["model"]["condition"] = tuple(parts["model"]["condition"])
+        for part in parts.values():  # JSON knows no tuples
+            part.update({name: tuple(value) for name, value in part.items() if isinstance(value, list)})
         return cls(**{name: section(**parts[name]) for name, section in SECTIONS.items()})
 
 

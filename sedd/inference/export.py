@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _write_files(state: dict[str, Any], weights: dict[str, Tensor], source: Path
     tensors["libraries"] = state["libraries"]
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / _WEIGHTS)
     (folder / _PANEL).write_text(json.dumps({name: state[name] for name in _OF_PANEL}, indent=1) + "\n")
-    args = {name: Path(v).name if name in _PATHS and v else v for name, v in state["args"].items()}
+    args = {name: _names(v) if name in _PATHS and v else v for name, v in state["args"].items()}
     config = {
         "library_name": "sedd",
         "sedd_version": __version__,
@@ -114,6 +115,10 @@ def _write_files(state: dict[str, Any], weights: dict[str, Tensor], source: Path
     config["digest"] = _digest(config)
     (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     (folder / _CARD).write_text(model_card(config, json.loads((folder / _PANEL).read_text()), source, n_parameters))
+
+
+def _names(paths: str | Sequence[str]) -> str | list[str]:
+    return Path(paths).name if isinstance(paths, str) else [Path(path).name for path in paths]
 
 
 def read_export(directory: str | Path) -> dict[str, Any]:

@@ -10,14 +10,18 @@ for tables and metadata, while the tasks run.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from sedd.config import ConversionSettings
+from sedd.config import ConversionSettings, InputSettings
 from sedd.errors import UserError
 from sedd.io import remote
+from sedd.io.input.opening import is_zarr
 from sedd.options import grouped, keywords_of
 
 if TYPE_CHECKING:
@@ -82,45 +86,51 @@ def convert(
     return CellStore(target)
 
 
+@keywords_of(InputSettings)
 def ensure_store(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     cache_dir: str | os.PathLike[str] | None = None,
-    layer: str | None = None,
     values: Literal["counts", "real"] = "counts",
     progress: bool = True,
+    **settings: Any,
 ) -> CellStore:
-    """Open a store, converting an `.h5ad` once and using the result until the file changes.
+    """Open a store, converting inputs once and using the result until they change.
 
     Several processes may call this at once: one converts, the others wait for it. The store of `mine.h5ad` is `mine.sedd.zarr`, a
-    name of its own, and only what was made of the same file is ever replaced there.
+    name of its own, and only what was made of the same input is ever replaced there.
 
     Parameters
     ----------
-    path : a `.zarr` store, which is opened directly, or an `.h5ad`
-    cache_dir : where the store is put, by default beside the file
-    layer, values : as in `convert`
+    path : a store that sedd made, which is opened directly, or one or several inputs as in `convert`
+    cache_dir : where the store is put, by default beside the first input
+    values : as in `convert`
     progress : show a bar while converting
+    **settings : fields of `sedd.config.InputSettings`, which says what each means
 
     Raises
     ------
     UserError
-        As `convert`, or if something else is at the place of the store.
+        As `convert`, if something else is at the place of the store, or if a store was made with other settings.
     """
     from sedd.io.conversion.job import Job
     from sedd.io.store import CellStore
 
-    path = str(path).rstrip("/")
-    if path.endswith(".zarr") or os.path.isdir(path):
-        return CellStore(path)
-    if remote.is_remote(path) and cache_dir is None:
-        raise UserError(f"{path}: is converted once into a store on this machine; pass --cache_dir to say where, or convert it yourself.")
-    folder = str(cache_dir) if cache_dir is not None else os.path.dirname(path) or "."
-    parts = [os.path.basename(path).removesuffix(".h5ad"), quote(layer, safe=" ") if layer else "", "real" if values == "real" else ""]
-    output = os.path.join(folder, ".".join([*filter(None, parts), "sedd", "zarr"]))
-    job = Job([path], output, ConversionSettings(layer=layer, values=values), progress=progress)
+    paths = [str(one).rstrip("/") or "/" for one in ([path] if isinstance(path, str | os.PathLike) else path)]
+    (own,) = grouped(settings, InputSettings)
+    if len(paths) == 1 and _is_store(paths[0]):
+        store = CellStore(paths[0])
+        _check_made_with(store, own)
+        return store
+    if remote.is_remote(paths[0]) and cache_dir is None:
+        raise UserError(f"{paths[0]}: is converted once into a store on this machine; pass --cache_dir to say where, or convert it yourself.")
+    folder = str(cache_dir) if cache_dir is not None else os.path.dirname(os.path.abspath(paths[0]))
+    output = os.path.join(folder, _automatic_name(paths, own, values))
+    job = Job(paths, output, ConversionSettings(**settings, values=values), progress=progress)
     if os.path.lexists(output):
-        in_the_way = f"{output}: is in the way of the store of {path}. Move it, or pass --cache_dir to put that store elsewhere."
+        in_the_way = (
+            f"{output}: is in the way of the store of {' '.join(paths)}. Move it, or pass --cache_dir to put that store elsewhere."
+        )
         try:
             store = CellStore(output)
         except UserError as error:
@@ -131,3 +141,42 @@ def ensure_store(
             raise UserError(in_the_way)
     os.makedirs(folder, exist_ok=True)
     return job.run(resume=True, overwrite=True, wait=True)
+
+
+def _is_store(path: str) -> bool:
+    """Whether a path is that of a store, rather than of an input; one that is not there is what its name says."""
+    if not remote.is_remote(path) and is_zarr(path):
+        return os.path.exists(f"{path}/uns/sedd/meta/zarr.json")
+    return path.endswith(".zarr")
+
+
+def _automatic_name(paths: list[str], own: InputSettings, values: str) -> str:
+    """Return the name of the store of inputs, of which each choice of settings has its own."""
+    first = os.path.basename(paths[0] if remote.is_remote(paths[0]) else os.path.abspath(paths[0])).removesuffix(".h5ad")
+    parts = [first if len(paths) == 1 else f"{first}+{len(paths) - 1}"]
+    parts += [quote(name, safe=" ") for name in (own.modality, own.layer) if name]
+    parts += ["raw"] * own.raw + ["real"] * (values == "real")
+    chosen = {
+        field.name: value
+        for field in dataclasses.fields(own)
+        if field.name not in ("layer", "raw", "modality") and (value := getattr(own, field.name)) != field.default
+    }
+    if len(paths) > 1:
+        chosen["paths"] = [path if remote.is_remote(path) else os.path.abspath(path) for path in paths]
+    if chosen:
+        parts.append(hashlib.blake2b(json.dumps(chosen, sort_keys=True).encode(), digest_size=4).hexdigest())
+    return ".".join([*parts, "sedd", "zarr"])
+
+
+def _check_made_with(store: CellStore, own: InputSettings) -> None:
+    """Refuse settings of inputs for a store that was made with others: its matrix is what it is."""
+    made_with = {**ConversionSettings().of_the_store(), **store.uns_sedd["settings"]}
+    for field in dataclasses.fields(own):
+        value = getattr(own, field.name)
+        plain = list(value) if isinstance(value, tuple) else value
+        if value != field.default and plain != made_with[field.name]:
+            words = " ".join(value) if isinstance(value, tuple) else "" if value is True else str(value)
+            raise UserError(
+                f"{store.path}: is a store, made without `{f'--{field.name} {words}'.strip()}`, and holds one matrix. Leave that out, or convert the "
+                "input again with it."
+            )

@@ -46,7 +46,7 @@ class CellStore:
             meta = json.loads(str(self._group["uns/sedd/meta"][()]))
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"{self.path}: is a Zarr store, but sedd did not make it. Write its h5ad and convert that."
+                f"{self.path}: is a Zarr store, but sedd did not make it. Convert it, by `sedd convert`."
             ) from error
         if meta["format"] > FORMAT:
             raise UserError(f"{self.path}: has format {meta['format']}, this sedd reads up to {FORMAT}. Upgrade sedd.")

@@ -17,6 +17,7 @@ from sedd.binning import Binning, smoothed_log_shares
 from sedd.checkpoint import pack_histogram, unpack_histogram
 from sedd.config import DataConfig, ModelConfig, TrainConfig
 from sedd.errors import NegativeValuesError, NotCountsError, UserError, warn_user
+from sedd.io.conversion.genes import read_gene_list
 from sedd.io.convert import ensure_store
 from sedd.io.files import obs_digest
 from sedd.io.format.histogram import histogram, select_genes
@@ -196,11 +197,11 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
 def _open_store(data: DataConfig) -> CellStore:
     """Return the store of the data: of counts if they are counts, of real values if the binning takes those."""
     try:
-        return ensure_store(data.data_path, cache_dir=data.cache_dir, layer=data.layer)
+        return ensure_store(data.paths, cache_dir=data.cache_dir, **data.of_inputs())
     except NotCountsError as error:
         if data.binning not in ("linear", "log", "quantile") or isinstance(error, NegativeValuesError):
             raise
-        return ensure_store(data.data_path, cache_dir=data.cache_dir, layer=data.layer, values="real")
+        return ensure_store(data.paths, cache_dir=data.cache_dir, values="real", **data.of_inputs())
 
 
 def _split(config: TrainConfig, store: CellStore) -> tuple[Split, Split]:
@@ -213,7 +214,7 @@ def _split(config: TrainConfig, store: CellStore) -> tuple[Split, Split]:
     for part in (train, val):
         if part.n_cells == 0:
             raise UserError(
-                f"{config.data.data_path}: {store.n_obs} cells with --val_fraction {fraction} leave no cell to "
+                f"{config.data.named}: {store.n_obs} cells with --val_fraction {fraction} leave no cell to "
                 f"{'train on' if part is train else 'validate with'}; expected at least one of each."
             )
     return train, val
@@ -224,11 +225,11 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore,
     if lacking:
         raise UserError(
             f"--resume: the checkpoint was trained on {len(state['genes'])} genes, of which {len(lacking)} are not in "
-            f"{config.data.data_path} (first: {lacking[0]!r}); continue on the data it was trained on."
+            f"{config.data.named} (first: {lacking[0]!r}); continue on the data it was trained on."
         )
     if store.fingerprint != state["data"]["fingerprint"]:
         raise UserError(
-            f"--resume: {config.data.data_path} is not the data of the checkpoint ({store.n_obs} cells here, "
+            f"--resume: {config.data.named} is not the data of the checkpoint ({store.n_obs} cells here, "
             f"{state['data']['n_obs']} there, or other contents); continue on that, or start anew in another "
             "--checkpoint_dir."
         )
@@ -276,18 +277,16 @@ def _choose_genes(data: DataConfig, store: CellStore, hist: sp.csr_array | None,
             )
         chosen = select_genes(hist, n_train, n)
         if not len(chosen):
-            raise UserError(f"{data.data_path}: no gene is seen in 3 of the {n_train} training cells; expected counts.")
+            raise UserError(f"{data.named}: no gene is seen in 3 of the {n_train} training cells; expected counts.")
         return [str(store.var_names[i]) for i in chosen]
-    path = Path(text)
-    if not path.is_file():
+    if not Path(text).is_file():
         raise UserError(f"--genes {text}: no such file; expected a number, `all`, or a file with one gene name a line.")
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    names = read_gene_list(text) or []
     known = set(map(str, store.var_names))
-    names = list(dict.fromkeys(names))
     found = [name for name in names if name in known]
     if not found:
         raise UserError(
-            f"--genes {text}: none of its {len(names)} names is in {data.data_path} (its genes look like "
+            f"--genes {text}: none of its {len(names)} names is in {data.named} (its genes look like "
             f"{list(map(str, store.var_names[:2]))}); expected one gene name a line."
         )
     if len(found) < len(names):
