@@ -68,18 +68,26 @@ class Convert(ConversionSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Tell what is in a store, a checkpoint, the directory of a run or an exported model."""
+    """Tell what is in a file of cells, a store, a checkpoint, the directory of a run or an exported model."""
 
     path: Annotated[Positional[str], tyro.conf.arg(metavar="PATH")]
-    """A .zarr store, a .pt checkpoint, the directory of a run or that of an exported model."""
+    """A .zarr store, an input of any format, a .pt checkpoint, the directory of a run or that of an exported model."""
 
     def run(self) -> int:
         """Print it."""
         path = Path(self.path)
-        if path.is_dir() and (path / "zarr.json").exists():
+        from sedd.io.convert import is_store
+        from sedd.io.input.opening import is_input
+
+        if "://" not in self.path and path.exists() and is_input(self.path) and not is_store(self.path):
+            from sedd.io.conversion.describe import input_facts
+
+            print(format_facts(input_facts(self.path)))
+            return 0
+        if is_store(self.path):
             from sedd.io.store import store_facts
 
-            print(format_facts(store_facts(str(path))))
+            print(format_facts(store_facts(self.path)))
             return 0
         from sedd.inference.pretrained import Pretrained
 

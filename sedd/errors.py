@@ -12,6 +12,14 @@ class UserError(ValueError):
     """
 
 
+class SeveralPartsError(UserError):
+    """An input that holds several matrices of other cells or genes, of which one must be chosen."""
+
+    def __init__(self, message: str, names: list[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
 class NotCountsError(UserError):
     """Values that are no counts, such as log-normalised ones."""
 

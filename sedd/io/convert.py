@@ -118,7 +118,7 @@ def ensure_store(
 
     paths = [str(one).rstrip("/") or "/" for one in ([path] if isinstance(path, str | os.PathLike) else path)]
     (own,) = grouped(settings, InputSettings)
-    if len(paths) == 1 and _is_store(paths[0]):
+    if len(paths) == 1 and is_store(paths[0]):
         store = CellStore(paths[0])
         _check_made_with(store, own)
         return store
@@ -143,7 +143,7 @@ def ensure_store(
     return job.run(resume=True, overwrite=True, wait=True)
 
 
-def _is_store(path: str) -> bool:
+def is_store(path: str) -> bool:
     """Whether a path is that of a store, rather than of an input; one that is not there is what its name says."""
     if not remote.is_remote(path) and is_zarr(path):
         return os.path.exists(f"{path}/uns/sedd/meta/zarr.json")

@@ -42,10 +42,13 @@ def read_gene_list(genes: str | os.PathLike[str] | list[str] | None) -> list[str
         with open(genes, "rb") as file:
             raw = file.read()
         # Spreadsheets begin a file with a byte order mark, and may write two bytes a letter.
-        text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = raw.decode("utf-16" if wide else "utf-8-sig")
     except OSError as error:
         raise UserError(f"{genes}: cannot be read ({error.strerror}); expected a file with one gene name a line.") from error
     except UnicodeDecodeError as error:
+        if wide:
+            raise UserError(f"{genes}: is not UTF-16 text, as which it begins; expected one gene name a line. Save it as UTF-8.") from error
         line = raw[: error.start].count(b"\n") + 1
         raise UserError(
             f"{genes}: is not UTF-8 text (byte 0x{raw[error.start]:02x} in line {line}); expected one gene name a line. Save it as UTF-8."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sedd.errors import UserError
+from sedd.errors import SeveralPartsError, UserError
 from sedd.io.files import fingerprint
 from sedd.io.input.base import Input, Naming
 from sedd.io.input.faults import reading
@@ -97,7 +97,7 @@ class TenXFile(_OfFeatures):
             return
         genomes = [name for name in root if is_genome(root[name])]
         if modality is None and len(genomes) > 1:
-            raise UserError(f"{path}: holds the genomes {', '.join(genomes)}; choose one with --modality.")
+            raise SeveralPartsError(f"{path}: holds the genomes {', '.join(genomes)}; choose one with --modality.", genomes)
         if modality is not None and modality not in genomes:
             raise UserError(f"{path}: has no genome {modality!r} (--modality); it has: {', '.join(genomes)}.")
         self._name = modality or genomes[0]

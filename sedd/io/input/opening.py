@@ -9,7 +9,7 @@ from typing import Any
 
 import h5py
 
-from sedd.errors import UserError
+from sedd.errors import SeveralPartsError, UserError
 from sedd.io.files import fingerprint, tree_fingerprint
 from sedd.io.input.anndata_file import AnnDataFile
 from sedd.io.input.base import Input, Naming
@@ -18,6 +18,9 @@ from sedd.io.input.features import MtxFolder, TenXFile, is_genome, parts_of
 from sedd.io.input.loom import LoomFile
 from sedd.io.input.slices import is_array
 from sedd.io.remote import filesystem, is_remote
+
+_ENDINGS = (".h5ad", ".h5mu", ".h5", ".loom", ".mtx", ".h5ad.gz", ".mtx.gz")
+"""Of files that are said to be inputs even where they are not."""
 
 _ZARR = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
 
@@ -71,6 +74,15 @@ def is_zarr(path: str) -> bool:
     if is_remote(path):
         return path.endswith(".zarr")
     return os.path.isdir(path) and any(os.path.isfile(f"{path}/{name}") for name in _ZARR)
+
+
+def is_input(path: str) -> bool:
+    """Whether a local path is that of an input by its first bytes or its files, whether or not it can be read."""
+    if os.path.isdir(path):
+        return is_zarr(path) or any(name.endswith(("matrix.mtx", "matrix.mtx.gz")) for name in os.listdir(path))
+    with open(path, "rb") as file:
+        start = file.read(8)
+    return start == b"\x89HDF\r\n\x1a\n" or path.endswith(_ENDINGS)
 
 
 def _nothing() -> None:
@@ -139,7 +151,9 @@ def _of_anndata(
         if modality is None and len(modalities) == 1:
             modality = modalities[0]
         if modality is None:
-            raise UserError(f"{path}: is MuData (.h5mu) with the modalities {listed}; choose one with --modality NAME.")
+            raise SeveralPartsError(
+                f"{path}: is MuData (.h5mu) with the modalities {listed}; choose one with --modality NAME.", modalities
+            )
         if modality not in modalities:
             raise UserError(f"{path}: has no modality {modality!r} (--modality); it has: {listed}.")
         return AnnDataFile(path, root["mod"][modality], naming, close, remote=remote, kind=f"modality {modality!r} of MuData")

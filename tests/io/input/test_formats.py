@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.io.convert import convert
 from sedd.io.input.opening import open_input
@@ -218,3 +219,41 @@ def test_a_locked_file_is_said_to_be_locked(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert convert(path, tmp_path / "out.zarr", progress=False) is not None
+
+
+@every_format
+def test_an_input_of_every_format_is_described(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = cells(counts())
+    path = WRITERS[kind](tmp_path / "in", adata)
+    assert main(["info", path]) == 0
+    said = capsys.readouterr().out
+    layout = "dense" if kind == "loom" else "csr"
+    for word in ("cell0, cell1, cell2", "gene0, gene1, gene2", "gene_ids", f"counts (70 x 40, {layout}"):
+        assert word in said
+    assert f"sedd train --data_path {path}" in said
+
+
+def test_a_description_says_which_matrix_holds_counts_and_what_may_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = cells(counts())
+    adata.layers["raw counts"] = adata.X.copy()
+    adata.X = sparse.csr_matrix(np.log1p(adata.X.toarray() * np.float32(1.7)))
+    adata.var = adata.var.assign(feature_name=adata.var_names).set_index("gene_ids")
+    path = h5ad(tmp_path / "a", adata)
+    assert main(["info", path]) == 0
+    said = capsys.readouterr().out
+    assert "no counts: it looks log-normalised" in said
+    assert f"sedd train --data_path {path} --layer 'raw counts'; with --gene_names feature_name" in said
+    with h5py.File(path, "a") as file:
+        del file["layers/raw counts"]
+    assert main(["info", path]) == 0
+    assert "none of its matrices looks like counts" in capsys.readouterr().out
+
+
+def test_every_modality_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = h5mu(tmp_path / "in", cells(counts()))
+    with h5py.File(path, "a") as file:
+        ad.io.write_elem(file["mod"], "adt", cells(counts(n_vars=7, seed=5)))
+    assert main(["info", path]) == 0
+    said = capsys.readouterr().out
+    for word in ("70 x 40", "70 x 7", f"sedd train --data_path {path} --modality adt"):
+        assert word in said
