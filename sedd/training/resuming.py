@@ -15,7 +15,8 @@ from sedd.training.directory import RunDirectory
 
 SAME, TOLD, CONTENT, FREE = "same", "told", "content", "free"
 ON_RESUME: dict[str, str] = {
-    "data_path": CONTENT, "cache_dir": FREE, "layer": SAME, "genes": CONTENT, "binning": SAME, "num_bins": SAME,
+    "data_path": CONTENT, "cache_dir": FREE, "layer": SAME, "raw": SAME, "modality": SAME, "gene_names": SAME, "strip_version": SAME,
+    "round": SAME, "keys": SAME, "drop": SAME, "join": SAME, "genes": CONTENT, "binning": SAME, "num_bins": SAME,
     "val_fraction": SAME, "limit_cells": SAME, "memory_budget": FREE, "loader_threads": FREE, "masks_on": FREE,
     "model": CONTENT, "hidden_dim": SAME, "num_layers": SAME, "num_heads": SAME, "dropout": SAME, "attention": SAME,
     "num_latents": SAME, "head": SAME, "graph": SAME, "noise": SAME, "objective": SAME, "mask_ratio": SAME, "condition": SAME,
