@@ -42,7 +42,7 @@ interpreter() {
 # environment NAME PYTHON: an empty one, at $folder/NAME
 environment() { [ -x "$folder/$1/bin/python" ] || "$(interpreter "$2")" -m venv "$folder/$1"; }
 # install NAME ...: with plain pip
-install() { "$folder/$1/bin/python" -m pip install --quiet "${@:2}"; }
+install() { "$folder/$1/bin/python" -m pip install -qq "${@:2}"; }
 
 # What a user does first, away from the source tree, so that the installed package is what runs.
 first_steps() {
@@ -52,7 +52,7 @@ first_steps() {
   (
     cd "$cells"
     "$sedd" --help >/dev/null
-    "$sedd" convert pbmc3k.h5ad
+    "$sedd" convert pbmc3k.h5ad pbmc3k.zarr
     "$sedd" train --data_path pbmc3k.h5ad --checkpoint_dir run --num_epochs 1 --hidden_dim 16 --num_layers 1 --num_heads 2
   )
   rm -rf "$cells"

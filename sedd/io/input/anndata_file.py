@@ -190,13 +190,18 @@ class AnnDataFile(Input):
             if is_array(node):  # anndata 0.6: one compound column per array
                 rows = node[:]
                 return {key: np.asarray(rows[key]) for key in rows.dtype.names if f"{name}/{key}" not in drop}
-            plain = "encoding-type" not in node.attrs
             found: dict[str, Any] = {}
-            for key in (key for key in node if f"{name}/{key}" not in drop):
+            categories = self._categories() if name == "uns" else set()
+            for key in (key for key in node if key not in categories and f"{name}/{key}" not in drop):
                 with reading(self.path, f"{name}/{key}", _leave_out(f"{name}/{key}")):
-                    value = _read_quietly(node[key])
-                    found[key] = _decoded(value) if plain else value
+                    found[key] = _read_quietly(node[key])
             return found
+
+    def _categories(self) -> set[str]:
+        """Return what anndata 0.6 kept in `uns` of the tables: the categories of their columns."""
+        tables = [self.root.get(name) for name in ("obs", "var", "raw.var")]
+        types = [table.dtype for table in tables if table is not None and is_array(table)]
+        return {f"{name}_categories" for dtype in types for name in dtype.names or () if dtype[name].kind in "iu"}
 
     def elements(self) -> list[str]:
         """Names of what `drop` can leave out."""
@@ -230,6 +235,8 @@ def _read_quietly(node: Any) -> Any:
     """Return an element of any age; that it is old is no news to the user."""
     from sedd.io.format.plain import read_element  # imports pandas, which is needed for tables alone
 
+    if is_array(node) and node.dtype.kind == "S":  # text of old files and other writers, which anndata takes for ASCII
+        return _decoded(node[()])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -240,13 +247,12 @@ def _read_quietly(node: Any) -> Any:
             raise ValueError(str(error)) from error
 
 
+def _decoded(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else np.char.decode(value, "utf-8", "replace")
+
+
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _decoded(value: Any) -> Any:
-    """Byte strings of old files as text."""
-    return value.astype(str) if isinstance(value, np.ndarray) and value.dtype.kind == "S" else value
 
 
 def _compound_frame(node: h5py.Dataset, uns: Any) -> pd.DataFrame:
