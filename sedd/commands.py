@@ -173,9 +173,6 @@ class _Task(_OfModel):
 
     def run(self) -> int:
         """Do the task and say what was written."""
-        from sedd.inference.output_parts import check_output
-
-        check_output(self.output, overwrite=self.overwrite, resume=self.resume)
         result: ad.AnnData = called_by(self)(self.model(), **self.settings())
         if is_main():
             print(f"{self.output}: {result.n_obs} cells x {result.n_vars} genes")
@@ -310,13 +307,9 @@ class Evaluate(_OfModel):
 
     def run(self) -> int:
         """Evaluate, write the report and print the table."""
-        from sedd.inference.output_parts import check_output
         from sedd.metrics import metrics_table, steps_table
 
-        for name in ("metrics.json", "steps.json", "report.html"):
-            check_output(f"{self.output}/{name}", overwrite=self.overwrite)
         evaluate = called_by(self)
-
         found = evaluate(self.checkpoint, **given(self, evaluate))
         low, high = found.metrics["likelihood"]["nats_per_cell"]["ci"]
         bound = f"between {low:.1f} and {high:.1f} nats per cell (95 % interval over cells and masks)"

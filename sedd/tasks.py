@@ -22,6 +22,7 @@ from sedd.inference import posterior
 from sedd.inference.cells import name_of, open_cells, opened
 from sedd.inference.output_file import assemble, attach
 from sedd.inference.output_parts import open_parts
+from sedd.inference.output_place import check_output
 from sedd.inference.posterior import TaskBatch, batches, spans_of_batches
 from sedd.inference.pretrained import Pretrained
 from sedd.kernels.mask import exact_mask
@@ -45,6 +46,7 @@ def impute(
     seed: int = 0,
     output: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> ad.AnnData:
     """Predict unobserved entries from the observed genes of the same cell.
@@ -78,7 +80,10 @@ def impute(
         Write to this .h5ad or .zarr, a block of cells at a time, in place of keeping the result in memory. Processes of
         `accelerate launch` share the cells.
     resume
-        Complete an `output` that was left unfinished; all arguments must be the same. The result is that of one run.
+        Complete an `output` that was left unfinished; all arguments must be the same. The result is that of one run. Where the data
+        were mended since, only the cells that changed are made again.
+    overwrite
+        Replace an `output` that is there, or start an unfinished one again.
     progress
         Show a bar.
 
@@ -96,6 +101,7 @@ def impute(
         On bad input.
     """
     arguments = dict(locals())
+    check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
     model.check_knows_masks("Imputation")
     posterior.check_draws(folds, num_samples)
@@ -148,6 +154,7 @@ def denoise(
     seed: int = 0,
     output: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> ad.AnnData:
     """Replace every count by the rate behind it, estimated from the whole cell.
@@ -157,7 +164,7 @@ def denoise(
 
     Parameters
     ----------
-    model, data, cells, layer, num_steps, sampler, batch_size, seed, output, resume, progress
+    model, data, cells, layer, num_steps, sampler, batch_size, seed, output, resume, overwrite, progress
         As in `impute`.
     rounds, folds
         More rounds average more random visible subsets; more folds show more of the cell each time.
@@ -177,6 +184,7 @@ def denoise(
         by the other genes alone that of the count. `layers["sedd_log1p"]` if asked for. With samples (by the other genes), `layers["sedd_mean"]` and `["sedd_std"]` are those of the draws. With `output`, as in `impute`.
     """
     arguments = dict(locals())
+    check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
     posterior.check_draws(folds, num_samples, rounds)
@@ -212,6 +220,7 @@ def generate(
     seed: int = 0,
     output: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> ad.AnnData:
     """Draw new cells from the model.
@@ -232,7 +241,7 @@ def generate(
     num_steps, sampler, temperature, order
         Of the reverse process: more steps let genes agree better; a temperature below 1 sharpens; the order "confidence" is
         biased (`sedd.sampling.Sampler`).
-    batch_size, seed, output, resume, progress
+    batch_size, seed, output, resume, overwrite, progress
         As in `impute`.
 
     Returns
@@ -246,6 +255,7 @@ def generate(
         If a label or column is not known to the model, or a number is out of range.
     """
     arguments = dict(locals())
+    check_output(output, overwrite=overwrite, resume=resume)
     model = Pretrained.load(model)
     if n < 1:
         raise UserError(f"-n is {n}; expected at least one cell.")
@@ -302,13 +312,14 @@ def embed(
     batch_size: int = 64,
     output: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> ad.AnnData:
     """Put the state of the network for each cell beside it.
 
     Parameters
     ----------
-    model, data, cells, layer, batch_size, resume, progress
+    model, data, cells, layer, batch_size, resume, overwrite, progress
         As in `impute`.
     output
         An .h5ad or .zarr: with `cells="all"` and data of the same kind a copy of the file, of which no more than a window
@@ -320,6 +331,7 @@ def embed(
         The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var and uns alone.
     """
     arguments = dict(locals())
+    check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
 
     def embed_batch(here: TaskBatch) -> dict[str, np.ndarray]:
@@ -355,7 +367,7 @@ def _for_each_batch(
         with open_parts(task, model, arguments, len(source)) as parts:
             whole = task == "embed"
             for here in batches(model, source, batch_size, task, progress, parts, whole=whole):
-                parts.add(here.lo, **make(here))
+                parts.add(here.lo, here.digest(), **make(here))
             if source.missing.any():
                 details = {**details, "missing_genes": np.asarray(model.genes[source.missing], dtype=object)}
             uns = _described(model, task, details)

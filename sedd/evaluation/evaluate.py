@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,18 @@ from sedd.binning import COUNT_KINDS, Binning
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
 from sedd.inference.cells import Cells, open_cells, read_anndata
+from sedd.inference.output_place import check_report
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
 from sedd.io.files import obs_digest, write_json
+from sedd.io.outputs import only_writer_in
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
 from sedd.report.page import ReportData, write_report
+
+REPORT_FILES = ("metrics.json", "steps.json", "report.html")
+"""What `evaluate` writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,7 @@ def evaluate(
     umap: bool = True,
     batch_size: int = 64,
     seed: int = 0,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Measure likelihood, imputation and generation on held-out cells, beside baselines learned on the training cells.
@@ -92,6 +99,8 @@ def evaluate(
         Masks per cell of the likelihood bound, stratified over the number of hidden genes.
     steps
         Fewer sampling steps to try, for the curve of quality against steps.
+    overwrite
+        Replace these files in `output`.
     umap
         Draw a UMAP as well, where `umap-learn` is installed.
     num_steps, batch_size, seed, progress
@@ -104,6 +113,7 @@ def evaluate(
     """
     if any(number < 1 for number in steps):
         raise UserError(f"--steps is {' '.join(map(str, steps))}; expected numbers of sampling steps, such as 1 4 16.")
+    check_report(output, REPORT_FILES, overwrite=overwrite)
     model = Pretrained.load(model)
     adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
     name = "the AnnData" if isinstance(data, ad.AnnData) else str(data)
@@ -321,6 +331,8 @@ def _write(
     output: Path,
 ) -> Path:
     output.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(UserError), only_writer_in(output):  # removes what a killed process left, unless a run is at work there
+        pass
     args = model.state["args"]
     real, fake, train = matrices
     settings = {

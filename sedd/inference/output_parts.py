@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,14 +21,15 @@ import numpy as np
 import scipy.sparse as sp
 
 from sedd import __version__
-from sedd.errors import UserError
+from sedd.errors import UserError, warn_user
 from sedd.inference.pretrained import Pretrained
 from sedd.io.files import fingerprint, new_file, obs_digest, save_arrays
 from sedd.io.outputs import clear, only_writer, partial_folder
-from sedd.processes import Processes, is_main
+from sedd.processes import Processes
 
 _VALUES = 1 << 22  # in a layer of a part, at most
 _CELLS = 2048  # in a part, at most
+_MADE_OF = "made of"  # name of an array beside those of a part
 _PARTS = 64  # of a short task, so that several processes have something to do and little is done again
 
 
@@ -50,26 +51,6 @@ def check_batch_size(batch_size: int) -> None:
         raise UserError(f"--batch_size is {batch_size}; expected at least 1.")
 
 
-def check_output(output: str, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output before any work is done.
-
-    Raises
-    ------
-    UserError
-        If it exists or is unfinished and neither `overwrite` nor `resume` allows that, or its directory cannot be written.
-    """
-    if not is_main():  # the main process may be at work on it already
-        return
-    target, unfinished = Path(output), Path(partial_folder(output))
-    if target.exists() and not overwrite:
-        raise UserError(f"{output}: exists already; pass --overwrite to replace it, or another name.")
-    if unfinished.exists() and not (overwrite or resume):
-        raise UserError(f"{unfinished}: holds an unfinished output; pass --resume to complete it or --overwrite to start again.")
-    parent = next(folder for folder in target.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{output}: {parent} is not a directory that can be written; choose another output.")
-
-
 class Parts(ABC):
     """Blocks of successive cells; a context manager that drops or keeps what was not finished.
 
@@ -88,8 +69,17 @@ class Parts(ABC):
     writes: bool = True
 
     @abstractmethod
-    def add(self, lo: int, **blocks: Any) -> None:
-        """Take in the cells from `lo` on: named matrices of equal length, dense or sparse."""
+    def add(self, lo: int, made_of: bytes = b"", /, **blocks: Any) -> None:
+        """Take in the cells from `lo` on: named matrices of equal length, dense or sparse; `made_of` is a digest of what they were made of."""
+
+    def compare(self, digest: Callable[[int, int], bytes]) -> None:  # noqa: B027, in memory there is nothing of before
+        """Compare parts that were made of other data with what the data say now; those that would be the same are used.
+
+        Parameters
+        ----------
+        digest
+            Of what cells lo .. hi - 1 are made of.
+        """
 
     def complete(self) -> None:  # noqa: B027, one process has nothing to wait for
         """Wait until every process has made its own."""
@@ -119,7 +109,7 @@ class PartsInMemory(Parts):
         self.spans = [(0, n_obs)]
         self._blocks: list[dict[str, Any]] = []
 
-    def add(self, lo: int, **blocks: Any) -> None:
+    def add(self, lo: int, made_of: bytes = b"", /, **blocks: Any) -> None:
         """Take in the next cells."""
         self._blocks.append({k: v if is_mostly_full(v) else sp.csr_matrix(v) for k, v in blocks.items()})
 
@@ -146,12 +136,14 @@ class PartsInFolder(Parts):
         Of the network.
     resume
         Use parts that are there.
+    resumable
+        Keep parts when the task ends before it is done.
     """
 
     def __init__(
-        self, output: Path, made_from: dict[str, Any], *, n_obs: int, n_vars: int, batch_size: int, resume: bool
+        self, output: Path, made_from: dict[str, Any], *, n_obs: int, n_vars: int, batch_size: int, resume: bool, resumable: bool = True
     ) -> None:
-        self._output, self._made_from, self._resume = output, made_from, resume
+        self._output, self._made_from, self._resume, self._resumable = output, made_from, resume, resumable
         self._folder = Path(partial_folder(output))
         self._processes = Processes.here()
         wanted = min(_CELLS, _VALUES // max(1, n_vars), -(-n_obs // _PARTS))
@@ -159,8 +151,13 @@ class PartsInFolder(Parts):
         self._size, self._n_obs = size, n_obs
         self._all = [(lo, min(lo + size, n_obs)) for lo in range(0, n_obs, size)]
         self.writes = self._processes.index == 0
+        self._batch_size = batch_size
         self._waiting: list[dict[str, Any]] = []
+        self._made_of: list[bytes] = []
         self._stack = ExitStack()
+        settings = {name: value for name, value in made_from.items() if name != "data"}
+        # In the names: a process of an earlier task that is still at work makes nothing of this one.
+        self._key, self._data_key = _short_digest([settings, size, n_obs]), _short_digest(made_from.get("data"))
 
     def __enter__(self) -> Parts:
         if self.writes:
@@ -171,16 +168,20 @@ class PartsInFolder(Parts):
                 self._stack = self._stack.pop_all()
         self._processes.wait()
         mine = [self._all[i] for i in self._processes.share(len(self._all))]
+        self._set_share(mine)
+        return self
+
+    def _set_share(self, mine: list[tuple[int, int]]) -> None:
+        self._mine = mine
         self.spans = [span for span in mine if not self._path(span[0]).exists()]
         self.done = sum(hi - lo for lo, hi in mine) - sum(hi - lo for lo, hi in self.spans)
-        return self
 
     def _prepare(self) -> None:
         """Check that the parts that are there can be used, or start without any."""
         plan = self._folder / "task.json"
         if self._resume and plan.exists():
             before = json.loads(plan.read_text())
-            changed = [name for name, value in self._made_from.items() if before.get(name) != value]
+            changed = [name for name, value in self._made_from.items() if before.get(name) != value and name != "data"]
             if changed:
                 raise UserError(
                     f"{self._folder}: cannot be resumed, for its parts were made with other {', '.join(changed)}. Repeat the "
@@ -191,16 +192,43 @@ class PartsInFolder(Parts):
         with new_file(str(plan)) as file:
             file.write(json.dumps(self._made_from, indent=1).encode())
 
-    def _path(self, lo: int) -> Path:
-        return self._folder / f"{lo:012d}.npz"
+    def _path(self, lo: int, data_key: str | None = None) -> Path:
+        return self._folder / f"{self._key}-{lo:012d}-{data_key or self._data_key}.npz"
 
-    def add(self, lo: int, **blocks: Any) -> None:
+    def compare(self, digest: Callable[[int, int], bytes]) -> None:
+        """Compare parts that were made of other data, such as a file that was mended since, with what the data say now.
+
+        Raises
+        ------
+        UserError
+            If there are such parts and none would be the same.
+        """
+        found = [(lo, hi, path) for lo, hi in self.spans for path in self._folder.glob(self._path(lo, "*").name)]
+        n_same = 0
+        for lo, hi, path in found:
+            with np.load(path, allow_pickle=False) as arrays:
+                before = arrays[_MADE_OF].tobytes()
+            starts = range(lo, hi, self._batch_size)
+            if before == b"".join(digest(start, min(start + self._batch_size, hi)) for start in starts):
+                os.replace(path, self._path(lo))
+                n_same += 1
+        if found and not n_same:
+            raise UserError(
+                f"{self._folder}: cannot be resumed, for its parts were made with other data. Repeat the "
+                "command that made them, or pass --overwrite without --resume to start again."
+            )
+        if found:
+            warn_user(f"the data changed since: of {len(found)} parts {n_same} are of cells that are as before, and are used.")
+        self._set_share(self._mine)
+
+    def add(self, lo: int, made_of: bytes = b"", /, **blocks: Any) -> None:
         """Take in the cells from `lo` on; the file is written when its last cells are there."""
         self._waiting.append(blocks)
+        self._made_of.append(made_of)
         start = lo // self._size * self._size
         if lo + next(iter(blocks.values())).shape[0] < min(start + self._size, self._n_obs):
             return
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {_MADE_OF: np.frombuffer(b"".join(self._made_of), np.uint8)}
         for name in blocks:
             gathered = [one[name] for one in self._waiting]
             if all(map(is_mostly_full, gathered)):
@@ -211,6 +239,7 @@ class PartsInFolder(Parts):
                 arrays.update({f"{name}/{field}": value for field, value in fields.items()})
         save_arrays(str(self._path(start)), **arrays)
         self._waiting.clear()
+        self._made_of.clear()
 
     def complete(self) -> None:
         """Wait for the other processes."""
@@ -220,12 +249,12 @@ class PartsInFolder(Parts):
         """Blocks of all cells."""
         for lo, _ in self._all:
             with np.load(self._path(lo), allow_pickle=False) as arrays:
-                names = dict.fromkeys(name.partition("/")[0] for name in arrays.files)
+                names = dict.fromkeys(name.partition("/")[0] for name in arrays.files if name != _MADE_OF)
                 yield {name: _matrix(arrays, name) for name in names}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Drop the parts when they are no longer needed or no good, let go of the lock, and wait for the process that writes."""
-        keep = kind is not None and not issubclass(kind, UserError) and any(self._folder.glob("*.npz"))
+        """Drop the parts when they are no longer needed, let go of the lock, and wait for the process that writes."""
+        keep = kind is not None and self._resumable and any(self._folder.glob("*.npz"))
         if self.writes:
             if not keep:
                 clear(str(self._folder))
@@ -234,11 +263,20 @@ class PartsInFolder(Parts):
             self._processes.wait()
         elif keep and issubclass(kind, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted; pass --resume to complete it, or delete {self._folder}") from None
+        elif keep and isinstance(error, UserError):
+            raise type(error)(
+                f"{error} The parts that are done are kept in {self._folder}: mend that and pass --resume to complete {self._output}, or "
+                "delete them."
+            ) from error
         elif keep and isinstance(error, OSError):
             raise OSError(
                 f"{self._output}: is not complete ({error.strerror or error}). What is done so far is in {self._folder}: make "
                 "room and pass --resume to complete it, or delete it."
             ) from error
+
+
+def _short_digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=6).hexdigest()
 
 
 def _matrix(arrays: Any, name: str) -> Any:
@@ -261,28 +299,19 @@ def open_parts(task: str, model: Pretrained, arguments: dict[str, Any], n_obs: i
         All arguments of the task; its `output` says where the parts are.
     n_obs
         How many cells there will be.
-
-    Raises
-    ------
-    UserError
-        If there is nothing to resume from, or the name of the output does not end in .h5ad or .zarr.
     """
     output, resume, batch_size = (arguments[name] for name in ("output", "resume", "batch_size"))
     check_batch_size(batch_size)
     if output is None:
-        if resume:
-            raise UserError("resume completes an unfinished output; give its name as output.")
         return PartsInMemory(n_obs)
-    path = Path(output)
-    if path.suffix not in (".h5ad", ".zarr"):
-        raise UserError(f"{output}: a result is an .h5ad file or a .zarr store; expected a name that ends so.")
-    if resume and isinstance(arguments.get("data"), ad.AnnData):
-        raise UserError("resume needs the cells in a file, to know that they are the same as before; give a path.")
     origin = made_from(task, model, arguments)
-    return PartsInFolder(path, origin, n_obs=n_obs, n_vars=len(model.genes), batch_size=batch_size, resume=resume)
+    resumable = not isinstance(arguments.get("data"), ad.AnnData)  # of cells in memory nobody knows later whether they are the same
+    return PartsInFolder(
+        Path(output), origin, n_obs=n_obs, n_vars=len(model.genes), batch_size=batch_size, resume=resume, resumable=resumable
+    )
 
 
-_NO_SETTINGS = ("model", "data", "output", "resume", "progress")  # arguments whose value as such does not determine the result
+_NO_SETTINGS = ("model", "data", "output", "resume", "overwrite", "progress")  # arguments whose value as such does not determine the result
 _METADATA = ("zarr.json", ".zmetadata", ".zgroup")  # of a store; rewritten whenever the store is
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,14 @@ class TaskBatch:
     context: dict[str, Any]
     missing: np.ndarray
 
+    def digest(self) -> bytes:
+        """Return a digest of all that the network is given of these cells."""
+        found = hashlib.blake2b(digest_size=16)
+        tensors = [value.cpu().numpy() for value in self.context.values() if value is not None]
+        for array in (self.counts, self.cells, self.missing, *tensors):
+            found.update(np.ascontiguousarray(array).data)
+        return found.digest()
+
     def hide(self, hidden: np.ndarray, mask_token: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens with the hidden and the missing ones masked, and the mask, (B, n_vars) each."""
         mask = torch.from_numpy(hidden | self.missing).to(self.tokens.device)
@@ -99,8 +108,9 @@ def batches(
     their sum away.
     """
     warned = False
-    spans, done = ([(0, len(source))], 0) if parts is None else (parts.spans, parts.done)
-    for lo, hi in spans_of_batches(spans, batch_size, task, progress, done):
+
+    def read(lo: int, hi: int) -> TaskBatch:
+        nonlocal warned
         counts = source.counts(lo, hi)
         if not warned and model.binning.kind == "identity" and counts.max(initial=0) >= model.binning.n_bins:
             warn_user(
@@ -123,7 +133,14 @@ def batches(
             # With genes missing the total over the panel is not known.
             total[:] = total if whole and not source.missing.any() else np.nan
             context["library"] = torch.from_numpy(total).to(model.device)
-        yield TaskBatch(lo, hi, counts, tokens, source.indices[lo:hi], context, source.missing)
+        return TaskBatch(lo, hi, counts, tokens, source.indices[lo:hi], context, source.missing)
+
+    spans, done = [(0, len(source))], 0
+    if parts is not None:
+        parts.compare(lambda lo, hi: read(lo, hi).digest())
+        spans, done = parts.spans, parts.done
+    for lo, hi in spans_of_batches(spans, batch_size, task, progress, done):
+        yield read(lo, hi)
 
 
 @torch.no_grad()

@@ -41,8 +41,8 @@ def test_a_file_that_grows_by_blocks_holds_what_memory_would(
     monkeypatch.setattr(cells, "WINDOW", 64)
     monkeypatch.setattr(cells, "read_anndata", None)  # nothing is read as a whole
     path = tmp_path / f"out{suffix}"
-    for _ in range(2):  # the second time it is replaced
-        said = run[task](progress=False, batch_size=20, output=path)
+    for overwrite in (False, True):
+        said = run[task](progress=False, batch_size=20, output=path, overwrite=overwrite)
     assert list(tmp_path.iterdir()) == [path]
     read = frame_of(path)
     assert np.array_equal(dense(read.X), dense(whole.X))

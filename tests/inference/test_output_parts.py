@@ -21,7 +21,8 @@ from launching import CONFIGS, environment, wait_until
 
 from sedd import tasks
 from sedd.cli import main
-from sedd.errors import UserError
+from sedd.errors import SeddWarning, UserError
+from sedd.evaluation import evaluate
 from sedd.inference import output_parts
 from sedd.inference.output_parts import PartsInFolder, made_from
 from sedd.inference.pretrained import Pretrained
@@ -112,7 +113,7 @@ def test_embedding_keeps_all_that_the_file_holds_without_reading_it(
             with monkeypatch.context() as patch:
                 if suffix == data_suffix:
                     patch.setattr("sedd.inference.output_file.read_anndata", None)  # copied, not read
-                embed(model, tmp_path / f"in{data_suffix}", output=output, progress=False)
+                embed(model, tmp_path / f"in{data_suffix}", output=output, overwrite=data_suffix == ".zarr", progress=False)
             found = ad.read_zarr(output) if suffix == ".zarr" else ad.read_h5ad(output)
             assert np.array_equal(found.obsm["X_sedd"], embed(model, adata, progress=False).obsm["X_sedd"])
             assert np.array_equal(found.layers["twice"].toarray(), adata.layers["twice"].toarray())
@@ -181,7 +182,216 @@ def test_every_setting_of_a_task_is_compared_before_it_is_resumed(
     for name in inspect.signature(getattr(tasks, task)).parameters.keys() - {"model", "data"}:
         after = made_from(task, model, arguments | {name: "another value"})
         changed = [key for key in before if before[key] != after[key]]
-        assert changed == ([] if name in ("output", "resume", "progress") else [f"--{name}"])
+        assert changed == ([] if name in ("output", "resume", "overwrite", "progress") else [f"--{name}"])
+
+
+def save_and_note(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts that are written from now on."""
+    real, saved = output_parts.save_arrays, list[str]()
+
+    def save(path: str, **arrays: Any) -> None:
+        real(path, **arrays)
+        saved.append(path)
+
+    monkeypatch.setattr(output_parts, "save_arrays", save)
+    return saved
+
+
+@pytest.mark.parametrize("task", ["impute", "denoise", "embed"])
+@pytest.mark.parametrize("trouble", ["value", "label"])
+def test_one_bad_cell_costs_no_finished_part_and_after_it_was_mended_the_rest_is_made(
+    task: str, trouble: str, model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output, whole = (tmp_path / name for name in ("data.h5ad", "out.h5ad", "whole.h5ad"))
+    good = make_counts(90)
+    bad = good.copy()
+    if trouble == "value":
+        bad.X = bad.X.toarray()
+        bad.X[75, 3] = 0.5
+    else:
+        bad.obs["cell_type"] = bad.obs["cell_type"].cat.add_categories(["martian"])
+        bad.obs.iloc[75, 0] = "martian"
+    write(bad, data)
+    settings: dict[str, Any] = {"batch_size": 8, "progress": False, "output": output}
+    said = {"value": "not a whole number.*cell 75", "label": "martian"}[trouble]
+    kept = r"The parts that are done are kept in .*out\.h5ad\.partial: mend that and pass --resume to complete .*out\.h5ad, or delete them\."
+    for again in ({}, {"resume": True}):  # it may be tried again before it was mended
+        with pytest.raises(UserError, match=f"{said}.*{kept}"):
+            TASKS[task](model, data, **settings, **again)
+    parts = {path.name.split("-")[1] for path in Path(f"{output}.partial").glob("*.npz")}
+    assert parts == {f"{lo:012d}" for lo in range(0, 72, 8)}
+
+    mended = good.copy()
+    mended.X[8:16] *= 2  # and one of those that were done is another now
+    write(mended, data)
+    saved = save_and_note(monkeypatch)
+    with pytest.warns(SeddWarning, match="the data changed since: of 9 parts 8 are of cells that are as before, and are used"):
+        TASKS[task](model, data, **settings, resume=True)
+    assert [Path(path).name.split("-")[1] for path in saved] == [f"{lo:012d}" for lo in (8, 72, 80, 88)]
+    TASKS[task](model, data, **{**settings, "output": whole})
+    same(whole, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.h5ad", "out.h5ad", "whole.h5ad"]
+
+
+def test_cells_in_memory_leave_no_parts(model: Pretrained, tmp_path: Path) -> None:
+    bad = make_counts(90)
+    bad.X = bad.X.toarray()
+    bad.X[75, 3] = 0.5
+    with pytest.raises(UserError, match=r"that holds them\.$"):
+        denoise(model, bad, rounds=1, batch_size=8, output=tmp_path / "out.h5ad", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_of_an_abandoned_task_makes_nothing_of_the_next(model: Pretrained, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"n_obs": 16, "n_vars": 2, "batch_size": 8}
+    straggler = PartsInFolder(tmp_path / "o.h5ad", {"data": "a", "--seed": 1}, resume=False, **settings)
+    straggler._processes = Processes(1, 2)
+    straggler.writes = False
+    straggler._set_share([(0, 8), (8, 16)])
+    for other, resume in (({"data": "a", "--seed": 2}, False), ({"data": "a", "--seed": 2}, True)):
+        with PartsInFolder(tmp_path / "o.h5ad", other, resume=resume, **settings) as parts:
+            for lo in (0, 8):
+                straggler.add(lo, b"x", X=np.full((8, 2), 7.0))
+            parts.compare(lambda lo, hi: b"x")
+            assert parts.spans == [(0, 8), (8, 16)]
+            for lo in (0, 8):
+                parts.add(lo, b"x", X=np.full((8, 2), float(lo)))
+                straggler.add(lo, b"x", X=np.full((8, 2), 7.0))
+            assert [block["X"][0, 0] for block in parts.all()] == [0, 8]
+
+
+def test_half_written_parts_of_a_killed_task_are_removed_by_the_next(model: Pretrained, tiny_h5ad: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o.h5ad"
+    folder = Path(f"{output}.partial")
+    folder.mkdir()
+    for name in ("lock", ".000000000000.npz.node7-12-0123abcd.part"):
+        (folder / name).touch()
+    with PartsInFolder(output, {}, n_obs=16, n_vars=2, batch_size=8, resume=False):
+        assert sorted(path.name for path in folder.iterdir()) == ["lock", "task.json"]
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_a_result_that_was_moved_aside_when_its_task_was_killed_is_put_back(
+    suffix: str, model: Pretrained, tiny_h5ad: Path, tmp_path: Path
+) -> None:
+    """A store is replaced in two renames, between which the task is killed; a file in one."""
+    output = tmp_path / f"o{suffix}"
+    generate(model, 16, num_steps=2, output=output, progress=False)
+    script = f"""
+import os, signal, sys
+from sedd.tasks import generate
+def watch(event, given):
+    if event == "os.rename" and str(given[1]) == {str(output)!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+generate({str(model.path)!r}, 16, num_steps=2, seed=1, output={str(output)!r}, overwrite=True, progress=False)
+"""
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), check=False)
+        assert done.returncode == -9
+        assert output.exists() == (suffix == ".h5ad")
+        with pytest.raises(UserError, match="exists already" if output.exists() else "unfinished output; pass --resume"):
+            generate(model, 16, num_steps=2, output=output, progress=False)
+    with output_parts.only_writer(output, wait=False):
+        assert output.exists()  # as it was
+    generate(model, 16, num_steps=2, output=tmp_path / f"new{suffix}", progress=False)
+    same(output, tmp_path / f"new{suffix}")
+    generate(model, 16, num_steps=2, seed=1, output=output, overwrite=True, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"new{suffix}", f"o{suffix}"]
+
+
+TAKEN = ["file", "folder", "store", "link to a file", "link to a folder", "dangling link", "foreign .partial", "the data"]
+
+
+@pytest.mark.parametrize("there", TAKEN)
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("task", TASKS)
+def test_no_task_replaces_what_it_was_not_told_to(task: str, suffix: str, there: str, model: Pretrained, tmp_path: Path) -> None:
+    data, output = tmp_path / f"data{suffix}", tmp_path / f"out{suffix}"
+    write(make_counts(8), data)
+    for name in ("folder", "file"):
+        (tmp_path / f"my {name}").mkdir()
+        (tmp_path / f"my {name}" / "thesis.txt").write_text("mine")
+    if there == "file":
+        output.write_text("mine")
+    elif there == "folder":
+        (tmp_path / "my folder").rename(output)
+    elif there == "store":
+        output.mkdir()
+        (output / "zarr.json").write_text("{}")
+    elif "link" in there:
+        target = {"link to a file": "my file/thesis.txt", "link to a folder": "my folder", "dangling link": "nowhere"}[there]
+        output.symlink_to(tmp_path / target)
+    elif there == "foreign .partial":
+        (tmp_path / "my folder").rename(f"{output}.partial")
+    else:
+        output = data
+    may = (there, suffix) in {("file", ".h5ad"), ("store", ".zarr")}
+    told = {"foreign .partial": "which sedd did not make.*Move it, or choose another output"}.get(there, "exists already; pass --overwrite")
+    told_then = {"foreign .partial": told}.get(there, "so it is not replaced")
+    if there == "the data":
+        told = "exists already; pass --overwrite" if task == "generate" else "is the data itself"
+        told_then = "is the data itself"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=told):
+        TASKS[task](model, data, output=output, progress=False)
+    if may:
+        TASKS[task](model, data, output=output, overwrite=True, progress=False)
+        assert output.stat().st_size > 0
+        return
+    if there == "the data" and task == "generate":
+        return  # it reads none
+    with pytest.raises(UserError, match=told_then):
+        TASKS[task](model, data, output=output, overwrite=True, progress=False)
+    assert before == ({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, sorted(os.listdir(tmp_path)))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("there", ["a file", "report.html", "metrics.json", "a link", "a folder"])
+def test_an_evaluation_replaces_nothing_but_its_own(there: str, overwrite: bool, model: Pretrained, tiny_h5ad: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    if there == "a file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+    if there.endswith(("html", "json")):
+        (output / there).write_text("mine")
+    elif there == "a link":
+        (output / "report.html").symlink_to(tmp_path / "elsewhere.html")
+    elif there == "a folder":
+        (output / "steps.json").mkdir()
+    if overwrite and there.endswith(("html", "json")):
+        return  # told to
+    said = {"a file": "is not a directory"}.get(there, "so it is not replaced" if overwrite else "exists already; pass --overwrite")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=said):
+        evaluate(model, tiny_h5ad, output=output, overwrite=overwrite, progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("there", ["file", "folder", "link", "foreign .partial", "run"])
+def test_an_export_replaces_nothing_but_an_export(there: str, overwrite: bool, model: Pretrained, tiny_run: Path, tmp_path: Path) -> None:
+    target, exported = tmp_path / "model", model.push_to_hub(tmp_path / "exported")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    if there == "file":
+        target.write_text("mine")
+    elif there == "folder":
+        mine.rename(target)
+    elif there == "link":
+        target.symlink_to(exported)
+    elif there == "run":
+        target.mkdir()
+        (target / "best.pt").write_bytes(b"mine")
+    else:
+        mine.rename(f"{target}.partial")
+    said = {"link": "is a link to .*exported, so it is not replaced", "foreign .partial": "which sedd did not make"}.get(there, "exists already")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=said):
+        model.push_to_hub(target, overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_two_writers_of_an_output_are_an_error(tmp_path: Path) -> None:
