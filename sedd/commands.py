@@ -102,7 +102,7 @@ class Verify:
     store: Annotated[Positional[str], tyro.conf.arg(metavar="STORE")]
     """The .zarr store."""
     against: tuple[str, ...] = ()
-    """The .h5ad files it was made from, in their order."""
+    """The inputs it was made from, in their order."""
 
     def run(self) -> int:
         """Verify and print the report."""
