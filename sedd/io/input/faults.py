@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sedd.errors import UserError
 
-READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
-"""What h5py, zarr and anndata raise when an element is damaged or of a kind that they do not know."""
+READ_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError, zlib.error)
+"""What h5py, zarr, zlib and anndata raise when an element is damaged or of a kind that they do not know."""
 
 _DAMAGE = ("truncated", "addr overflow", "signature", "bad ", "checksum", "inflate", "filter returned failure", "corrupt", "unable to read",
            "can't read", "decompress", "wrong ", "incorrect", "ran off end", "out of range", "end of file")  # fmt: skip
@@ -54,7 +55,7 @@ def reading(path: str, what: str, way_out: str = "") -> Iterator[None]:
 
 def _is_damage(error: BaseException) -> bool:
     text = str(error).lower()
-    return isinstance(error, OSError | RuntimeError | KeyError) and any(word in text for word in _DAMAGE)
+    return isinstance(error, EOFError | zlib.error) or (isinstance(error, OSError | RuntimeError | LookupError) and any(word in text for word in _DAMAGE))
 
 
 def why_not_hdf5(path: str, error: OSError, *, remote: bool) -> str:

@@ -227,10 +227,7 @@ def _read_mtx(path: str, _: str) -> dict[str, Any]:
     from scipy.sparse import csr_array
 
     with reading(path, "the matrix", "Is it in the Matrix Market format?"):
-        try:
-            matrix = csr_array(mmread(path).T)
-        except EOFError as error:
-            raise OSError(f"truncated: {error}") from error
+        matrix = csr_array(mmread(path).T)
     return {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr, "shape": matrix.shape}
 
 
@@ -242,12 +239,8 @@ def close_matrices() -> None:
 def _read_table(path: str) -> list[list[str]]:
     """Return the fields of each line of a tab-separated file."""
     opener = gzip.open if path.endswith(".gz") else open
-    with reading(path, "the table"):
-        try:
-            with opener(path, "rt", encoding="utf-8-sig", newline=None) as file:
-                return [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
-        except EOFError as error:
-            raise OSError(f"truncated: {error}") from error
+    with reading(path, "the table"), opener(path, "rt", encoding="utf-8-sig", newline=None) as file:
+        return [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
 
 
 def _texts(node: Any) -> list[str]:

@@ -44,7 +44,8 @@ class LoomFile(Input):
     @property
     def layers(self) -> list[str]:
         """Names of the layers."""
-        return list(self._root["layers"]) if "layers" in self._root else []
+        with reading(self.path, "layers"):
+            return list(self._root["layers"]) if "layers" in self._root else []
 
     def _matrix(self, layer: str | None, raw: bool) -> Matrix:
         name = "raw" if raw else "matrix" if layer is None else f"layers/{layer}"
@@ -56,25 +57,31 @@ class LoomFile(Input):
     @property
     def n_obs(self) -> int:
         """Number of cells."""
-        return int(self._root["matrix"].shape[1])
+        return int(self._shape[1])
 
     def n_vars(self, raw: bool = False) -> int:
         """Return the number of genes."""
-        return int(self._root["matrix"].shape[0])
+        return int(self._shape[0])
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        with reading(self.path, "matrix"):
+            rows, columns = self._root["matrix"].shape
+            return rows, columns
 
     def _attributes(self, table: str, drop: tuple[str, ...], *, wide: bool) -> dict[str, np.ndarray]:
         """Attributes of cells or genes, vectors or those with columns."""
         found: dict[str, np.ndarray] = {}
         place = _ATTRIBUTES[table]
-        group = self._root.get(place)
         length = self.n_obs if table == "obs" else self.n_vars()
-        for name in group if group is not None else ():
-            node = group[name]
-            if f"{table}m/{name}" in drop or f"{table}/{name}" in drop or not is_array(node) or node.shape[:1] != (length,):
-                continue
-            if (node.ndim > 1) == wide:
+        with reading(self.path, place):
+            for name in self._root.get(place) or ():
+                if f"{table}m/{name}" in drop or f"{table}/{name}" in drop:
+                    continue
                 with reading(self.path, f"{place}/{name}", f"Leave it out with --drop {table}{'m' * wide}/{name}."):
-                    found[name] = _plain(node[:])
+                    node = self._root[place][name]
+                    if is_array(node) and node.shape[:1] == (length,) and (node.ndim > 1) == wide:
+                        found[name] = _plain(node[:])
         return found
 
     def _frame(self, table: str, drop: tuple[str, ...]) -> pd.DataFrame:
