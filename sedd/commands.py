@@ -49,6 +49,8 @@ class Convert(ConversionSettings):
     """Continue a conversion that was stopped."""
     overwrite: bool = False
     """Replace an existing output."""
+    append: bool = False
+    """Add the cells to the store OUTPUT.zarr, which is there, by its genes and settings; its full shards stay as they are."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
 

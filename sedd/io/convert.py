@@ -35,6 +35,7 @@ def convert(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    append: bool = False,
     dry_run: bool = False,
     progress: bool = True,
     **settings: Any,
@@ -48,6 +49,7 @@ def convert(
     output : path of the store, `*.zarr`, or a URL
     resume : continue an unfinished conversion
     overwrite : replace a store, or an unfinished conversion
+    append : add the cells to a store that is there, by its genes and settings; the shards that are full stay as they are
     dry_run : print what would be done, and return None
     progress : show a bar
     **settings : fields of `sedd.config.ConversionSettings`, which says what each means
@@ -67,6 +69,8 @@ def convert(
     target = str(output).rstrip("/")
     if not target.endswith(".zarr"):
         raise UserError(f"{target}: the output is a Zarr store; expected a name that ends in .zarr. Name the output last, after all inputs.")
+    if append:
+        return _append([str(path) for path in paths], target, resume, overwrite, dry_run, progress, settings)
     job = Job(
         [str(path) for path in paths],
         remote.staging(target) if remote.is_remote(target) else target,
@@ -84,6 +88,26 @@ def convert(
     from sedd.io.store import CellStore
 
     return CellStore(target)
+
+
+def _append(
+    paths: list[str], output: str, resume: bool, overwrite: bool, dry_run: bool, progress: bool, settings: dict[str, Any]
+) -> CellStore | None:
+    from sedd.io.conversion.append import Append
+
+    if overwrite:
+        raise UserError("--append keeps the store that --overwrite would replace; leave one of them out.")
+    if remote.is_remote(output):
+        raise UserError(
+            f"{output}: cannot be appended to there, as object storage cannot put a store in the place of another in one step. Copy "
+            "it to a disk, append to the copy and upload that."
+        )
+    (asked,) = grouped(settings, ConversionSettings)
+    work = Append(paths, output, asked, progress=progress)
+    if dry_run:
+        print(work.forecast())
+        return None
+    return work.run(resume=resume)
 
 
 @keywords_of(InputSettings)

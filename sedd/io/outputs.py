@@ -6,6 +6,7 @@ no more than what an earlier process left, puts right what that one was killed a
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -201,11 +202,14 @@ def check_replaceable(path: str | os.PathLike[str], kind: Literal["file", "store
 def move_into_place(made: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Move a complete file or folder to its name, over what is there; for the holder of `only_writer(path)`.
 
-    A folder cannot be replaced in one step, as a file can: the old one is moved aside first. Of a process that dies before the new one is
-    in place, the next holder puts the old one back.
+    Where a file system cannot exchange two folders in one step, the old one is moved aside first. Of a process that dies before the
+    new one is in place, the next holder puts the old one back.
     """
     aside = _aside(path)
     if os.path.isdir(path):
+        if exchange(os.fspath(made), os.fspath(path)):
+            shutil.rmtree(made, ignore_errors=True)
+            return
         os.rename(path, aside)
     try:
         os.replace(made, path)
@@ -213,6 +217,13 @@ def move_into_place(made: str | os.PathLike[str], path: str | os.PathLike[str]) 
         _put_back(path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def exchange(one: str, other: str) -> bool:
+    """Exchange two names in one step; whether that could be done, which Linux and most of its file systems can."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and not rename(here, os.fsencode(one), here, os.fsencode(other), both)
 
 
 def _aside(path: str | os.PathLike[str]) -> str:

@@ -75,6 +75,18 @@ class CellStore:
     def __repr__(self) -> str:
         return f"CellStore({self.path!r}: {self.n_obs} cells x {self.n_vars} genes, {self.nnz} non-zeros, {self.dtype})"
 
+    @property
+    def grown(self) -> list[dict[str, Any]]:
+        """What the store was each time before cells were appended: `n_obs`, `nnz`, `max_value`, `fingerprint`, number of `inputs`."""
+        found: list[dict[str, Any]] = self.uns_sedd.get("grown", [])
+        return found
+
+    @property
+    def is_reordered(self) -> bool:
+        """Whether its cells have another order than in its inputs: where they were is in `obs["sedd_cell"]`."""
+        settings = self.uns_sedd["settings"]
+        return bool(settings["shuffle"] or settings.get("group_by"))
+
     @cached_property
     def x_arrays(self) -> dict[str, zarr.Array]:
         """The arrays of X: `indptr`, `indices`, `data`."""
@@ -103,19 +115,27 @@ class CellStore:
     @cached_property
     def obs(self) -> pd.DataFrame:
         """The cells' table."""
-        return self._element("obs")
+        return self.element("obs")
 
     @cached_property
     def var(self) -> pd.DataFrame:
         """The genes' table."""
-        return self._element("var")
+        return self.element("var")
 
     @cached_property
     def var_names(self) -> np.ndarray:
         """Names of the genes, unique."""
         return self.var.index.to_numpy().astype(str)
 
-    def _element(self, name: str) -> Any:
+    def keys(self, name: str = "") -> list[str]:
+        """Names of what is in a group of the store, none if there is no such group."""
+        try:
+            return sorted(self._group[name] if name else self._group)
+        except KeyError:
+            return []
+
+    def element(self, name: str) -> Any:
+        """Read a table, array or mapping of the store, such as `obs` or `uns/title`."""
         try:
             return read_element(self._group[name])
         except Exception as error:  # whatever a damaged store makes the readers raise
@@ -123,14 +143,7 @@ class CellStore:
 
     def _read(self, name: str, lo: int, hi: int) -> np.ndarray:
         """Entries `lo:hi` of one array of X; a damaged chunk is named."""
-        reader = self._readers[name]
-        if hi <= lo:
-            return np.empty(0, reader.dtype)
-        chunks = np.arange(lo // reader.chunk, -(-hi // reader.chunk))
-        out = np.empty(chunks.size * reader.chunk, reader.dtype)
-        reader.read(chunks, out, (chunks - chunks[0]) * reader.chunk)
-        start = lo - int(chunks[0]) * reader.chunk
-        return out[start : start + hi - lo]
+        return self._readers[name].read_range(lo, hi)
 
     def read_rows(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cells `lo:hi` as `(indptr from 0, indices, data)`, in the types of the store.
@@ -168,21 +181,25 @@ class CellStore:
         """How many cells have each count of each gene: `(n_vars, max_value + 1)` int64, zeros in column 0."""
         if not self.is_counts:
             raise UserError(f"{self.path}: holds real values, which have no histogram; convert counts.")
-        return sparse.csr_array(self._element("uns/sedd/histogram"))
+        return sparse.csr_array(self.element("uns/sedd/histogram"))
 
     def cell_stats(self) -> pd.DataFrame:
         """Per cell: `total`, `n_genes` (non-zeros) and `max`."""
-        table = self._element("uns/sedd/cells")
+        table = self.cell_table()
         return pd.DataFrame({name: table[name] for name in ("total", "n_genes", "max")})
 
     def gene_stats(self) -> pd.DataFrame:
         """Per gene: `sum`, `sum_sq`, `nnz` and `max`."""
-        table = self._element("uns/sedd/genes")
+        table = self.element("uns/sedd/genes")
         return pd.DataFrame({name: table[name] for name in ("sum", "sum_sq", "nnz", "max")}, index=self.var_names)
 
     def cell_hashes(self) -> np.ndarray:
         """Return a hash of each cell's entries, gathered when it was written; what `verify` compares with."""
-        return np.asarray(self._element("uns/sedd/cells")["hash"])
+        return self.cell_table()["hash"]
+
+    def cell_table(self) -> dict[str, np.ndarray]:
+        """Statistics of the cells and their hashes, arrays by name."""
+        return {name: np.asarray(values) for name, values in self.element("uns/sedd/cells").items()}
 
 
 class CsrBlock(sparse.csr_matrix):
@@ -261,6 +278,8 @@ def store_facts(path: str) -> dict[str, Any]:
         "codec": meta["codec"],
         "chunk": int(store.x_arrays["data"].chunks[0]),
         "shuffled": meta["settings"]["shuffle"],
+        "grouped by": meta["settings"].get("group_by"),
+        "cells when it grew": [then["n_obs"] for then in store.grown],
         "obs": list(map(str, store.obs.columns)),
         "var": list(map(str, store.var.columns)),
         "obsm": sorted(store._group["obsm"].keys()) if "obsm" in store._group else [],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from sedd.io.conversion.genes import match_inputs
 from sedd.io.conversion.runner import TaskRunner
 from sedd.io.format.reader import ChunkReader
 from sedd.io.format.tally import cell_hashes
+from sedd.io.input.base import Input
 from sedd.io.input.matrix import Matrix
 from sedd.io.input.opening import input_fingerprint, opened_as
 from sedd.io.store import CellStore, close_stores, span_hashes
@@ -100,29 +101,52 @@ def _check_layers(store: CellStore, runner: TaskRunner) -> None:
             runner.run(check, spans, [0] * len(spans), title=f"verify {name}")
 
 
+class _Step(NamedTuple):
+    """A conversion, or an append to it: which of the inputs and of the cells it made, and its settings."""
+
+    inputs: slice
+    cells: slice
+    settings: dict[str, Any]
+
+
+def _steps(store: CellStore) -> list[_Step]:
+    ends = [(0, 0), *((then["inputs"], then["n_obs"]) for then in store.grown), (len(store.uns_sedd["inputs"]), store.n_obs)]
+    genes = {"genes": store.var_names.tolist()}
+    settings = [store.uns_sedd["settings"], *({**then["appended"], **genes} for then in store.grown)]
+    return [_Step(slice(lo[0], hi[0]), slice(lo[1], hi[1]), own) for lo, hi, own in zip(ends[:-1], ends[1:], settings, strict=True)]
+
+
 def _compare(store: CellStore, inputs: list[str], hashes: np.ndarray, runner: TaskRunner) -> None:
-    settings = store.uns_sedd["settings"]
     if len(inputs) != len(store.uns_sedd["inputs"]):
         raise UserError(f"{store.path}: was made from {len(store.uns_sedd['inputs'])} files; name all of them, in order.")
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about gene names: said at the conversion
-        files = [stack.enter_context(opened_as(name, settings)) for name in inputs]
-        matrices = [file.matrix(settings["layer"], settings["raw"]) for file in files]
-        genes, maps = match_inputs(files, settings)
-        if genes != store.var_names.tolist():
-            raise UserError(f"{store.path}: has other genes than {inputs[0]}.")
-        n_cells = [matrix.shape[0] for matrix in matrices]
-        cells = np.arange(store.n_obs)
-        if settings["shuffle"]:
-            cells = store.obs["sedd_cell"].to_numpy()
-        elif store.n_obs > sum(n_cells) or (store.n_obs < sum(n_cells) and settings["limit_cells"] is None):
-            raise UserError(f"{store.path}: has {store.n_obs} cells, {', '.join(inputs)} {sum(n_cells)}.")
+        files: list[Input] = []
+        matrices: list[Matrix] = []
+        maps: list[np.ndarray | None] = []
+        cells: list[np.ndarray] = []  # numbers in the inputs, one after the other
+        for step in _steps(store):
+            names = inputs[step.inputs]
+            own_files = [stack.enter_context(opened_as(name, step.settings)) for name in names]
+            own_matrices = [file.matrix(step.settings["layer"], step.settings["raw"]) for file in own_files]
+            genes, own_maps = match_inputs(own_files, step.settings)
+            if genes != store.var_names.tolist():
+                raise UserError(f"{store.path}: has other genes than {names[0]}.")
+            n, n_there = step.cells.stop - step.cells.start, sum(matrix.shape[0] for matrix in own_matrices)
+            if n > n_there or (n < n_there and step.settings["limit_cells"] is None):
+                raise UserError(f"{store.path}: has {n} cells of {', '.join(names)}, which has {n_there}.")
+            local = np.arange(n)
+            if store.is_reordered:
+                local = store.obs["sedd_cell"].to_numpy()[step.cells] - step.cells.start
+            cells.append(sum(matrix.shape[0] for matrix in matrices) + local)
+            files, matrices, maps = files + own_files, matrices + own_matrices, maps + own_maps
+        places = np.concatenate(cells)
         own = [_input_hashes(*both, store, runner) for both in zip(matrices, maps, strict=True)]
-        expected = np.concatenate(own)[cells]
+        expected = np.concatenate(own)[places]
         wrong = np.flatnonzero(hashes != expected)
         if wrong.size:
-            raise UserError(_difference(store, int(wrong[0]), int(cells[wrong[0]]), matrices, maps))
-        obs_names = np.concatenate([np.array(file.obs_names, str) for file in files])[cells]
+            raise UserError(_difference(store, int(wrong[0]), int(places[wrong[0]]), matrices, maps))
+        obs_names = np.concatenate([np.array(file.obs_names, str) for file in files])[places]
         if len(inputs) == 1 and not np.array_equal(obs_names, store.obs.index.to_numpy(str)):
             raise UserError(f"{store.path}: has other cell names than {inputs[0]}.")
 

@@ -10,7 +10,7 @@ import threading
 import warnings
 from typing import Any
 
-_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link")
 
 
 def run(source: str, output: str, options: dict[str, Any]) -> None:

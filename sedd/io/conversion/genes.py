@@ -81,7 +81,7 @@ def match_inputs(files: list[Input], settings: dict[str, Any], *, aloud: bool = 
                 warn_user(f"{file.path}: {len(mask) - len(own)} of {len(mask)} features are of another type and are left out; see --modality.")
         names.append(unique_names(file.path, own, aloud=aloud))
         kept.append(mask)
-    if len(files) > 1:
+    if len(files) > 1 and settings["join"] != "wanted":
         _check_overlap(files, names, settings)
     genes, maps = match_genes([file.path for file in files], names, settings["join"], settings["genes"], aloud=aloud)
     for k, mask in enumerate(kept):
@@ -145,7 +145,7 @@ def match_genes(
     ----------
     paths : of the inputs, for messages
     names : unique gene names of each input
-    join : "inner" keeps genes that all inputs have, "outer" those that any has
+    join : "inner" keeps genes that all inputs have, "outer" those that any has, "wanted" all that are wanted, whether any has them
     wanted : keep only these, in this order
     aloud : say which of them are not there
 
@@ -154,7 +154,7 @@ def match_genes(
     genes : names of the result
     maps : one (genes of the input,) int32 each, or None where nothing changes
     """
-    if join not in ("inner", "outer"):
+    if join not in ("inner", "outer", "wanted"):
         raise UserError(f"--join must be inner or outer, not {join!r}.")
     genes = names[0]
     for other in names[1:]:
@@ -165,8 +165,8 @@ def match_genes(
             genes = genes + [name for name in other if name not in ours]
     if wanted is not None:
         there = set(genes)
-        kept = list(dict.fromkeys(name for name in wanted if name in there))
-        if not kept:
+        kept = wanted if join == "wanted" else list(dict.fromkeys(name for name in wanted if name in there))
+        if there.isdisjoint(kept):
             raise UserError(f"{paths[0]}: has none of the {len(wanted)} genes asked for (for example {wanted[0]!r}).")
         if aloud and len(kept) < len(wanted):
             absent = next(name for name in wanted if name not in there)

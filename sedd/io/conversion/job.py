@@ -184,7 +184,7 @@ class Job:
         group = publish.open_unfinished(plan)
         publish.build(group, plan, self.runner, gathered)
         self._keep_layers()
-        tables.write_added(group, plan, gathered, self.records())
+        tables.write_added(group, plan.settings, gathered, self.records())
         publish.check(plan, self.runner, gathered)
         for path, known in zip(self.paths, self.fingerprints, strict=True):
             if input_fingerprint(path) != known:
@@ -251,7 +251,8 @@ class Job:
             self.asked, layer=name, values=values, keep_layers=(), scheduler=self.runner.scheduler, slurm_workers=0
         )
         job = Job(self.paths, output, asked, progress=self.runner.progress)
-        job.settings["obs"] = []  # the matrix is all that is wanted of it
+        # The matrix is all that is wanted of it.
+        job.settings = {**self.settings, "layer": name, "values": values, "keep_layers": [], "obs": []}
         return job
 
 

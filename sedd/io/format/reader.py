@@ -92,6 +92,16 @@ class ChunkReader:
         for low, high in zip(np.r_[0, edges], np.r_[edges, chunks.size], strict=True):
             self._read_shard(int(shards[low]), chunks[low:high] % self._slots, out, targets[low:high])
 
+    def read_range(self, lo: int, hi: int) -> np.ndarray:
+        """Values `lo:hi`."""
+        if hi <= lo:
+            return np.empty(0, self.dtype)
+        chunks = np.arange(lo // self.chunk, -(-hi // self.chunk))
+        out = np.empty(chunks.size * self.chunk, self.dtype)
+        self.read(chunks, out, (chunks - chunks[0]) * self.chunk)
+        start = lo - int(chunks[0]) * self.chunk
+        return out[start : start + hi - lo]
+
     def _read_general(self, chunks: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
         edges = np.flatnonzero((np.diff(chunks) != 1) | (np.diff(targets) != self.chunk)) + 1
         for low, high in zip(np.r_[0, edges], np.r_[edges, chunks.size], strict=True):

@@ -95,12 +95,10 @@ class Encoder:
         ValueError
             If the checksum or the compressed bytes are wrong.
         """
+        check_encoded(bytes(encoded))
         body = bytes(encoded[:-4])
-        if len(encoded) < 5 or struct.pack("<I", google_crc32c.value(body)) != bytes(encoded[-4:]):
-            raise ValueError("the checksum is wrong")
         plain = self._blosc.decode(body) if self._blosc else body
         return np.frombuffer(plain, self.dtype)
-
 
     def decode_all(self, encoded: bytes, sizes: np.ndarray) -> np.ndarray:
         """Return the values of encoded chunks that lie one after the other."""
@@ -162,7 +160,34 @@ class Pen:
     def __init__(self, file: BinaryIO, encoder: Encoder, slots: int) -> None:
         self.file, self._encoder, self._slots = file, encoder, slots
         self._rest = np.empty(0, encoder.dtype)
-        self._sizes = [np.empty(0, np.int64)]
+        self._places = [np.empty((0, 2), np.uint64)]
+        self._at = 0
+
+    def take_over(self, path: str, n: int) -> None:
+        """Begin with the first `n` values of another shard file of the same array: its whole chunks are copied as they are.
+
+        Its bytes stay where they are, those of a last chunk that is filled up included: who has read the index of that file finds
+        everything in this one, which takes its name.
+
+        Raises
+        ------
+        ValueError
+            If a checksum is wrong.
+        """
+        n_chunks, whole = -(-n // CHUNK), n // CHUNK
+        with open(path, "rb") as file:
+            places = read_index(file, self._slots)[:n_chunks]
+            file.seek(0)
+            for offset, size in places.astype(np.int64).tolist():
+                gap = offset - self._at  # left by an earlier filling up
+                self.file.write(file.read(gap))
+                encoded = file.read(size)
+                check_encoded(encoded)
+                self.file.write(encoded)
+                self._at = offset + size
+        self._places.append(places[:whole])
+        if whole < n_chunks:
+            self._rest = self._encoder.decode(encoded)[: n - whole * CHUNK].copy()
 
     def write(self, values: np.ndarray) -> None:
         """Append values; whole chunks are encoded now."""
@@ -178,28 +203,51 @@ class Pen:
 
     def _encode(self, values: np.ndarray) -> None:
         encoded, sizes = self._encoder.encode_all(values)
+        self._put(encoded, sizes)
+
+    def _put(self, encoded: bytes | memoryview, sizes: np.ndarray) -> None:
         self.file.write(encoded)
-        self._sizes.append(sizes)
+        ends = self._at + np.cumsum(sizes, dtype=np.int64)
+        self._places.append(np.stack([ends - sizes, sizes], axis=1).astype(np.uint64))
+        self._at += len(encoded)
 
     def finish(self) -> None:
         """Write the last chunk and the index of the chunks."""
         if self._rest.size:
             chunk = self._encoder.encode(self._rest)
-            self.file.write(chunk)
-            self._sizes.append(np.array([len(chunk)]))
-        sizes = np.concatenate(self._sizes).astype(np.uint64)
+            self._put(chunk, np.array([len(chunk)]))
+        places = np.concatenate(self._places)
         index = np.full((self._slots, 2), _ABSENT, np.uint64)
-        index[: sizes.size] = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1)
+        index[: len(places)] = places
         tail = index.astype("<u8").tobytes()
         self.file.write(tail + struct.pack("<I", google_crc32c.value(tail)))
         self.file.flush()
 
 
+def read_index(file: BinaryIO, slots: int) -> np.ndarray:
+    """Where each chunk of a shard file begins and how long it is, `(slots, 2)` uint64.
+
+    Raises
+    ------
+    ValueError
+        If its checksum is wrong.
+    """
+    file.seek(-(slots * 16 + 4), 2)
+    raw = file.read()
+    check_encoded(raw)
+    return np.frombuffer(raw[:-4], "<u8").reshape(-1, 2)
+
+
+def check_encoded(encoded: bytes) -> None:
+    """Compare what was encoded with the checksum behind it; a ValueError if they differ."""
+    if len(encoded) < 5 or struct.pack("<I", google_crc32c.value(encoded[:-4])) != encoded[-4:]:
+        raise ValueError("the checksum is wrong")
+
+
 def read_shard(path: str, encoder: Encoder, slots: int, n: int, chunks: int = 64) -> Iterator[np.ndarray]:
     """Return the first `n` values of a shard file that a `Pen` wrote, some chunks at a time."""
     with open(path, "rb") as file:
-        file.seek(-(slots * 16 + 4), 2)
-        sizes = np.frombuffer(file.read(slots * 16), "<u8").reshape(-1, 2)[: -(-n // CHUNK), 1].astype(np.int64)
+        sizes = read_index(file, slots)[: -(-n // CHUNK), 1].astype(np.int64)
         file.seek(0)
         for first in range(0, sizes.size, chunks):
             own = sizes[first : first + chunks]
