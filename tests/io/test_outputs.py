@@ -45,6 +45,7 @@ def test_what_was_moved_aside_survives_an_interrupt_and_is_never_cleared(
         raise KeyboardInterrupt
 
     with only_writer(tmp_path / "there", wait=False), monkeypatch.context() as patch:
+        patch.setattr("sedd.io.outputs.exchange", lambda *_: False)
         patch.setattr(os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             move_into_place(tmp_path / "made", tmp_path / "there")

@@ -20,13 +20,13 @@ import pytest
 from scipy import sparse
 
 from sedd.errors import SeddWarning, UserError
-from sedd.io import files
 from sedd.io.conversion import append, extend
 from sedd.io.convert import convert
 from sedd.io.loader import CellLoader
 from sedd.io.store import CellStore, store_facts
 from sedd.io.verify import verify
-from tests.io.conversion.test_convert_disturbed import changes_of, files_of, in_small_shards, processes, run
+from tests.io.conversion.test_convert_disturbed import in_small_shards
+from tests.io.conversion.test_convert_killed import changes_of, files_of, processes, run
 from tests.io.h5ads import counts, write
 
 __all__ = ["processes"]
@@ -252,7 +252,7 @@ def test_what_cannot_be_appended_is_refused_and_nothing_changes(tmp_path: Path) 
     os.utime(copy, (1, 1))
     refused(tmp_path, str(copy), r"every one of the 60 cells is in .* already, by name and by counts")
     b = write_rich(tmp_path / "b.h5ad", 20, 2)
-    refused(tmp_path, [b, b], r"is in .*a\.zarr already, as .*b\.h5ad")
+    refused(tmp_path, [b, b], r"b\.h5ad: is given twice")
     for flag in ({"layer": "spliced"}, {"codec": "zstd"}, {"shuffle": True}, {"values": "real"}, {"genes": ["gene1"]}):
         refused(tmp_path, b, f"--{next(iter(flag))}: .* was made with another", **flag)
     refused(tmp_path, b, "--append keeps the store that --overwrite would replace", overwrite=True)
@@ -299,11 +299,11 @@ def test_a_store_that_is_a_link_grows_where_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["exchange", "link"])
 def test_file_systems_that_lack_links_or_exchanges_do_too(
-    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    missing: str, processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_small_shards(monkeypatch)
     a, b = (write(tmp_path / f"{seed}.h5ad", counts(90, 40, seed=seed)) for seed in (1, 2))
-    convert(a, tmp_path / "a.zarr", progress=False)
+    assert run(processes, a, str(tmp_path / "a.zarr")) == "done"
+    in_small_shards(monkeypatch)
     if missing == "link":
 
         link = os.link
@@ -316,25 +316,21 @@ def test_file_systems_that_lack_links_or_exchanges_do_too(
         monkeypatch.setattr(extend.os, "link", no_link)
         convert(b, tmp_path / "a.zarr", append=True, progress=False)
     else:
-        monkeypatch.setattr(files, "exchange", lambda *_: False)
-
-        class Died(BaseException):
-            pass
-
-        def die(made: str, path: str) -> None:
-            raise Died
-
-        with monkeypatch.context() as inner:
-            inner.setattr(files.os, "replace", lambda made, path: die(made, path) if path == str(tmp_path / "a.zarr") else os.rename(made, path))
-            with pytest.raises(Died):
-                convert(b, tmp_path / "a.zarr", append=True, progress=False)
-        assert not (tmp_path / "a.zarr").exists()  # the one moment that is not safe, where names cannot be exchanged
-        convert(b, tmp_path / "a.zarr", append=True, resume=True, progress=False)
+        kept, output = tmp_path / "kept.zarr", str(tmp_path / "a.zarr")
+        shutil.copytree(output, kept)
+        options = {"append": True, "exchange": False}
+        changes, _ = changes_of(processes, b, output, **options)
+        shutil.rmtree(output)
+        kept.rename(output)
+        between = changes.index("os.rename .partial/store")
+        assert changes_of(processes, b, output, between, **options)[1] == -signal.SIGKILL
+        assert not Path(output).exists()  # the one moment that is not safe, where names cannot be exchanged
+        assert run(processes, b, output, resume=True, **options) == "done"
     assert verify(tmp_path / "a.zarr", [a, b])["cells"] == 180
     assert not (tmp_path / "a.zarr.partial").exists()
 
 
-STAGES = {"added.zarr": "convert", "store/obs": "tables", "store/uns": "statistics", "store": "shards"}
+STAGES = {"added.zarr": "convert", "store/X": "shards", "store/layers": "shards", "store": "tables"}
 
 
 def stage(changes: list[str]) -> str:
@@ -396,8 +392,8 @@ def test_two_appends_at_once_do_not_mix(tmp_path: Path) -> None:
     a, b = (write(tmp_path / f"{seed}.h5ad", counts(30, 40, seed=seed)) for seed in (1, 2))
     convert(a, tmp_path / "a.zarr", progress=False)
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from sedd.io.files import only_writer\n"
-         f"with only_writer({str(tmp_path / 'a.zarr.partial')!r}, output='a', wait=False): print('held', flush=True); sys.stdin.read()"],
+        [sys.executable, "-c", "import sys; from sedd.io.outputs import only_writer\n"
+         f"with only_writer({str(tmp_path / 'a.zarr')!r}, wait=False): print('held', flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout is not None

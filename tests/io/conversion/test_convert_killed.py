@@ -178,22 +178,22 @@ def test_a_store_that_was_moved_aside_when_its_conversion_was_killed_is_put_back
     output = str(tmp_path / "a.zarr")
     assert run(processes, sources[0], output) == "done"
     old = files_of(output)
-    changes, _ = changes_of(processes, sources[1], output, overwrite=True)
+    changes, _ = changes_of(processes, sources[1], output, overwrite=True, exchange=False)
     new = files_of(output)
     shutil.rmtree(output)
     assert run(processes, sources[0], output) == "done"
     between = changes.index("os.rename .partial/store")
     assert changes[between - 1] == "os.rename "  # the old store
-    assert changes_of(processes, sources[1], output, between, overwrite=True)[1] == -signal.SIGKILL
+    assert changes_of(processes, sources[1], output, between, overwrite=True, exchange=False)[1] == -signal.SIGKILL
     assert not Path(output).exists()
     if "overwrite" in then:  # the next one may be killed as well
         half = next(number for number, change in enumerate(changes) if ".partial/shards/" in change)
-        assert changes_of(processes, sources[1], output, half, **then)[1] == -signal.SIGKILL
+        assert changes_of(processes, sources[1], output, half, **then, exchange=False)[1] == -signal.SIGKILL
         assert files_of(output) == old
     told = run(processes, sources[1], output, **then)
     assert files_of(output) == (new if "overwrite" in then else old)
     assert told == "done" if "overwrite" in then else "exists already. Pass --overwrite" in told
-    assert run(processes, sources[1], output, resume=True, overwrite=True) == "done"
+    assert run(processes, sources[1], output, resume=True, overwrite=True, exchange=False) == "done"
     assert files_of(output) == new
     assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
 
