@@ -13,6 +13,7 @@ from sedd.io.files import begin_to_sync, new_file, write_json
 from sedd.io.format import shards
 from sedd.io.format.reader import ChunkReader
 from sedd.io.format.shards import Encoder, Pen
+from sedd.io.outputs import remove_parts
 from sedd.io.store import CellStore
 
 STEP = 1 << 20
@@ -39,6 +40,7 @@ def lay_out(store: CellStore, added: CellStore, root: str) -> list[tuple[Any, ..
     tasks: list[tuple[Any, ...]] = []
     for name, arrays in matrices_of(store).items():
         os.makedirs(f"{root}/{name}", exist_ok=True)
+        remove_parts(f"{root}/{name}")  # of a process that was killed
         meta = _read_json(f"{store.path}/{name}/zarr.json")
         meta["attributes"]["shape"] = [store.n_obs + added.n_obs, store.n_vars]
         write_json(f"{root}/{name}/zarr.json", meta)
@@ -92,9 +94,8 @@ def _lay_out_array(old: str, new: str, n: int, total: int, length: int) -> list[
     """
     os.makedirs(f"{new}/c", exist_ok=True)
     write_json(f"{new}/zarr.json", {**_read_json(f"{old}/zarr.json"), "shape": [total]})
-    for name in os.listdir(f"{new}/c"):
-        if not name.isdigit():  # of a process that was killed
-            os.unlink(f"{new}/c/{name}")
+    for folder in (new, f"{new}/c"):
+        remove_parts(folder)
     fresh = range(n // length, -(-total // length)) if total > n else range(0)
     for number in range(-(-n // length)):
         if number not in fresh and not os.path.exists(f"{new}/c/{number}"):
