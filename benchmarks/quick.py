@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import matplotlib
 import numpy as np
 from common import machine, write_result
@@ -26,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from sedd.evaluation.evaluate import evaluate
-from sedd.inference.cells import Cells, open_cells, read_anndata
+from sedd.inference.cells import Cells, open_cells
 from sedd.inference.pretrained import Pretrained
 from sedd.report import figures
 
@@ -54,12 +55,12 @@ def run(directory: Path) -> float:
 def picture(directory: Path, history: list[dict[str, Any]], metrics: dict[str, Any]) -> None:
     """Draw four panels of the report side by side."""
     model = Pretrained.load(directory)
-    adata = read_anndata(DATA)
+    adata = ad.read_h5ad(DATA)
     found = evaluate(
         model, adata, imputed=directory / "imputed.h5ad", generated=directory / "generated.h5ad", n_masks=1, steps=(), progress=False
     )
     real, train = (dense(open_cells(model, adata, part, None)) for part in ("val", "train"))
-    fake = dense(Cells(read_anndata(directory / "generated.h5ad"), model.genes, real=True))
+    fake = dense(Cells(ad.read_h5ad(directory / "generated.h5ad"), model.genes, real=True))
     kind, real_xy, fake_xy = figures.coordinates(real, fake, train, False)
     with figures.style():
         panels: list[Figure | None] = [

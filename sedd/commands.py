@@ -134,7 +134,9 @@ class _Cells:
     cells: Literal["all", "train", "val"] = "all"
     """Which cells, for the data that the model was trained on."""
     layer: str | None = None
-    """Take counts from this layer instead of X."""
+    """Take counts from this layer, or from X itself if it is X; if not given, from where the training data had them."""
+    raw: bool = False
+    """Take counts from .raw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +200,7 @@ class _Prediction(_Draws, _Cells, _Task):
             raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
         from sedd.inference.new_genes import add_genes
 
-        return add_genes(self.checkpoint, self.data, self.new_genes, self.gene_embeddings, layer=self.layer)
+        return add_genes(self.checkpoint, self.data, self.new_genes, self.gene_embeddings, layer=self.layer, raw=self.raw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +287,9 @@ class Evaluate(_OfModel):
     cells: Literal["val", "all"] | None = None
     """Which cells; val for the data of the training run, else all."""
     layer: str | None = None
-    """Take counts from this layer instead of X."""
+    """Take counts from this layer, or from X itself if it is X; if not given, from where the training data had them."""
+    raw: bool = False
+    """Take counts from .raw."""
     imputed: str | None = None
     """What `sedd impute --hide` made of the same cells; made anew if not given."""
     generated: str | None = None

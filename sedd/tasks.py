@@ -19,12 +19,13 @@ from sedd import __version__
 from sedd.binning import COUNT_KINDS
 from sedd.errors import UserError
 from sedd.inference import posterior
-from sedd.inference.cells import name_of, open_cells, opened
-from sedd.inference.output_file import assemble, attach
+from sedd.inference.cells import open_cells
+from sedd.inference.output_file import assemble, attach, check_writable
 from sedd.inference.output_parts import open_parts
 from sedd.inference.output_place import check_output
 from sedd.inference.posterior import TaskBatch, batches, spans_of_batches
 from sedd.inference.pretrained import Pretrained
+from sedd.inference.sources import opened
 from sedd.kernels.mask import exact_mask
 
 Data: TypeAlias = ad.AnnData | str | Path
@@ -38,6 +39,7 @@ def impute(
     hide: float = 0.0,
     cells: str = "all",
     layer: str | None = None,
+    raw: bool = False,
     num_samples: int = 0,
     num_steps: int = 64,
     sampler: str = "analytic",
@@ -67,8 +69,8 @@ def impute(
         Share of each cell's genes to hide, for measuring how well they are recovered.
     cells : {"all", "train", "val"}
         Which cells of the data that the model was trained on.
-    layer
-        Take counts from this layer instead of X.
+    layer, raw
+        Take counts from this layer, from X itself if it is "X", or from `.raw`. From where the training data had them if not given.
     num_samples
         Also draw this many joint samples of the hidden genes; their mean and spread are reported beside the closed-form
         mean of each gene by itself.
@@ -93,7 +95,7 @@ def impute(
         `X` float32: observed counts as they were, posterior means where hidden. `layers["counts"]`: the input.
         `layers["sedd_hidden"]`: 1 where predicted. `layers["sedd_std"]`: posterior standard deviation there. With samples,
         `layers["sedd_sample_k"]`, and `layers["sedd_mean"]` and `["sedd_std"]` are theirs. `uns["sedd"]`: what was done.
-        obs and var are those of the input. With `output`, obs, var and uns alone; the rest is in the file.
+        obs, var, obsm and the rest of uns are those of the input. With `output`, these alone; the rest is in the file.
 
     Raises
     ------
@@ -111,7 +113,9 @@ def impute(
     chosen = _gene_mask(model, predict)
     count = round(hide * len(chosen))
     if hide and not count:
-        raise UserError(f"--hide is {hide:g}, which is none of the model's {len(chosen)} genes; expected at least {1 / len(chosen):.1g}.")
+        raise UserError(
+            f"--hide is {hide:g}, which is none of the model's {len(chosen)} genes; expected at least {1 / len(chosen):.1g}."
+        )
     zeros = not chosen.any() and not count
 
     def predict_batch(here: TaskBatch) -> dict[str, np.ndarray]:
@@ -143,6 +147,7 @@ def denoise(
     *,
     cells: str = "all",
     layer: str | None = None,
+    raw: bool = False,
     rounds: int = 4,
     folds: int = 4,
     own_counts: bool = True,
@@ -164,7 +169,7 @@ def denoise(
 
     Parameters
     ----------
-    model, data, cells, layer, num_steps, sampler, batch_size, seed, output, resume, overwrite, progress
+    model, data, cells, layer, raw, num_steps, sampler, batch_size, seed, output, resume, overwrite, progress
         As in `impute`.
     rounds, folds
         More rounds average more random visible subsets; more folds show more of the cell each time.
@@ -300,7 +305,8 @@ def generate(
             start = torch.full((hi - lo, n_vars), mask, device=model.device)
             tokens = reverse.sample(start, seed=seed, cells=np.arange(lo, hi), **context)
             parts.add(lo, X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
-        return assemble(output, obs, var, parts, _described(model, "generate", {**details, "seed": seed}))
+        done = _described(model, "generate", {**details, "seed": seed})
+        return assemble(output, {"obs": obs, "var": var, "uns": {"sedd": done}}, parts)
 
 
 def embed(
@@ -309,6 +315,7 @@ def embed(
     *,
     cells: str = "all",
     layer: str | None = None,
+    raw: bool = False,
     batch_size: int = 64,
     output: str | Path | None = None,
     resume: bool = False,
@@ -319,16 +326,16 @@ def embed(
 
     Parameters
     ----------
-    model, data, cells, layer, batch_size, resume, overwrite, progress
+    model, data, cells, layer, raw, batch_size, resume, overwrite, progress
         As in `impute`.
     output
-        An .h5ad or .zarr: with `cells="all"` and data of the same kind a copy of the file, of which no more than a window
-        of cells is in memory; else the cells are held in memory.
+        An .h5ad or .zarr: with `cells="all"` and data of the same kind a copy of the file (of a store, a store), of which no more
+        than a window of cells is in memory; else the cells are held in memory.
 
     Returns
     -------
     embedded : AnnData
-        The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var and uns alone.
+        The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var, obsm and uns alone.
     """
     arguments = dict(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
@@ -360,20 +367,23 @@ def _for_each_batch(
     details
         What the result's uns records of how it was made, beside which genes were missing.
     """
-    names = ("data", "cells", "layer", "batch_size", "output", "progress")
-    data, cells, layer, batch_size, output, progress = (arguments[name] for name in names)
-    with opened(data, layer or model.state["args"]["layer"]) as adata:
-        source = open_cells(model, adata, cells, layer, name_of(data))
-        with open_parts(task, model, arguments, len(source)) as parts:
+    names = ("data", "cells", "layer", "raw", "batch_size", "output", "progress")
+    data, cells, layer, raw, batch_size, output, progress = (arguments[name] for name in names)
+    with opened(data) as source:
+        chosen = open_cells(model, source, cells, layer, raw)
+        tables = chosen.tables()
+        if output is not None and isinstance(data, ad.AnnData):
+            check_writable(source.name, tables)
+        if chosen.missing.any():
+            details = {**details, "missing_genes": np.asarray(model.genes[chosen.missing], dtype=object)}
+        done = _described(model, task, details)
+        with open_parts(task, model, arguments, len(chosen)) as parts:
             whole = task == "embed"
-            for here in batches(model, source, batch_size, task, progress, parts, whole=whole):
+            for here in batches(model, chosen, batch_size, task, progress, parts, whole=whole):
                 parts.add(here.lo, here.digest(), **make(here))
-            if source.missing.any():
-                details = {**details, "missing_genes": np.asarray(model.genes[source.missing], dtype=object)}
-            uns = _described(model, task, details)
             if whole:
-                return attach(output, data, None if cells == "all" else source.indices, parts, uns)
-            return assemble(output, source.obs, source.var, parts, uns)
+                return attach(output, data, source, None if cells == "all" else chosen.indices, parts, done)
+            return assemble(output, {**tables, "uns": {**tables["uns"], "sedd": done}}, parts)
 
 
 def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
@@ -386,6 +396,6 @@ def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
 
 
 def _described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:
-    """Return what the uns of a result records of how it was made."""
+    """Return what `uns["sedd"]` of a result records of how it was made."""
     done = {"task": task, "version": __version__, "checkpoint": str(model.path), "epoch": int(model.state["epoch"])}
-    return {"sedd": {**done, "binning": model.binning.kind, **details}}
+    return {**done, "binning": model.binning.kind, **details}

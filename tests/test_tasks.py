@@ -302,7 +302,7 @@ def test_values_that_are_no_counts_are_refused(model: Pretrained) -> None:
         impute(model, logged, hide=0.1, progress=False)
     logged.layers["counts"] = make_counts().X
     assert impute(model, logged, layer="counts", hide=0.1, progress=False).n_obs == 240
-    with pytest.raises(UserError, match="there are: counts"):
+    with pytest.raises(UserError, match="there are: --layer X, --layer counts"):
         impute(model, logged, layer="spliced", progress=False)
 
 

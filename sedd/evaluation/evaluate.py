@@ -18,10 +18,11 @@ from sedd import tasks
 from sedd.binning import COUNT_KINDS, Binning
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
-from sedd.inference.cells import Cells, open_cells, read_anndata
+from sedd.inference.cells import Cells, open_cells
 from sedd.inference.output_place import check_report
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
+from sedd.inference.sources import opened
 from sedd.io.files import obs_digest, write_json
 from sedd.io.outputs import only_writer_in
 from sedd.kernels.mask import exact_mask
@@ -63,6 +64,7 @@ def evaluate(
     output: str | Path | None = None,
     cells: str | None = None,
     layer: str | None = None,
+    raw: bool = False,
     imputed: tasks.Data | None = None,
     generated: tasks.Data | None = None,
     hide: float | None = None,
@@ -87,8 +89,8 @@ def evaluate(
         Directory for metrics.json, steps.json, report.html and its figures.
     cells : {"val", "all"}, optional
         Which cells to evaluate; "val" for the data of the training run, else "all".
-    layer
-        Take counts from this layer instead of X.
+    layer, raw
+        As in `sedd.tasks.impute`.
     imputed
         What `impute(..., hide=...)` made of the same cells; made here if not given.
     generated
@@ -115,13 +117,17 @@ def evaluate(
         raise UserError(f"--steps is {' '.join(map(str, steps))}; expected numbers of sampling steps, such as 1 4 16.")
     check_report(output, REPORT_FILES, overwrite=overwrite)
     model = Pretrained.load(model)
-    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
-    name = "the AnnData" if isinstance(data, ad.AnnData) else str(data)
-    own = obs_digest(adata.obs_names) == model.state["data"]["obs_digest"]
-    part = cells or ("val" if own else "all")
-    held_out = open_cells(model, adata, part, layer, name)
-    train = _training_cells(model, adata if own else None, name)
-    counts, train_counts = _matrix(held_out), _matrix(train)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(opened(data))
+        own = obs_digest(source.obs.index) == model.state["data"]["obs_digest"]
+        part = cells or ("val" if own else "all")
+        held_out = open_cells(model, source, part, layer, raw)
+        if own:
+            train = open_cells(model, source, "train", layer, raw)
+        else:
+            train = open_cells(model, stack.enter_context(opened(_training_data(model, source.name))), "train", None)
+        counts, train_counts = _matrix(held_out), _matrix(train)
+        name = source.name
     hidden = None
     if model.knows_masks:
         hide = hide if hide is not None else model.config.model.mask_ratio
@@ -134,19 +140,23 @@ def evaluate(
     arrays: dict[str, Any] = {"nats": nats}
     notes = []
     if model.categories:
-        notes.append(f"The NELBO and the imputation are given each cell's {', '.join(model.categories)}; the baselines are not.")
+        notes.append(
+            f"The NELBO and the imputation are given each cell's {', '.join(model.categories)}; the baselines are not."
+        )
     if hidden is not None:
         metrics["imputation"], entries = _imputation(model, held_out, counts, train_counts, hidden, batch_size)
         arrays.update(entries)
     else:
-        notes.append("Imputation was not measured: the uniform graph, which the model was trained with, hides no genes.")
+        notes.append(
+            "Imputation was not measured: the uniform graph, which the model was trained with, hides no genes."
+        )
     if generated is None:
-        made = tasks.generate(
+        generated = tasks.generate(
             model, max(len(held_out), 4), num_steps=num_steps, batch_size=batch_size, seed=seed, progress=progress
         )
-    else:
-        made = generated if isinstance(generated, ad.AnnData) else read_anndata(generated)
-    fake = _matrix(Cells(made, model.genes, real=True, name="the generated cells"))
+    with opened(generated, "the generated cells") as given:
+        fake = _matrix(Cells(given, model.genes, real=True))
+        made = given.whole()
     known = ~held_out.missing
     if not known.all():
         notes.append(
@@ -168,19 +178,15 @@ def evaluate(
     )
 
 
-def _training_cells(model: Pretrained, own: ad.AnnData | None, name: str) -> Cells:
-    """Return the cells that the model was trained on, for the baselines."""
-    args = model.state["args"]
-    adata = own
-    if adata is None:
-        path = args["data_path"]
-        if not Path(path).exists():
-            raise UserError(
-                f"{name}: is not the data of the training run, and that ({path}) is not there any more; the baselines are "
-                "learned on its training cells. Put it back, or evaluate on the data of the training run."
-            )
-        adata, name = read_anndata(path), path
-    return open_cells(model, adata, "train", None, name)
+def _training_data(model: Pretrained, name: str) -> str:
+    """Return where the cells are that the model was trained on, for the baselines."""
+    path: str = model.state["args"]["data_path"]
+    if not Path(path).exists():
+        raise UserError(
+            f"{name}: is not the data of the training run, and that ({path}) is not there any more; the baselines are "
+            "learned on its training cells. Put it back, or evaluate on the data of the training run."
+        )
+    return path
 
 
 def _matrix(cells: Cells) -> sp.csr_matrix:
@@ -228,7 +234,9 @@ def _likelihood(
         per_cell = per_cell + within_nats(model.binning, counts)
     given_total = per_cell
     totals = np.asarray(counts.sum(1)).ravel()
-    by_total = model.model.config["condition_library"] and not cells.missing.any()  # which is unknown where genes are missing
+    by_total = (
+        model.model.config["condition_library"] and not cells.missing.any()
+    )  # which is unknown where genes are missing
     known = ~cells.missing
     counts, train = counts[:, known], train[:, known]
     if by_total:  # a function of the counts: paid for, p(x) is comparable again
@@ -261,14 +269,13 @@ def _hidden_entries(model: Pretrained, cells: Cells, imputed: tasks.Data | None,
             raise UserError(f"--hide is {hide}; expected a share between 0 and 1, such as 0.15.")
         hidden = exact_mask(seed, 0, cells.indices, len(model.genes), max(1, round(hide * len(model.genes))))
     else:
-        made = imputed if isinstance(imputed, ad.AnnData) else read_anndata(imputed)
-        if "sedd_hidden" not in made.layers or list(made.obs_names) != list(cells.obs.index):
-            raise UserError(
-                f"--imputed: was not made from these {len(cells)} cells by `sedd impute --hide`; expected the same cells "
-                "in the same order and the layer sedd_hidden. Leave --imputed out to have it made here."
-            )
-        layer = made.layers["sedd_hidden"]
-        hidden = np.asarray(layer.toarray() if sp.issparse(layer) else layer).astype(bool)
+        with opened(imputed) as made:
+            if "sedd_hidden" not in made.layers or list(made.obs.index) != list(cells.obs.index):
+                raise UserError(
+                    f"--imputed: was not made from these {len(cells)} cells by `sedd impute --hide`; expected the same cells "
+                    "in the same order and the layer sedd_hidden. Leave --imputed out to have it made here."
+                )
+            hidden = made.rows("sedd_hidden").take(np.arange(len(cells))).toarray().astype(bool)
     hidden[:, cells.missing] = False  # shown to nobody: there is no truth to compare with
     if not hidden.any():
         raise UserError("no entry is hidden, so there is nothing to recover; pass --hide 0.15.")

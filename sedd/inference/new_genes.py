@@ -12,8 +12,9 @@ import scipy.sparse as sp
 
 from sedd.binning import smoothed_log_shares
 from sedd.errors import UserError
-from sedd.inference.cells import Cells, read_anndata
+from sedd.inference.cells import Cells, place_of_counts
 from sedd.inference.pretrained import Pretrained
+from sedd.inference.sources import opened
 from sedd.nn.gene_vectors import read_gene_vectors
 
 
@@ -24,6 +25,7 @@ def add_genes(
     gene_embeddings: str | Path,
     *,
     layer: str | None = None,
+    raw: bool = False,
 ) -> Pretrained:
     """Return the model on a panel that also holds genes it was not trained on, which it knows by pretrained vectors.
 
@@ -37,8 +39,8 @@ def add_genes(
         Names of the new genes.
     gene_embeddings
         A file of vectors as in training, which knows the new genes.
-    layer
-        Take counts from this layer instead of X.
+    layer, raw
+        As in `sedd.tasks.impute`.
 
     Returns
     -------
@@ -59,13 +61,14 @@ def add_genes(
     twice = [gene for gene in genes if gene in old]
     if twice or not genes:
         raise UserError(f"the new genes {twice[:3]} are in the model already; expected names of other genes.")
-    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
-    source = Cells(adata, np.array(genes, object), layer=layer or model.state["args"]["layer"])
-    if source.missing.any():
-        raise UserError(
-            f"the new gene {genes[int(source.missing.argmax())]!r} is not in the data; its counts are needed."
-        )
-    counts = [source.counts(lo, min(lo + 1024, len(source))) for lo in range(0, len(source), 1024)]
+    with opened(data) as source:
+        layer, raw = place_of_counts(model, source, layer, raw)
+        cells = Cells(source, np.array(genes, object), layer=layer, raw=raw)
+        if cells.missing.any():
+            raise UserError(
+                f"the new gene {genes[int(cells.missing.argmax())]!r} is not in the data; its counts are needed."
+            )
+        counts = [cells.counts(lo, min(lo + 1024, len(cells))) for lo in range(0, len(cells), 1024)]
     tokens = np.concatenate([model.binning.tokens(block) for block in counts])
     mass = np.zeros((len(genes), model.binning.n_bins), np.int64)
     for gene, column in enumerate(tokens.T):

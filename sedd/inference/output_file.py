@@ -16,47 +16,46 @@ from typing import Any
 import anndata as ad
 import h5py
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 import zarr
 
-from sedd.inference.cells import read_anndata
+from sedd.errors import UserError, warn_user
 from sedd.inference.output_parts import Parts, is_mostly_full
+from sedd.inference.sources import Source
+from sedd.io.format.elements import ROWS, free_names, write_elements
 from sedd.io.format.shards import consolidate
 from sedd.io.outputs import move_into_place, partial_folder
 
 _BLOCK = 1 << 22  # values that are gathered before they are written
 _CHUNK = 1 << 16  # values in a chunk of a sparse matrix
-_EMPTY = ("obsm", "varm", "obsp", "varp", "layers")
+_MAPPINGS = ("obsm", "varm", "obsp", "varp", "layers")
 
 
-def assemble(
-    output: str | Path | None, obs: pd.DataFrame, var: pd.DataFrame, parts: Parts, uns: dict[str, Any]
-) -> ad.AnnData:
+def assemble(output: str | Path | None, tables: dict[str, Any], parts: Parts) -> ad.AnnData:
     """Put blocks of successive cells together.
 
     Parameters
     ----------
     output
         An .h5ad or a .zarr, replaced when the new one is complete, or None for memory.
-    obs, var
-        The tables of all cells and genes.
+    tables
+        `obs`, `var`, `obsm` and `uns` of all cells and genes.
     parts
         Blocks of `X` and layers by name, each (B, n_vars).
 
     Returns
     -------
     result
-        Whole in memory; its `obs`, `var` and `uns` if the rest is in a file.
+        Whole in memory; its `tables` if the rest is in a file.
     """
     parts.complete()
     if output is not None:
         if parts.writes:
-            with _GrowingFile(Path(output), obs, var, uns) as file:
+            with _GrowingFile(Path(output), tables) as file:
                 for block in parts.all():
                     file.add(**block)
                 file.finish()
-        return ad.AnnData(obs=obs, var=var, uns=uns)
+        return ad.AnnData(**tables)
     gathered: dict[str, list[sp.csr_matrix]] = {}
     for block in parts.all():
         for name, part in block.items():
@@ -65,15 +64,16 @@ def assemble(
     for name in list(gathered):
         matrix = sp.vstack(gathered.pop(name), format="csr")
         layers[name] = matrix.toarray() if is_mostly_full(matrix) else matrix
-    return ad.AnnData(layers.pop("X"), obs=obs, var=var, layers=layers, uns=uns)
+    return ad.AnnData(layers.pop("X"), layers=layers, **tables)
 
 
 def attach(
     output: str | Path | None,
     data: ad.AnnData | str | Path,
+    source: Source,
     chosen: np.ndarray | None,
     parts: Parts,
-    uns: dict[str, Any],
+    done: dict[str, Any],
 ) -> ad.AnnData:
     """Put what was made of each cell into the obsm of a copy of the data.
 
@@ -82,15 +82,19 @@ def attach(
     output
         As in `assemble`.
     data
-        A file of the same kind as `output` is copied without being read.
+        A file of the same kind as `output` is copied without being read; a copy of a store is a store.
+    source
+        The data, open.
     chosen
         Which cells; all if None.
     parts
         Blocks of arrays for obsm by name.
+    done
+        What `uns["sedd"]` says of it.
     """
     parts.complete()
     if not parts.writes:
-        return ad.AnnData(uns=uns)
+        return ad.AnnData(uns={"sedd": done})
     whole: dict[str, list[np.ndarray]] = {}
     for block in parts.all():
         for name, part in block.items():
@@ -100,92 +104,158 @@ def attach(
         output is not None
         and chosen is None
         and not isinstance(data, ad.AnnData)
-        and _same_kind(Path(data), Path(output))
+        and _can_be_copied(Path(data), Path(output))
     ):
-        return _attach_to_copy(Path(data), Path(output), obsm, uns)
-    adata = data if isinstance(data, ad.AnnData) else read_anndata(data)
-    result = adata.copy() if chosen is None else adata[chosen].copy()
+        _attach_to_copy(Path(data), Path(output), source, obsm, done)
+        return ad.AnnData(
+            obs=source.obs, var=source.var(), obsm=source.obsm() | obsm, uns=source.uns() | {"sedd": done}
+        )
+    with ad.settings.override(remove_unused_categories=False):
+        result = source.whole() if chosen is None else source.whole()[chosen].copy()
     result.obsm.update(obsm)
-    result.uns.update(uns)
+    result.uns["sedd"] = done
     if output is None:
         return result
-    path = Path(output)
-    part = Path(partial_folder(path), path.name)
-    with _written_plainly():
-        if path.suffix == ".zarr":
-            root = zarr.open_group(part, mode="w", zarr_format=3)
-            ad.io.write_elem(root, "/", result)
-            consolidate(root)
-        else:
-            with h5py.File(part, "w") as file:
-                ad.io.write_elem(file, "/", result, dataset_kwargs={"compression": "gzip"})
-    move_into_place(part, path)
-    return ad.AnnData(obs=result.obs, var=result.var, uns=uns)
+    part = Path(partial_folder(output), Path(output).name)
+    with _created(part) as root:
+        _write_whole(root, result, str(output))
+    move_into_place(part, Path(output))
+    return ad.AnnData(obs=result.obs, var=result.var, obsm=dict(result.obsm), uns=result.uns)
 
 
-def _same_kind(data: Path, output: Path) -> bool:
-    return data.is_dir() == (output.suffix == ".zarr")
+def check_writable(name: str, tables: dict[str, Any]) -> None:
+    """Check that a file can hold the tables of an AnnData in memory, before any work is done.
+
+    Parameters
+    ----------
+    name
+        What messages call the data.
+    tables
+        As in `assemble`.
+
+    Raises
+    ------
+    UserError
+        If it cannot; the message says what and why.
+    """
+    with h5py.File("nowhere", "w", driver="core", backing_store=False) as file:
+        for table in ("obsm", "uns"):
+            for key, element in tables[table].items():
+                try:
+                    write_elements(file.require_group(table), {"element": element}, rows=None)
+                except Exception as error:  # anndata and h5py raise a dozen types
+                    kind = type(element).__name__
+                    raise UserError(
+                        f"{name}: {table}[{key!r}] is or holds a {kind} that no file of AnnData can hold ({' '.join(str(error).split())[:120]}). "
+                        f"Delete it, as in `del adata.{table}[{key!r}]`, or turn it into arrays, text and numbers."
+                    ) from error
 
 
-def _attach_to_copy(data: Path, output: Path, obsm: dict[str, np.ndarray], uns: dict[str, Any]) -> ad.AnnData:
+def _can_be_copied(data: Path, output: Path) -> bool:
+    """Whether a file is of the kind of the output, and of a layout in which elements can be replaced."""
+    if data.is_dir() != (output.suffix == ".zarr"):
+        return False
+    with _opened(data, "r") as root:
+        groups = [root.get(name) for name in ("obsm", "uns")]
+        return root.attrs.get("encoding-type") == "anndata" and not any(hasattr(group, "shape") for group in groups)
+
+
+def _attach_to_copy(
+    data: Path, output: Path, source: Source, obsm: dict[str, np.ndarray], done: dict[str, Any]
+) -> None:
     part = Path(partial_folder(output), output.name)
     if data.is_dir():
         shutil.copytree(data, part, dirs_exist_ok=True)
     else:
         shutil.copyfile(data, part)
-    root: Any = zarr.open_group(part, mode="r+", use_consolidated=False) if data.is_dir() else h5py.File(part, "r+")
-    with contextlib.closing(root.store if data.is_dir() else root), _written_plainly():
-        for group, elements in (("obsm", obsm), ("uns", uns)):
-            if group not in root:
-                ad.io.write_elem(root, group, {})
-            for name, element in elements.items():
-                if name in root[group]:
-                    del root[group][name]
-                ad.io.write_elem(root[group], name, element)
-        obs, var = (ad.io.read_elem(root[name]) for name in ("obs", "var"))
-        if data.is_dir():
-            consolidate(root)
+    with _opened(part, "r+") as root:
+        for name in ("obsm", "uns"):
+            if name not in root:
+                _write(root, {name: {}}, str(output))
+        _write(root["obsm"], obsm, str(output))
+        if source.is_store:  # what makes it one stays
+            _write(root["uns/sedd"], done, str(output))
+        else:
+            _write(root["uns"], {"sedd": done}, str(output))
     move_into_place(part, output)
-    return ad.AnnData(obs=obs, var=var, uns=uns)
 
 
 @contextlib.contextmanager
-def _written_plainly() -> Iterator[None]:
-    """Whatever pandas makes of strings, in the format that every anndata reads, without its warnings about coming versions."""
-    with (
-        ad.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=True),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+def _opened(path: Path, mode: str) -> Iterator[Any]:
+    """Open a file or a store; metadata of one that was written are consolidated at the end."""
+    if not path.is_dir():
+        with h5py.File(path, mode) as file:
+            yield file
+        return
+    root = zarr.open_group(path, mode=mode, use_consolidated=False)
+    yield root
+    if mode != "r":
+        consolidate(root)
+    root.store.close()
+
+
+@contextlib.contextmanager
+def _created(path: Path) -> Iterator[Any]:
+    """Make a file or a store of an AnnData."""
+    is_zarr = path.suffix == ".zarr"
+    with contextlib.ExitStack() as stack:
+        root = zarr.open_group(path, mode="w", zarr_format=3) if is_zarr else stack.enter_context(h5py.File(path, "w"))
+        root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        yield root
+        if is_zarr:
+            consolidate(root)
+
+
+def _write(group: Any, elements: dict[str, Any], output: str) -> None:
+    """Write tables and mappings; say what had to be renamed."""
+    for note in write_elements(group, elements, rows=ROWS if isinstance(group, zarr.Group) else None):
+        warn_user(f"{output}: {note}.")
+
+
+def _write_whole(root: Any, adata: ad.AnnData, output: str) -> None:
+    """Write an AnnData: matrices compressed, everything else as `write_elements` does."""
+    mappings = {name: dict(getattr(adata, name)) for name in ("obsm", "varm", "uns")}
+    _write(root, {"obs": adata.obs, "var": adata.var, **mappings, "layers": {}, "obsp": {}, "varp": {}}, output)
+    if adata.X is not None:
+        _write_matrix(root, "X", adata.X)
+    for group in ("layers", "obsp", "varp"):
+        matrices = {name: matrix for name, matrix in getattr(adata, group).items() if name is not None}
+        for name, kept in free_names(matrices, nested=False).items():
+            if name != kept:
+                warn_user(f"{output}: {group} {name!r} is kept as {kept!r}.")
+            _write_matrix(root[group], kept, matrices[name])
+    if adata.raw is not None:
+        raw = root.create_group("raw")
+        raw.attrs.update({"encoding-type": "raw", "encoding-version": "0.1.0"})
+        _write_matrix(raw, "X", adata.raw.X)
+        _write(raw, {"var": adata.raw.var, "varm": dict(adata.raw.varm)}, output)
+
+
+def _write_matrix(group: Any, name: str, matrix: Any, **storage: Any) -> None:
+    storage |= {} if isinstance(group, zarr.Group) else {"compression": "gzip"}
+    with ad.settings.override(auto_shard_zarr_v3=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what anndata says of coming versions
+        ad.io.write_elem(group, name, matrix, dataset_kwargs=storage)
 
 
 class _GrowingFile:
     """Appends blocks to a file; what a layer is kept as is decided by its first block."""
 
-    def __init__(self, path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
-        self._path, self._shape = path, (len(obs), len(var))
+    def __init__(self, path: Path, tables: dict[str, Any]) -> None:
+        self._path, self._shape = path, (len(tables["obs"]), len(tables["var"]))
         self._part = Path(partial_folder(path), "whole")
         shutil.rmtree(self._part, ignore_errors=True)  # of a process that was killed here
         self._part.mkdir(parents=True)
         self._is_zarr = path.suffix == ".zarr"
-        inside = self._part / path.name
-        self._root: Any = zarr.open_group(inside, mode="w", zarr_format=3) if self._is_zarr else h5py.File(inside, "w")
-        self._root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        self._stack = contextlib.ExitStack()
+        self._root = self._stack.enter_context(_created(self._part / path.name))
         self._waiting: dict[str, list[Any]] = {}
         self._kept_dense: dict[str, bool] = {}
         self._written: dict[str, int] = {}
-        tables: dict[str, Any] = {"obs": obs, "var": var, "uns": uns, **{name: {} for name in _EMPTY}}
-        for name, table in tables.items():
-            self._write(name, table)
+        _write(self._root, {**{name: {} for name in _MAPPINGS}, **tables}, str(path))
 
     def __enter__(self) -> _GrowingFile:
         return self
-
-    def _write(self, key: str, element: Any, **storage: Any) -> None:
-        group, _, name = key.rpartition("/")
-        with _written_plainly():
-            ad.io.write_elem(self._root.require_group(group) if group else self._root, name, element, dataset_kwargs=storage)
 
     def add(self, **blocks: Any) -> None:
         """Take in the next cells, and write what has gathered."""
@@ -213,10 +283,11 @@ class _GrowingFile:
             if lo:
                 ad.io.sparse_dataset(self._root[key]).append(block)
             else:
-                storage: dict[str, Any] = {"chunks": (_CHUNK,)}
-                storage |= {} if self._is_zarr else {"compression": "gzip"}
-                storage["indptr_dtype"] = np.int64  # the whole matrix may have more values than the first block says
-                self._write(key, block, **storage)
+                group, _, own = key.rpartition("/")
+                # The whole matrix may have more values than the first block says.
+                _write_matrix(
+                    self._root[group] if group else self._root, own, block, chunks=(_CHUNK,), indptr_dtype=np.int64
+                )
         self._written[name] = lo + block.shape[0]
         waiting.clear()
 
@@ -234,14 +305,10 @@ class _GrowingFile:
         """Complete the file and move it to its name."""
         for name in self._waiting:
             self._flush(name)
-        if self._is_zarr:
-            consolidate(self._root)
-        else:
-            self._root.close()
+        self._stack.close()
         move_into_place(self._part / self._path.name, self._path)
 
     def __exit__(self, *_: object) -> None:
         """Remove the part, or what is left of it."""
-        if not self._is_zarr:
-            self._root.close()
+        self._stack.close()
         shutil.rmtree(self._part, ignore_errors=True)

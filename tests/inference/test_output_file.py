@@ -16,7 +16,7 @@ from conftest import dense, make_counts
 
 from sedd.cli import main
 from sedd.errors import UserError
-from sedd.inference import cells, output_file, output_parts
+from sedd.inference import cells, output_file, output_parts, sources
 from sedd.inference.pretrained import Pretrained
 from sedd.tasks import denoise, generate, impute
 
@@ -39,7 +39,7 @@ def test_a_file_that_grows_by_blocks_holds_what_memory_would(
     monkeypatch.setattr(output_file, "_BLOCK", 3000)
     monkeypatch.setattr(output_parts, "_CELLS", 40)
     monkeypatch.setattr(cells, "WINDOW", 64)
-    monkeypatch.setattr(cells, "read_anndata", None)  # nothing is read as a whole
+    monkeypatch.setattr("sedd.inference.sources.FileSource.whole", None)  # nothing is read as a whole
     path = tmp_path / f"out{suffix}"
     for overwrite in (False, True):
         said = run[task](progress=False, batch_size=20, output=path, overwrite=overwrite)
@@ -83,8 +83,7 @@ def test_cells_are_read_from_a_file_as_from_memory(layout: str, model: Pretraine
         adata.write_zarr(zarr)
     for path in (tmp_path / "in.h5ad", zarr):
         for layer in (None, "counts"):
-            with cells.opened(path, layer) as opened:
-                assert isinstance(opened.X, sp.spmatrix | np.ndarray) == (layout == "csc")
+            with sources.opened(path) as opened:
                 chosen = np.array([3, 4, 80])
                 part = cells.Cells(opened, model.genes, layer=layer, cells=chosen)
                 assert np.array_equal(part.counts(0, 3), expected[chosen])
@@ -149,7 +148,7 @@ def test_the_commands_make_the_files_and_refuse_to_replace_them(
     [
         (["impute", "nowhere", "x.h5ad", "-o", "o.h5ad"], "no such file or directory"),
         (["generate", "RUN", "-o", "o.h5ad", "--where", "B cell"], "expected COLUMN=LABEL"),
-        (["impute", "RUN", "nowhere.h5ad", "-o", "o.h5ad"], "nowhere.h5ad: no such file"),
+        (["impute", "RUN", "nowhere.h5ad", "-o", "o.h5ad"], "nowhere.h5ad: there is no such file"),
         (["impute", "RUN", "DATA", "-o", "o.h5ad", "--predict", "XYZ"], "does not know"),
         (["impute", "RUN", "DATA", "-o", "o.h5ad", "--hide", "1.5"], "--hide is 1.5"),
         (["generate", "RUN", "-o", "o.h5ad", "--library_size", "nan"], "--library_size is nan; expected a total count"),

@@ -112,7 +112,7 @@ def test_embedding_keeps_all_that_the_file_holds_without_reading_it(
             output = tmp_path / f"out{suffix}"
             with monkeypatch.context() as patch:
                 if suffix == data_suffix:
-                    patch.setattr("sedd.inference.output_file.read_anndata", None)  # copied, not read
+                    patch.setattr("sedd.inference.sources.FileSource.whole", None)  # copied, not read
                 embed(model, tmp_path / f"in{data_suffix}", output=output, overwrite=data_suffix == ".zarr", progress=False)
             found = ad.read_zarr(output) if suffix == ".zarr" else ad.read_h5ad(output)
             assert np.array_equal(found.obsm["X_sedd"], embed(model, adata, progress=False).obsm["X_sedd"])

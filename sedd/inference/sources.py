@@ -1,0 +1,238 @@
+"""Where the cells are that a model is applied to: an AnnData in memory, backed or lazy, or a file of any format that is read."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from sedd.errors import UserError, warn_user
+from sedd.inference.matrices import Rows
+from sedd.io.input.base import Input
+from sedd.io.input.matrix import Matrix
+from sedd.io.input.opening import open_input
+
+
+class Source(ABC):
+    """Cells by genes, whose matrices are read by rows.
+
+    Attributes
+    ----------
+    name
+        What messages call it.
+    obs
+        The cells' table.
+    layers
+        Names of the layers.
+    has_x, has_raw
+        Whether there is a matrix at `X` and at `.raw`.
+    is_store
+        Whether it is a store that `sedd convert` made, or an AnnData read from one: the matrix that it was made from is its X.
+    """
+
+    name: str
+    obs: pd.DataFrame
+    layers: list[str]
+    has_x: bool
+    has_raw: bool
+    is_store: bool
+
+    @abstractmethod
+    def var(self, raw: bool = False) -> pd.DataFrame:
+        """Return the genes' table, or that of `.raw`."""
+
+    @abstractmethod
+    def obsm(self) -> dict[str, Any]:
+        """Return what there is of each cell beside the matrix, by name."""
+
+    @abstractmethod
+    def uns(self) -> dict[str, Any]:
+        """Return what there is of all cells, but for what sedd put there."""
+
+    @abstractmethod
+    def whole(self) -> ad.AnnData:
+        """Return a copy of everything, in memory."""
+
+    def rows(self, layer: str | None = None, raw: bool = False) -> Rows:
+        """Open `X`, a layer or `.raw.X`.
+
+        Raises
+        ------
+        UserError
+            If it is not there; the message lists what is.
+        """
+        if raw and not self.has_raw:
+            raise UserError(f"{self.name}: has no .raw; there are: {self.ways_out() or 'none'}.")
+        if layer is not None and layer not in self.layers:
+            raise UserError(f"{self.name}: no layer {layer!r}; there are: {self.ways_out() or 'none'}.")
+        if layer is None and not raw and not self.has_x:
+            raise UserError(f"{self.name}: has no X; there are: {self.ways_out() or 'none'}.")
+        return self._rows(layer, raw)
+
+    @abstractmethod
+    def _rows(self, layer: str | None, raw: bool) -> Rows: ...
+
+    def ways_out(self, but: tuple[str | None, bool] | None = None) -> str:
+        """How each matrix that there is can be asked for, but the one that was."""
+        found: list[tuple[str, tuple[str | None, bool]]] = [("--layer X", (None, False))] if self.has_x else []
+        found += [(f"--layer {name}", (name, False)) for name in self.layers] + (
+            [("--raw", (None, True))] if self.has_raw else []
+        )
+        return ", ".join(how for how, place in found if place != but)
+
+
+class AnnDataSource(Source):
+    """An AnnData: in memory, backed, lazy, a view, with matrices of any kind."""
+
+    def __init__(self, adata: ad.AnnData, name: str = "the AnnData") -> None:
+        self.name, self._adata = name, adata
+        self.obs = _in_memory(adata.obs)
+        self.layers = [layer for layer in adata.layers if layer is not None]  # anndata 0.13 lists X, as None
+        self.has_x, self.has_raw = adata.X is not None, adata.raw is not None
+        own = adata.uns.get("sedd")
+        self.is_store = isinstance(own, Mapping) and "meta" in own
+
+    def var(self, raw: bool = False) -> pd.DataFrame:
+        """Return the genes' table, or that of `.raw`."""
+        return _in_memory(self._adata.raw.var if raw else self._adata.var)
+
+    def obsm(self) -> dict[str, Any]:
+        """Return obsm."""
+        return {name: _in_memory(value) for name, value in self._adata.obsm.items()}  # rows are taken of it, which copies
+
+    def uns(self) -> dict[str, Any]:
+        """Return a copy of uns."""
+        return {name: copy.deepcopy(_in_memory(value)) for name, value in self._adata.uns.items() if name != "sedd"}
+
+    def _rows(self, layer: str | None, raw: bool) -> Rows:
+        adata = self._adata
+        return Rows(adata.raw.X if raw else adata.X if layer is None else adata.layers[layer], self.name)
+
+    def whole(self) -> ad.AnnData:
+        """Return a copy of everything, in memory."""
+        adata = self._adata
+        lazy = not isinstance(adata.obs, pd.DataFrame)
+        return adata.to_memory() if adata.isbacked or lazy else adata.copy()
+
+
+def _in_memory(element: Any) -> Any:
+    """Return an element of a lazy AnnData as it would be in memory; others as they are."""
+    for way in ("to_memory", "compute"):  # of anndata, of Dask
+        if hasattr(element, way):
+            return getattr(element, way)()
+    return {name: _in_memory(value) for name, value in element.items()} if isinstance(element, Mapping) else element
+
+
+class FileSource(Source):
+    """An open file or store."""
+
+    def __init__(self, file: Input) -> None:
+        self.name, self._file = file.path, file
+        self.layers, self.has_x, self.has_raw = file.layers, file.has_x, file.has_raw
+        root = getattr(file, "root", None)
+        self.is_store = root is not None and "uns/sedd/meta" in root
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:  # type: ignore[override]
+        """The cells' table."""
+        return self._file.obs()
+
+    def var(self, raw: bool = False) -> pd.DataFrame:
+        """Return the genes' table, or that of `.raw`."""
+        frame, kept = self._file.var(raw), self._file.kept_genes(raw)
+        return frame if kept is None else frame[kept]
+
+    def obsm(self) -> dict[str, Any]:
+        """Read obsm."""
+        return {name: value for name, value in self._mapping("obsm").items() if np.shape(value)[:1] == (len(self.obs),)}
+
+    def uns(self) -> dict[str, Any]:
+        """Read uns."""
+        return self._mapping("uns", "uns/sedd")
+
+    def _mapping(self, group: str, *drop: str) -> dict[str, Any]:
+        """Read obsm or uns; an element that cannot be read is left out, and that is said: no task needs it."""
+        with contextlib.suppress(UserError):
+            return self._file.mapping(group, drop)
+        names = [name for name in self._file.elements() if name.startswith(f"{group}/") and name not in drop]
+        found, left = {}, []
+        for name in names:
+            try:
+                found.update(self._file.mapping(group, (*drop, *(other for other in names if other != name))))
+            except UserError:
+                left.append(name)
+        warn_user(
+            f"{self.name}: {', '.join(left)} cannot be read by the anndata that is installed, so the result is without."
+        )
+        return found
+
+    def _rows(self, layer: str | None, raw: bool) -> Rows:
+        return Rows(self._file.matrix(layer, raw), self.name, self._file.kept_genes(raw))
+
+    def whole(self) -> ad.AnnData:
+        """Read everything."""
+        file, kept = self._file, self._file.kept_genes()
+        columns = slice(None) if kept is None else np.flatnonzero(kept)
+        own = (
+            file.mapping("uns", tuple(n for n in file.elements() if n.startswith("uns/") and n != "uns/sedd"))
+            if self.is_store
+            else {}
+        )
+        adata = ad.AnnData(
+            _matrix(file.matrix())[:, columns] if self.has_x else None,
+            obs=self.obs,
+            var=self.var(),
+            obsm=self.obsm(),
+            uns=self.uns() | own,
+            layers={name: _matrix(file.matrix(name))[:, columns] for name in self.layers},
+            **{name: self._mapping(name) for name in ("varm", "obsp", "varp") if kept is None},
+        )
+        if self.has_raw:
+            adata.raw = ad.AnnData(_matrix(file.matrix(raw=True)), obs=self.obs[[]], var=file.var(True))
+        return adata
+
+
+def _matrix(matrix: Matrix) -> Any:
+    """Return a whole matrix as NumPy or SciPy have it, entries that are stored twice as they are."""
+    if matrix.layout == "dense":
+        return matrix.read_dense(0, matrix.shape[0])
+    indptr, indices, data = matrix.read_major(0, matrix.n_major)
+    kind = sp.csr_matrix if matrix.layout == "csr" else sp.csc_matrix
+    return kind((data, indices, indptr), shape=matrix.shape)
+
+
+def as_source(data: Source | ad.AnnData, name: str = "the AnnData") -> Source:
+    """Return the source that an AnnData is."""
+    return data if isinstance(data, Source) else AnnDataSource(data, name)
+
+
+@contextlib.contextmanager
+def opened(data: ad.AnnData | str | Path, name: str = "the AnnData") -> Iterator[Source]:
+    """Open what a user gave; of a file the matrices stay where they are, so that it may be larger than memory.
+
+    Parameters
+    ----------
+    data
+        An AnnData, or the path or URL of a file or store.
+    name
+        What messages call an AnnData.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, or it is of no format that is read.
+    """
+    if isinstance(data, ad.AnnData):
+        yield as_source(data, name)
+    else:
+        with open_input(str(data)) as file:
+            yield FileSource(file)
