@@ -209,7 +209,7 @@ def place_of_counts(model: Pretrained, source: Source, layer: str | None, raw: b
         raise UserError("give --layer or --raw, not both.")
     if layer is not None or raw:
         return (None if layer == "X" and "X" not in source.layers else layer), raw
-    trained, trained_raw = model.state["args"]["layer"], bool(model.state["args"].get("raw"))
+    trained, trained_raw = model.config.data.layer, model.config.data.raw
     if (trained is None or trained in source.layers) and (not trained_raw or source.has_raw):
         return trained, trained_raw
     if source.is_store:
