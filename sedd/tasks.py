@@ -20,7 +20,7 @@ from sedd.binning import COUNT_KINDS
 from sedd.errors import UserError
 from sedd.inference import posterior
 from sedd.inference.cells import open_cells
-from sedd.inference.output_file import assemble, attach, check_writable
+from sedd.inference.output_file import assemble, attach, check_tables
 from sedd.inference.output_parts import open_parts
 from sedd.inference.output_place import check_output
 from sedd.inference.posterior import TaskBatch, batches, spans_of_batches
@@ -373,7 +373,7 @@ def _for_each_batch(
         chosen = open_cells(model, source, cells, layer, raw)
         tables = chosen.tables()
         if output is not None and isinstance(data, ad.AnnData):
-            check_writable(source.name, tables)
+            check_tables(source.name, tables)
         if chosen.missing.any():
             details = {**details, "missing_genes": np.asarray(model.genes[chosen.missing], dtype=object)}
         done = _described(model, task, details)

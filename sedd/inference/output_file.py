@@ -123,7 +123,7 @@ def attach(
     return ad.AnnData(obs=result.obs, var=result.var, obsm=dict(result.obsm), uns=result.uns)
 
 
-def check_writable(name: str, tables: dict[str, Any]) -> None:
+def check_tables(name: str, tables: dict[str, Any]) -> None:
     """Check that a file can hold the tables of an AnnData in memory, before any work is done.
 
     Parameters

@@ -154,7 +154,7 @@ def test_backed_and_lazy_cells_and_views_are_embedded_as_those_in_memory(model: 
         assert np.array_equal(dense(found.X), dense(adata.X))
         assert list(found.uns["label_colors"]) == adata.uns["label_colors"]
         out = tmp_path / "out.h5ad"
-        embed(model, given, output=out, progress=False)
+        embed(model, given, output=out, overwrite=True, progress=False)
         written = ad.read_h5ad(out)
         assert np.array_equal(written.obsm["X_sedd"], expected.obsm["X_sedd"])
         assert written.obs.equals(expected.obs)
