@@ -8,7 +8,7 @@ Each part is swapped for the library's way while the program runs, and nothing e
 - reading: `sedd.io.format.reader` and `codec` against zarr-python, and against zarr-python with zarrs' codecs if it is installed
 - encoding: `sedd.io.format.codec` against the same codecs called from Python
 - memory: `sedd.io.loading.buffers` against `np.empty`
-- threads: `sedd.io.loading.threads` against `ThreadPoolExecutor`, under signals at random moments
+- threads: `sedd.io.loading.threads` against `ThreadPoolExecutor`, interrupted at each call and return of `submit` and `result`
 
 Speed is that of the part over that of the library, round by round; the median of the rounds is what counts. By processor time it means
 something on a busy machine as well. Figures go to `benchmarks/results/libraries.json`. Its rows on inflating are of the part that read
@@ -19,13 +19,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import faulthandler
 import importlib.util
 import itertools
 import json
 import os
-import random
-import signal
 import statistics
 import struct
 import subprocess
@@ -50,9 +47,6 @@ if TYPE_CHECKING:
     from sedd.io.loader import CellLoader
 
 OWN = "sedd"
-HANG_S = 15
-"""Seconds without a batch, or without an end of `close`, after which a loader hangs."""
-
 Cost = dict[str, float]
 """Seconds by the clock ("wall") and of processors ("cpu")."""
 Swap = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -112,10 +106,6 @@ class Executor:
     def close(self) -> None:
         """Drop the calls that wait, wait for those that are being made."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _executor() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch("sedd.io.loading.pipeline.Threads", Executor)
 
 
 def readers() -> dict[str, Swap]:
@@ -221,81 +211,7 @@ def speed(rounds: list[dict[str, Cost]], way: str) -> dict[str, float]:
     return {unit: statistics.median(one[way][unit] / one[OWN][unit] for one in rounds) for unit in ("wall", "cpu")}
 
 
-# -- signals ---------------------------------------------------------------------------------------------------------
-
-POOLS: dict[str, Swap] = {OWN: contextlib.nullcontext, "ThreadPoolExecutor": _executor}
-
-
-def disturb(store: str, pool: str, manner: str, seconds: float, seed: int) -> None:
-    """Iterate a loader under signals at random moments and print a line of JSON for each; a hang ends the process.
-
-    Parameters
-    ----------
-    store, pool
-    manner : {"raise", "note"}
-        What the handler does: raise KeyboardInterrupt, as Python's own does and that of training for a second Ctrl-C, or only
-        note the signal, as that of training does for the first.
-    seconds
-        For how long.
-    seed
-        Of the moments.
-    """
-    fired = False
-
-    def handle(*_: object) -> None:
-        nonlocal fired
-        fired = True
-        if manner == "raise":
-            raise KeyboardInterrupt
-
-    draw = random.Random(seed)
-    signal.signal(signal.SIGALRM, handle)
-    stop = time.monotonic() + seconds
-    with POOLS[pool]():
-        loader = open_loader(store, 2000, batch_size=4)
-        sum(1 for _ in loader)
-        while time.monotonic() < stop:
-            faulthandler.dump_traceback_later(HANG_S, exit=True)
-            fired, outcome = False, "lost" if manner == "raise" else "noted"
-            try:
-                signal.setitimer(signal.ITIMER_REAL, draw.uniform(5e-4, 2e-2))
-                while not fired:
-                    for _ in loader:
-                        if fired:
-                            break
-            except KeyboardInterrupt:
-                outcome = "raised"
-            sum(1 for _ in itertools.islice(loader, 2))  # the pool goes on
-            if draw.random() < 0.01:
-                loader.close()
-            faulthandler.cancel_dump_traceback_later()
-            print(outcome, flush=True)
-        faulthandler.dump_traceback_later(HANG_S, exit=True)
-        loader.close()
-        faulthandler.cancel_dump_traceback_later()
-
-
-def count_hangs(store: str, seconds: float) -> dict[str, dict[str, Any]]:
-    """Signals, lost ones and hangs of each pool and manner, each for `seconds`, by turns."""
-    found: dict[str, dict[str, Any]] = {}
-    for turn, (manner, pool) in enumerate(itertools.product(("note", "raise"), POOLS)):
-        counts: dict[str, Any] = {"signals": 0, "lost": 0, "hangs": 0, "where": []}
-        stop = time.monotonic() + seconds
-        while (left := stop - time.monotonic()) > 1:
-            own = [sys.executable, __file__, store, "--disturb", pool, manner, str(left), str(turn + counts["hangs"])]
-            done = subprocess.run(own, capture_output=True, text=True)
-            outcomes = done.stdout.split()
-            counts["signals"] += len(outcomes) + (done.returncode != 0)
-            counts["lost"] += outcomes.count("lost")
-            if done.returncode and "Timeout" in done.stderr:
-                counts["hangs"] += 1
-                main = done.stderr.rsplit("most recent call first", 1)[-1].splitlines()[1:4]
-                counts["where"].append([line.strip() for line in main])
-            elif done.returncode:
-                raise SystemExit(done.stderr[-500:])
-        found[f"{manner}: {pool}"] = counts
-        print(f"threads: {manner}: {pool}: {counts}", flush=True)
-    return found
+# -- interrupts -----------------------------------------------------------------------------------------------------
 
 
 def points_that_lock(pool_type: Callable[[int, str], Any]) -> dict[str, int]:
@@ -344,10 +260,6 @@ def _interrupted_at(at: int, pool_type: Callable[[int, str], Any]) -> int:
 
 def main() -> None:
     """Measure, print a table and write the JSON."""
-    if "--disturb" in sys.argv:
-        store, _, pool, manner, seconds, seed = sys.argv[1:]
-        disturb(store, pool, manner, float(seconds), int(seed))
-        return
     if "--points" in sys.argv:
         from sedd.io.loading.threads import Threads
 
@@ -359,7 +271,6 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="the h5ad converted by sedd; made beside it when missing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cells", type=int, default=40_000, help="of a conversion")
-    parser.add_argument("--signal_seconds", type=float, default=20, help="for each pool and manner; 0 leaves signals out")
     parser.add_argument("--only", default="", help="rows that contain this")
     parser.add_argument("--output", type=Path, default=RESULTS / "libraries.json")
     args = parser.parse_args()
@@ -398,11 +309,10 @@ def main() -> None:
                   f"{medians[name]['wall']:6.2f} s {medians[name]['cpu']:6.2f} s cpu | {times['wall']:5.2f} x wall "
                   f"{times['cpu']:5.2f} x cpu (keep from {least})", flush=True)  # fmt: skip
     record: dict[str, Any] = {"machine": about, "data": [args.h5ad.name], "cells_converted": args.cells, "rounds": args.rounds, "rows": rows}
-    if args.signal_seconds:
+    if args.only in "threads":
         done = subprocess.run([sys.executable, __file__, "--points"], capture_output=True, text=True, check=True)
         record["interrupted_at_each_point"] = json.loads(done.stdout)
         print(f"threads: interrupted at each call and return: {done.stdout.strip()}")
-        record["signals"] = count_hangs(str(store), args.signal_seconds)
     record["seconds"] = time.perf_counter() - began
     write_result(args.output, record)
     print(args.output)
