@@ -6,13 +6,12 @@
 Each part is swapped for the library's way while the program runs, and nothing else is changed:
 
 - reading: `sedd.io.format.reader` and `codec` against zarr-python, and against zarr-python with zarrs' codecs if it is installed
-- encoding: `sedd.io.format.codec` against the same codecs called from Python
 - memory: `sedd.io.loading.buffers` against `np.empty`
 - threads: `sedd.io.loading.threads` against `ThreadPoolExecutor`, interrupted at each call and return of `submit` and `result`
 
 Speed is that of the part over that of the library, round by round; the median of the rounds is what counts. By processor time it means
-something on a busy machine as well. Figures go to `benchmarks/results/libraries.json`. Its rows on inflating are of the part that read
-gzipped chunks past HDF5 until 2026-11-26; they are why it went.
+something on a busy machine as well. Figures go to `benchmarks/results/libraries.json`. Its rows on inflating and encoding are of parts
+that read gzipped chunks past HDF5 and encoded chunks by C functions until 2026-11-26; they are why these went.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,10 +81,6 @@ def _zarr() -> contextlib.AbstractContextManager[Any]:
 
 def _numcodecs() -> contextlib.AbstractContextManager[Any]:
     return mock.patch("sedd.io.format.reader.decode_chunks", _decode_in_python)
-
-
-def _encode_in_python() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch("sedd.io.format.shards.available", return_value=False)
 
 
 def _np_empty() -> contextlib.AbstractContextManager[Any]:
@@ -174,33 +168,17 @@ def same_batches(store: str, ways: dict[str, Swap]) -> None:
     assert all(value == sums[OWN] for value in sums.values()), "the ways do not read the same"
 
 
-def conversion(h5ad: Path, **options: Any) -> Cost:
-    """Cost of a conversion."""
-    from sedd.io.convert import convert
-
-    cost: Cost = {}
-    with tempfile.TemporaryDirectory(dir=h5ad.parent) as folder, timed(cost):
-        convert(h5ad, f"{folder}/out.zarr", progress=False, workers=2, **options)
-    return cost
-
-
 Measure = contextlib.AbstractContextManager[Callable[[], Cost]]
 
 
-def contests(args: argparse.Namespace, store: str) -> dict[str, tuple[dict[str, Swap], Measure, float]]:
+def contests(store: str) -> dict[str, tuple[dict[str, Swap], Measure, float]]:
     """Each row of the table: the ways, what is timed, and how many times as fast the part must be to be kept."""
     own: dict[str, Swap] = {OWN: contextlib.nullcontext}
-    only = {"limit_cells": args.cells}
-
-    def plain(measure: Callable[..., Cost], *given: Any, **options: Any) -> Measure:
-        return contextlib.nullcontext(lambda: measure(*given, **options))
 
     rows: dict[str, tuple[dict[str, Swap], Measure, float]] = {
-        "reading: tokens/512 window": (readers(), plain(reading, store, "window"), 2.0),
-        "reading: tokens/512 full, first epoch": (readers(), plain(reading, store, "full"), 2.0),
-        "encoding: uncompressed to store": (
-            {**own, "numcodecs from Python": _encode_in_python}, plain(conversion, args.h5ad, **only), 1.5),
-    }  # fmt: skip
+        "reading: tokens/512 window": (readers(), contextlib.nullcontext(lambda: reading(store, "window")), 2.0),
+        "reading: tokens/512 full, first epoch": (readers(), contextlib.nullcontext(lambda: reading(store, "full")), 2.0),
+    }
     for mode, form, size in itertools.product(("full", "window"), ("tokens", "masked"), (64, 512, 4096)):
         rows[f"memory: {form}/{size} {mode}"] = ({**own, "np.empty": _np_empty}, filling(store, mode, form, size), 1.1)
     return rows
@@ -270,7 +248,6 @@ def main() -> None:
     parser.add_argument("h5ad", type=Path)
     parser.add_argument("--store", type=Path, help="the h5ad converted by sedd; made beside it when missing")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cells", type=int, default=40_000, help="of a conversion")
     parser.add_argument("--only", default="", help="rows that contain this")
     parser.add_argument("--output", type=Path, default=RESULTS / "libraries.json")
     args = parser.parse_args()
@@ -284,10 +261,9 @@ def main() -> None:
     if "zarr-python, zarrs" in readers():
         about["versions"]["zarrs"] = version("zarrs")
     same_batches(str(store), readers())
-    conversion(args.h5ad, limit_cells=5000)  # compiles
     began = time.perf_counter()
     rows: dict[str, Any] = {}
-    for row, (ways, measuring, least) in contests(args, str(store)).items():
+    for row, (ways, measuring, least) in contests(str(store)).items():
         if args.only not in row:
             continue
         rounds: list[dict[str, Cost]] = []
@@ -308,7 +284,7 @@ def main() -> None:
             print(f"{row:46s} {medians[OWN]['wall']:6.2f} s {medians[OWN]['cpu']:6.2f} s cpu | {name:32s} "
                   f"{medians[name]['wall']:6.2f} s {medians[name]['cpu']:6.2f} s cpu | {times['wall']:5.2f} x wall "
                   f"{times['cpu']:5.2f} x cpu (keep from {least})", flush=True)  # fmt: skip
-    record: dict[str, Any] = {"machine": about, "data": [args.h5ad.name], "cells_converted": args.cells, "rounds": args.rounds, "rows": rows}
+    record: dict[str, Any] = {"machine": about, "data": [args.h5ad.name], "rounds": args.rounds, "rows": rows}
     if args.only in "threads":
         done = subprocess.run([sys.executable, __file__, "--points"], capture_output=True, text=True, check=True)
         record["interrupted_at_each_point"] = json.loads(done.stdout)

@@ -1,8 +1,8 @@
-"""Checksum and compression of many small chunks in one call that releases the GIL.
+"""Check and decode many small chunks in one call that releases the GIL.
 
 A chunk of 16k values takes 10 to 20 microseconds to check and decode, about what Python spends on calling a codec, and it
 spends that holding the GIL. So the C functions that numcodecs and google-crc32c already carry are called from one Numba
-loop over all chunks of a read or write. Where a build of these packages hides them, the caller goes through Python.
+loop over all chunks of a read. Where a build of these packages hides them, the caller goes through Python.
 """
 
 from __future__ import annotations
@@ -29,13 +29,6 @@ _crc32c = types.ExternalFunction("sedd_crc32c_value", types.uint32(types.uintp, 
 _blosc = types.ExternalFunction(
     "sedd_blosc_decompress_ctx", types.intc(types.uintp, types.uintp, types.uintp, types.intc)
 )
-_blosc_compress = types.ExternalFunction(
-    "sedd_blosc_compress_ctx",
-    types.intc(
-        types.intc, types.intc, types.uintp, types.uintp, types.uintp, types.uintp, types.uintp, types.uintp, types.uintp,
-        types.intc,
-    ),
-)  # fmt: skip
 _zstd = types.ExternalFunction("sedd_zstd_decompress", types.uintp(types.uintp, types.uintp, types.uintp, types.uintp))
 
 
@@ -52,12 +45,11 @@ def available() -> bool:
         functions = {
             "sedd_crc32c_value": checksum,
             "sedd_blosc_decompress_ctx": codecs.blosc_decompress_ctx,
-            "sedd_blosc_compress_ctx": codecs.blosc_compress_ctx,
             "sedd_zstd_decompress": codecs.ZSTD_decompress,
         }
     except (AttributeError, OSError) as error:
         warn_user(
-            f"stores are read and written through Python, several times slower: numcodecs {numcodecs.__version__} or google-crc32c does "
+            f"stores are read through Python, several times slower: numcodecs {numcodecs.__version__} or google-crc32c does "
             f"not show its C functions here ({error}). Wheels of the registry do; was one of them built otherwise?"
         )
         return False
@@ -161,55 +153,3 @@ def decode_chunks(
         if int(targets.min()) < 0 or int(targets.max()) + size > out.size:
             raise ValueError("a chunk would be written outside the memory given")
     return _decode(raw, starts, lengths, codec, checked, out, targets, size)
-
-
-BLOSC_OVERHEAD = 16
-"""Bytes that a Blosc frame may be longer than what it holds."""
-
-
-@numba.njit(cache=True, nogil=True)
-def _encode(raw: Any, size: Any, itemsize: Any, name: Any, level: Any, shuffle: Any, out: Any, sizes: Any) -> int:
-    at = np.int64(0)
-    for i in range(sizes.shape[0]):
-        source = np.uint64(raw.ctypes.data) + np.uint64(i * size)
-        target = np.uint64(out.ctypes.data) + np.uint64(at)
-        n = _blosc_compress(
-            level, shuffle, np.uint64(itemsize), np.uint64(size), source, target, np.uint64(size + BLOSC_OVERHEAD),
-            np.uint64(name.ctypes.data), np.uint64(0), np.int32(1),
-        )  # fmt: skip
-        if n <= 0:
-            return i
-        crc = _crc32c(target, np.uint64(n))
-        for byte in range(4):
-            out[at + n + byte] = np.uint8(crc >> np.uint32(8 * byte) & np.uint32(255))
-        sizes[i] = n + 4
-        at += n + 4
-    return -1
-
-
-def encode_chunks(
-    raw: np.ndarray, size: int, itemsize: int, compressor: str, level: int, shuffle: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compress chunks with Blosc, each followed by its crc32c.
-
-    Parameters
-    ----------
-    raw : (k * size,) uint8, contiguous, the chunks
-    size : int, bytes of a chunk
-    itemsize : int, bytes of one value
-    compressor, level, shuffle : Blosc's
-
-    Returns
-    -------
-    encoded : (n,) uint8, the encoded chunks one after the other
-    sizes : (k,) int64, bytes of each
-    """
-    if raw.size % size:
-        raise ValueError(f"{raw.size} bytes are not whole chunks of {size}")
-    sizes = np.zeros(raw.size // size, np.int64)
-    out = np.empty(sizes.size * (size + BLOSC_OVERHEAD + 4), np.uint8)
-    name = np.frombuffer(compressor.encode() + b"\0", np.uint8)
-    bad = _encode(raw, size, itemsize, name, np.int32(level), np.int32(shuffle), out, sizes)
-    if bad >= 0:
-        raise RuntimeError(f"Blosc cannot compress chunk {bad} with {compressor}")
-    return out[: int(sizes.sum())], sizes

@@ -17,7 +17,6 @@ import numcodecs
 import numpy as np
 
 from sedd.errors import UserError
-from sedd.io.format.codec import BLOSC, available, decode_chunks, encode_chunks
 
 if TYPE_CHECKING:
     import zarr
@@ -75,18 +74,6 @@ class Encoder:
         body = bytes(self._blosc.encode(chunk)) if self._blosc else chunk.tobytes()
         return body + struct.pack("<I", google_crc32c.value(body))
 
-    def encode_all(self, values: np.ndarray) -> tuple[bytes | memoryview, np.ndarray]:
-        """Encode whole chunks: their bytes one after the other, and the size of each."""
-        if self._blosc is None or not available():
-            chunks = [self.encode(values[k : k + CHUNK]) for k in range(0, values.size, CHUNK)]
-            return b"".join(chunks), np.array([len(chunk) for chunk in chunks], np.int64)
-        blosc = self._blosc
-        raw = np.ascontiguousarray(values, self.dtype).view(np.uint8)
-        encoded, sizes = encode_chunks(
-            raw, CHUNK * self.dtype.itemsize, self.dtype.itemsize, blosc.cname, blosc.clevel, blosc.shuffle
-        )
-        return memoryview(encoded), sizes  # type: ignore[arg-type]
-
     def decode(self, encoded: bytes | memoryview) -> np.ndarray:
         """Return the `CHUNK` values of an encoded inner chunk.
 
@@ -99,21 +86,6 @@ class Encoder:
         body = bytes(encoded[:-4])
         plain = self._blosc.decode(body) if self._blosc else body
         return np.frombuffer(plain, self.dtype)
-
-    def decode_all(self, encoded: bytes, sizes: np.ndarray) -> np.ndarray:
-        """Return the values of encoded chunks that lie one after the other."""
-        ends = np.cumsum(sizes)
-        if self._blosc is None or not available():
-            return np.concatenate([self.decode(encoded[end - size : end]) for end, size in zip(ends, sizes, strict=True)])
-        n_bytes = CHUNK * self.dtype.itemsize
-        out = np.empty(sizes.size * n_bytes, np.uint8)
-        bad, _ = decode_chunks(
-            np.frombuffer(encoded, np.uint8), ends - sizes, sizes, codec=BLOSC, checked=True, out=out,
-            targets=np.arange(sizes.size) * n_bytes, size=n_bytes,
-        )  # fmt: skip
-        if bad >= 0:
-            raise ValueError("a checksum is wrong")
-        return out.view(self.dtype)
 
 
 def create_vector(group: zarr.Group, name: str, n: int, dtype: np.dtype[Any], codec: str) -> zarr.Array:
@@ -202,20 +174,15 @@ class Pen:
         self._rest = values[whole:].copy()
 
     def _encode(self, values: np.ndarray) -> None:
-        encoded, sizes = self._encoder.encode_all(values)
-        self._put(encoded, sizes)
-
-    def _put(self, encoded: bytes | memoryview, sizes: np.ndarray) -> None:
-        self.file.write(encoded)
-        ends = self._at + np.cumsum(sizes, dtype=np.int64)
-        self._places.append(np.stack([ends - sizes, sizes], axis=1).astype(np.uint64))
-        self._at += len(encoded)
+        for start in range(0, values.size, CHUNK):
+            chunk = self._encoder.encode(values[start : start + CHUNK])
+            self.file.write(chunk)
+            self._places.append(np.array([[self._at, len(chunk)]], np.uint64))
+            self._at += len(chunk)
 
     def finish(self) -> None:
         """Write the last chunk and the index of the chunks."""
-        if self._rest.size:
-            chunk = self._encoder.encode(self._rest)
-            self._put(chunk, np.array([len(chunk)]))
+        self._encode(self._rest)
         places = np.concatenate(self._places)
         index = np.full((self._slots, 2), _ABSENT, np.uint64)
         index[: len(places)] = places
@@ -250,8 +217,8 @@ def read_shard(path: str, encoder: Encoder, slots: int, n: int, chunks: int = 64
         sizes = read_index(file, slots)[: -(-n // CHUNK), 1].astype(np.int64)
         file.seek(0)
         for first in range(0, sizes.size, chunks):
-            own = sizes[first : first + chunks]
-            yield encoder.decode_all(file.read(int(own.sum())), own)[: n - first * CHUNK]
+            own = [encoder.decode(file.read(int(size))) for size in sizes[first : first + chunks]]
+            yield np.concatenate(own)[: n - first * CHUNK]
 
 
 def consolidate(group: zarr.Group) -> None:

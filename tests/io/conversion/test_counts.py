@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sedd.io.conversion import counts as pack
-from sedd.io.format.shards import CHUNK, CODECS, Encoder
 from sedd.io.format.tally import cell_hashes, tally
 from tests.io.h5ads import counts
 
@@ -84,18 +83,3 @@ def test_a_hash_changes_with_every_value_and_every_gene_and_not_with_their_order
             moved[place] ^= np.uint16(1 << bit)
             others |= {cell_hashes(indptr, genes, changed)[0], cell_hashes(indptr, moved, values)[0]}
     assert len(others) == 1 + 2 * 3 * 8
-
-
-@pytest.mark.parametrize("codec", sorted(CODECS))
-@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "f4"])
-@pytest.mark.parametrize("name", ["data", "indices"])
-def test_chunks_encoded_together_are_those_that_numcodecs_makes(codec: str, dtype: str, name: str) -> None:
-    rng = np.random.default_rng(0)
-    values = rng.poisson(2, 3 * CHUNK).astype(dtype)
-    values[:CHUNK] = rng.integers(0, 250, CHUNK)
-    encoder = Encoder(name, np.dtype(dtype), codec)
-    encoded, sizes = encoder.encode_all(values)
-    one_by_one = [encoder.encode(values[k : k + CHUNK]) for k in range(0, values.size, CHUNK)]
-    assert bytes(encoded) == b"".join(one_by_one)
-    assert sizes.tolist() == [len(chunk) for chunk in one_by_one]
-    np.testing.assert_array_equal(encoder.decode(one_by_one[1]), values[CHUNK : 2 * CHUNK])

@@ -8,11 +8,12 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import zarr
 
 from sedd.io.conversion import publish, shard
 from sedd.io.convert import convert
 from sedd.io.format import shards
-from sedd.io.format.shards import Encoder, Pen, read_shard
+from sedd.io.format.shards import CHUNK, CODECS, Encoder, Pen, create_vector, read_shard, shard_length
 from sedd.io.format.tally import Tallier, tally
 from tests.io.h5ads import counts
 from tests.io.h5ads import write as write_h5ad
@@ -78,3 +79,30 @@ def test_shards_made_before_a_large_count_was_met_are_widened(tmp_path: Path, mo
     assert len(widened) > 3
     assert store.dtype == np.uint32
     np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), matrix.toarray())
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "f4"])
+@pytest.mark.parametrize("name", ["data", "indices"])
+def test_a_chunk_is_what_zarr_makes_of_it(codec: str, dtype: str, name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.poisson(2, 3 * CHUNK - 5).astype(dtype)
+    values[:CHUNK] = rng.integers(0, 250, CHUNK)
+    encoder = Encoder(name, np.dtype(dtype), codec)
+    array = create_vector(zarr.open_group(tmp_path, mode="w", zarr_format=3), name, values.size, values.dtype, codec)
+    array[:] = values
+    shard = (tmp_path / name / "c" / "0").read_bytes()
+    with (tmp_path / "own").open("w+b") as file:
+        pen = Pen(file, encoder, shard_length(values.size) // CHUNK)
+        for part in np.split(values, [7, CHUNK, 2 * CHUNK + 1]):
+            pen.write(part)
+        pen.finish()
+    own = (tmp_path / "own").read_bytes()
+    tail = 3 * 16 + 4
+    assert sorted(_chunks(own, tail)) == sorted(_chunks(shard, tail))  # zarr may write them in another order
+    np.testing.assert_array_equal(np.concatenate(list(read_shard(str(tmp_path / "own"), encoder, 3, values.size, chunks=2))), values)
+
+
+def _chunks(shard: bytes, tail: int) -> list[bytes]:
+    index = np.frombuffer(shard[-tail:-4], "<u8").reshape(-1, 2).astype(int)
+    return [shard[at : at + size] for at, size in index]
