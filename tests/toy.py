@@ -187,7 +187,7 @@ def exact(joint: Joint, values: np.ndarray | None = None) -> Pretrained:
         categories={},
         histogram=sp.csr_array((joint.n_vars, n_bins), dtype=np.int64),
         libraries=np.ones(1, np.float32),
-        state={"args": TrainConfig(data=DataConfig(data_path="")).to_flat(), "data": {"is_counts": True}, "epoch": 0, "var": {}},
+        state={"args": TrainConfig(data=DataConfig(data_path="toy.h5ad")).to_flat(), "data": {"is_counts": True}, "epoch": 0, "var": {}},
     )
 
 
