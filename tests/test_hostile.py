@@ -67,6 +67,7 @@ def test_a_checkpoint(
         said = refused(target, arguments, capsys)
         assert "best.pt" in said
         assert "weights_only" not in said  # no advice to run it
+    shutil.copy(tiny_run / "args.json", run)  # without it the directory is not known to be a run's, and is left alone
     resumed = ["train", "--data_path", str(tiny_h5ad), "--checkpoint_dir", str(run), *TINY_FLAGS, "--num_epochs", "1"]
     assert main([*resumed, "--resume", "auto", "--overwrite"]) == 0  # passed over: there is no other
     assert not target.exists()
