@@ -18,12 +18,12 @@ from sedd import tasks
 from sedd.binning import COUNT_KINDS, Binning
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
-from sedd.inference.cells import Cells, open_cells
+from sedd.inference.cells import Cells, begins_as_trained_on, open_cells
 from sedd.inference.output_place import check_report
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import opened
-from sedd.io.files import obs_digest, write_json
+from sedd.io.files import write_json
 from sedd.io.outputs import only_writer_in
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
@@ -119,7 +119,7 @@ def evaluate(
     model = Pretrained.load(model)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(opened(data))
-        own = obs_digest(source.obs.index) == model.state["data"]["obs_digest"]
+        own = begins_as_trained_on(source.obs.index, model.state)
         part = cells or ("val" if own else "all")
         held_out = open_cells(model, source, part, layer, raw)
         if own:

@@ -155,6 +155,12 @@ def _genes_of(table: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
     return pd.concat(columns, axis=1) if columns else found
 
 
+def begins_as_trained_on(names: pd.Index, state: dict[str, Any]) -> bool:
+    """Whether cells of these names are those that a model was trained on, or these with more appended."""
+    trained_on = state["data"]
+    return obs_digest(names[: trained_on["n_obs"]]) == str(trained_on["obs_digest"])
+
+
 def cells_of_split(source: Source, part: str, state: dict[str, Any]) -> np.ndarray | None:
     """Return the cells of `part` ("all", "train" or "val") in the data that a model was trained on.
 
@@ -173,7 +179,7 @@ def cells_of_split(source: Source, part: str, state: dict[str, Any]) -> np.ndarr
     if part not in ("train", "val"):
         raise UserError(f"--cells is {part!r}; expected all, train or val.")
     trained_on = state["data"]
-    if obs_digest(source.obs.index) != trained_on["obs_digest"]:
+    if not begins_as_trained_on(source.obs.index, state):
         raise UserError(
             f"{source.name}: is not the data that the model was trained on ({len(source.obs)} cells here, {trained_on['n_obs']} there), "
             f"so it has no {part} cells; pass --cells all."

@@ -17,6 +17,7 @@ from sedd.config import TrainConfig
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
 from sedd.inference.export import is_export, read_export, write_export
+from sedd.io.loading.selection import label_text
 from sedd.model import SEDDTransformer
 from sedd.noise import Noise, make_noise
 from sedd.processes import default_device
@@ -232,12 +233,12 @@ class Pretrained:
             If a label was not there in training; the known ones are listed.
         """
         known = self.categories[column]
-        index = {_label_text(label): k + 1 for k, label in enumerate(known)}
+        index = {label_text(label): k + 1 for k, label in enumerate(known)}
         codes = np.zeros(len(labels), np.int64)
         for i, label in enumerate(labels):
             if pd.isna(label):
                 continue
-            code = index.get(_label_text(label))
+            code = index.get(label_text(label))
             if code is None:
                 raise UserError(
                     f"{column}={str(label)!r} was not there in training; known: {', '.join(map(repr, known))}. Use one of these, or leave "
@@ -245,10 +246,3 @@ class Pretrained:
                 )
             codes[i] = code
         return codes
-
-
-def _label_text(label: object) -> str:
-    """Return a label as text: 7, 7.0 and "7" are one."""
-    text = str(label)
-    whole = text.removesuffix(".0")
-    return whole if whole.lstrip("-").isdigit() else text

@@ -58,8 +58,20 @@ class CellStore:
         self.max_value: int | float = meta["max_value"]
         self.fingerprint: str = meta["fingerprint"]
 
-    def __reduce__(self) -> tuple[type[CellStore], tuple[str]]:
-        return CellStore, (self.path,)
+        self._earlier = False
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return (_as_of, (self.path, self.fingerprint)) if self._earlier else (CellStore, (self.path,))
+
+    def as_of(self, fingerprint: str) -> CellStore | None:
+        """Return the store as it was when it had this fingerprint, before cells were appended; None if it never had."""
+        then = next((then for then in self.grown if then["fingerprint"] == fingerprint), None)
+        if then is None:
+            return None
+        earlier = CellStore(self.path)
+        earlier.n_obs, earlier.nnz, earlier.max_value = then["n_obs"], then["nnz"], then["max_value"]
+        earlier.fingerprint, earlier._earlier = fingerprint, True
+        return earlier
 
     def __enter__(self) -> CellStore:
         return self
@@ -115,7 +127,8 @@ class CellStore:
     @cached_property
     def obs(self) -> pd.DataFrame:
         """The cells' table."""
-        return self.element("obs")
+        table: pd.DataFrame = self.element("obs")
+        return table.iloc[: self.n_obs].copy() if self._earlier else table
 
     @cached_property
     def var(self) -> pd.DataFrame:
@@ -181,6 +194,12 @@ class CellStore:
         """How many cells have each count of each gene: `(n_vars, max_value + 1)` int64, zeros in column 0."""
         if not self.is_counts:
             raise UserError(f"{self.path}: holds real values, which have no histogram; convert counts.")
+        if self._earlier:
+            from sedd.io.format.histogram import histogram  # rarely needed, and slow to import
+
+            own = histogram(CellStore(self.path), np.arange(self.n_obs))
+            own.resize((self.n_vars, int(self.max_value) + 1))
+            return own
         return sparse.csr_array(self.element("uns/sedd/histogram"))
 
     def cell_stats(self) -> pd.DataFrame:
@@ -190,6 +209,8 @@ class CellStore:
 
     def gene_stats(self) -> pd.DataFrame:
         """Per gene: `sum`, `sum_sq`, `nnz` and `max`."""
+        if self._earlier:
+            raise UserError(f"{self.path}: what is kept of its genes is of all cells, not only of the first {self.n_obs}.")
         table = self.element("uns/sedd/genes")
         return pd.DataFrame({name: table[name] for name in ("sum", "sum_sq", "nnz", "max")}, index=self.var_names)
 
@@ -199,7 +220,7 @@ class CellStore:
 
     def cell_table(self) -> dict[str, np.ndarray]:
         """Statistics of the cells and their hashes, arrays by name."""
-        return {name: np.asarray(values) for name, values in self.element("uns/sedd/cells").items()}
+        return {name: np.asarray(values)[: self.n_obs] for name, values in self.element("uns/sedd/cells").items()}
 
 
 class CsrBlock(sparse.csr_matrix):
@@ -219,6 +240,13 @@ def read_block(path: str, lo: int, hi: int) -> CsrBlock:
     store = CellStore(path)
     indptr, indices, data = store.read_rows(lo, hi)
     return CsrBlock((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(hi - lo, store.n_vars))
+
+
+def _as_of(path: str, fingerprint: str) -> CellStore:
+    store = CellStore(path).as_of(fingerprint)
+    if store is None:
+        raise UserError(f"{path}: is not what it was when this process was told of it. Start again.")
+    return store
 
 
 @lru_cache(maxsize=4)

@@ -23,7 +23,7 @@ from sedd.io.files import obs_digest
 from sedd.io.format.histogram import histogram, select_genes
 from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch
-from sedd.io.loading.selection import encode_label
+from sedd.io.loading.selection import encode_label, label_text
 from sedd.io.plan import Split
 from sedd.io.store import CellStore
 from sedd.model import SEDDTransformer
@@ -102,8 +102,9 @@ class Panel:
         return condition, library
 
     @functools.cached_property
-    def _obs_digest(self) -> str:
-        return obs_digest(self.store.obs.index)  # of many cells it takes seconds, and every checkpoint has it
+    def cells_digest(self) -> str:
+        """Identity of the cells by their names: of many cells it takes seconds, and every checkpoint has it."""
+        return obs_digest(self.store.obs.index)
 
     def _var(self) -> dict[str, list[Any]]:
         """Return what the data says about the genes, for the cells that the model makes: text and numbers, by column."""
@@ -138,7 +139,7 @@ class Panel:
                 "n_obs": self.store.n_obs,
                 "n_vars": self.store.n_vars,
                 "is_counts": bool(self.store.is_counts),
-                "obs_digest": self._obs_digest,
+                "obs_digest": self.cells_digest,
             },
         }
 
@@ -160,6 +161,8 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
     """
     data = config.data
     store = _open_store(data)
+    if resumed is not None:
+        store = _as_trained_on(store, resumed, data.named)
     train, val = _split(config, store)
     if resumed is not None:
         return _resumed_panel(config, resumed, store, train, val)
@@ -218,6 +221,23 @@ def _split(config: TrainConfig, store: CellStore) -> tuple[Split, Split]:
                 f"{'train on' if part is train else 'validate with'}; expected at least one of each."
             )
     return train, val
+
+
+def _as_trained_on(store: CellStore, state: dict[str, Any], named: str) -> CellStore:
+    """Return the store as the run knew it, if cells were appended since: its validation cells must never become training cells."""
+    known = store.as_of(state["data"]["fingerprint"])
+    if known is None:
+        return store
+    warn_user(
+        f"{named}: has grown from {known.n_obs} to {store.n_obs} cells since this run began. The run continues on the {known.n_obs} that it "
+        "knew, with the same validation cells; to train on all, start another in another --checkpoint_dir."
+    )
+    for column, labels in state["categories"].items():  # which may have others by now, in another order
+        index = {label_text(label): code for code, label in enumerate(labels)}
+        codes, found = encode_label(known, column)
+        table = np.array([*(index.get(label_text(label), -1) for label in found), -1])  # the appended cells' own labels are in none of these
+        known.obs[column] = pd.Categorical.from_codes(table[codes], labels)
+    return known
 
 
 def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore, train: Split, val: Split) -> Panel:
