@@ -90,6 +90,9 @@ class ConversionSettings(InputSettings):
     """Permute all cells; their place in the input is kept in obs."""
     seed: int = 0
     """Seed of the permutation."""
+    group_by: str | None = None
+    """Store the cells of each label of this obs column together, such as perturbation, missing ones last; their place in the
+    input is kept in obs."""
     codec: Literal["lz4", "zstd", "none"] = "lz4"
     """Compression of the store."""
     memory_budget: str = "1GiB"
@@ -121,6 +124,11 @@ class ConversionSettings(InputSettings):
             raise UserError(f"--memory_budget is {self.memory_budget}; expected at least {LEAST_BUDGET >> 20}MiB.")
         if self.limit_cells is not None and self.limit_cells < 1:
             raise UserError(f"the number of cells must be positive, not {self.limit_cells}.")
+        if self.group_by is not None:
+            if self.shuffle:
+                raise UserError("--shuffle spreads the cells that --group_by puts together; leave one of them out.")
+            if (self.obs and self.group_by not in self.obs) or f"obs/{self.group_by}" in self.drop:
+                raise UserError(f"--group_by {self.group_by}: the column is left out; name it in --obs, and not in --drop.")
         if self.codec not in ("lz4", "zstd", "none"):
             raise UserError(f"there is no codec {self.codec!r}; choose one of lz4, zstd, none.")
 

@@ -279,6 +279,17 @@ def _open_group(path: str) -> zarr.Group:
         raise UserError(f"{path}: cannot be opened as a Zarr store ({' '.join(str(error).split())[:200]}).") from error
 
 
+def _grouping(store: CellStore) -> str | None:
+    """Return what the cells are grouped by, if they are, and which of them."""
+    column: str | None = store.uns_sedd["settings"].get("group_by")
+    if column is None or column not in store.obs:  # no store can hold some names, which are changed
+        return column
+    n = store.grown[0]["n_obs"] if store.grown else store.n_obs
+    labels = store.obs[column].iloc[:n]
+    groups = f"{column}: {labels.nunique()} groups" + (f" and {int(labels.isna().sum())} cells without" if labels.isna().any() else "")
+    return groups + (f", of the first {n} cells" if store.grown else "")
+
+
 def store_facts(path: str) -> dict[str, Any]:
     """Everything worth knowing about a store, as plain values.
 
@@ -305,8 +316,8 @@ def store_facts(path: str) -> dict[str, Any]:
         "files": len(sizes),
         "codec": meta["codec"],
         "chunk": int(store.x_arrays["data"].chunks[0]),
-        "shuffled": meta["settings"]["shuffle"],
-        "grouped by": meta["settings"].get("group_by"),
+        "shuffled": meta["settings"]["shuffle"] and (f"the first {store.grown[0]['n_obs']} cells" if store.grown else True),
+        "grouped by": _grouping(store),
         "cells when it grew": [then["n_obs"] for then in store.grown],
         "obs": list(map(str, store.obs.columns)),
         "var": list(map(str, store.var.columns)),

@@ -299,7 +299,7 @@ class Append:
         """Make a store of the new cells alone, by the genes and settings of the old one."""
         kept = self._settings(store)
         same = {name: kept[name] for name in ("layer", "raw", "modality", "gene_names", "strip_version", "round", "codec", "values")}
-        asked = replace(self.asked, **same, keep_layers=tuple(kept["keep_layers"]), keys=(), shuffle=False)
+        asked = replace(self.asked, **same, keep_layers=tuple(kept["keep_layers"]), keys=(), shuffle=False, group_by=None, obs=())
         job = Job(self.paths, f"{self.folder}/added.zarr", asked, progress=self.progress)
         job.settings = self._of_matrix(store)
         try:
@@ -313,7 +313,7 @@ class Append:
 
     def _of_matrix(self, store: CellStore) -> dict[str, Any]:
         """Return the settings of a store of the new cells alone."""
-        apart = {"shuffle": False, "seed": 0, "keys": [], "drop": [], "obs": [], "join": "wanted", "genes": store.var_names.tolist()}
+        apart = {"shuffle": False, "group_by": None, "seed": 0, "keys": [], "drop": [], "obs": [], "join": "wanted", "genes": store.var_names.tolist()}
         return {**self._settings(store), **apart}
 
     def _check_added(self, store: CellStore, added: CellStore, tables: _Tables) -> None:

@@ -36,12 +36,13 @@ class _Opened(NamedTuple):
 
     Attributes
     ----------
-    matrices : of the inputs
+    files, matrices : of the inputs
     genes, maps : as from `match_genes`
     narrow : the type that seems to hold the counts
     stored : values, zeros of dense matrices included
     """
 
+    files: list[Input]
     matrices: list[Matrix]
     genes: list[str]
     maps: list[np.ndarray | None]
@@ -65,7 +66,7 @@ def _open(stack: ExitStack, paths: list[str], settings: dict[str, Any]) -> _Open
     genes, maps = match_inputs(files, settings)
     kinds = [_sample(file, matrix, settings) for file, matrix in zip(files, matrices, strict=True)]
     stored = sum(matrix.nnz if matrix.nnz is not None else matrix.shape[0] * matrix.shape[1] for matrix in matrices)
-    return _Opened(matrices, genes, maps, max(kinds, key=lambda dtype: dtype.itemsize), stored)
+    return _Opened(files, matrices, genes, maps, max(kinds, key=lambda dtype: dtype.itemsize), stored)
 
 
 def make_plan(
@@ -88,12 +89,13 @@ def make_plan(
     direct_allowed : whether shards may come straight from the input where it seems tidy
     """
     with ExitStack() as stack:
-        matrices, genes, maps, narrow, stored = _open(stack, paths, settings)
+        files, matrices, genes, maps, narrow, stored = _open(stack, paths, settings)
         offsets = np.concatenate([[0], np.cumsum([matrix.shape[0] for matrix in matrices])])
         n_all = int(offsets[-1])
         n_obs = min(n_all, settings["limit_cells"] or n_all)
         tidy = all(matrix.layout == "csr" for matrix in matrices) and all(new is None for new in maps)
-        direct = direct_allowed and tidy and not settings["shuffle"]
+        order = _order(files, settings, n_obs)
+        direct = direct_allowed and tidy and order is None
         block = _block(matrices, len(genes), memory)
         spans = [
             (number, lo, min(hi, n_obs - int(offsets[number])) if matrix.layout != "csc" else hi)
@@ -110,10 +112,9 @@ def make_plan(
     for number, new in enumerate(maps):
         if new is not None:
             np.save(f"{folder}/genes-{number}.npy", new)
-    if settings["shuffle"] or (n_obs < n_all and not direct):
+    if order is not None or (n_obs < n_all and not direct):
         places = np.full(n_all, -1, np.int64)
-        order = np.random.default_rng(settings["seed"]).permutation(n_obs) if settings["shuffle"] else np.arange(n_obs)
-        places[order] = np.arange(n_obs)
+        places[order if order is not None else slice(n_obs)] = np.arange(n_obs)
         np.save(f"{folder}/places.npy", places)
     plan = Plan(
         folder=folder,
@@ -133,6 +134,18 @@ def make_plan(
     )
     plan.save()
     return plan
+
+
+def _order(files: list[Input], settings: dict[str, Any], n_obs: int) -> np.ndarray | None:
+    """Return the numbers of the first `n_obs` cells in the order of the store, None where that is the order of the inputs."""
+    if settings["shuffle"]:
+        return np.random.default_rng(settings["seed"]).permutation(n_obs)
+    if settings["group_by"] is None:
+        return None
+    from sedd.io.conversion.tables import label_codes  # imports pandas
+
+    codes = label_codes(files, settings["group_by"])[:n_obs]
+    return np.argsort(np.where(codes < 0, codes.max() + 1, codes), kind="stable")
 
 
 def _sample(file: Input, matrix: Matrix, settings: dict[str, Any]) -> np.dtype[Any]:
@@ -169,7 +182,8 @@ def _block(matrices: list[Matrix], n_vars: int, memory: float) -> int:
 def forecast(paths: list[str], output: str, settings: dict[str, Any], workers: int) -> str:
     """Return what the conversion would do, as text: sizes, types, bytes and a time measured on a sample."""
     with ExitStack() as stack:
-        matrices, genes, _, narrow, stored = _open(stack, paths, settings)
+        files, matrices, genes, _, narrow, stored = _open(stack, paths, settings)
+        reordered = _order(files, settings, 1) is not None
         lines = [
             f"{m.path}: {m.name} is {m.layout} {m.dtype}, {m.shape[0]:,} cells x {m.shape[1]:,} genes" for m in matrices
         ]
@@ -178,7 +192,7 @@ def forecast(paths: list[str], output: str, settings: dict[str, Any], workers: i
     n_obs = min(n_obs, settings["limit_cells"] or n_obs)
     if settings["keep_layers"]:
         lines.append(f"kept beside it, each converted in the same way: {', '.join(settings['keep_layers'])}")
-    passes = 1 if all(matrix.layout == "csr" for matrix in matrices) and not settings["shuffle"] else 2
+    passes = 1 if all(matrix.layout == "csr" for matrix in matrices) and not reordered else 2
     kind = "float32" if settings["values"] == "real" else narrow.name
     lines += [
         f"{output}: {n_obs:,} cells x {len(genes):,} genes, {'at most ' if passes == 2 else ''}{stored:,} non-zeros",

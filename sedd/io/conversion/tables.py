@@ -53,17 +53,26 @@ def write(group: zarr.Group, plan: Plan) -> list[str]:
     table, arrays, news = join_obs(obs, obsm, paths, settings["keys"])
     kept, lost = join_uns(uns, table, obs[0])
     news += lost
-    if settings["shuffle"]:
+    reordered = settings["shuffle"] or settings["group_by"] is not None
+    if reordered:
         places = np.load(f"{plan.folder}/places.npy")
         order = np.argsort(places, kind="stable")[places.size - n_obs :]
         table = table.iloc[order].assign(sedd_cell=order)
     else:
         order = np.arange(n_obs)
         table = table.iloc[:n_obs]
-    if settings["shuffle"] or n_obs < sum(map(len, obs)):
+    if reordered or n_obs < sum(map(len, obs)):
         arrays = {name: _rows(array, order) for name, array in arrays.items()}
     elements = {"obs": table, "var": var, "obsm": arrays, "uns": kept}
     return news + write_elements(group, elements | {name: {} for name in ("layers", "obsp", "varm", "varp")})
+
+
+def label_codes(files: list[Input], column: str) -> np.ndarray:
+    """Codes of the labels of an obs column of all inputs, joined: in the order of categories, else sorted; -1 where missing."""
+    frames = [file.obs([column])[[column]] for file in files]
+    labels = frames[0][column] if len(frames) == 1 else _concat(frames, [{}] * len(frames)).obs[column]
+    found: np.ndarray = labels.astype("category").cat.codes.to_numpy().astype(np.int64)
+    return found
 
 
 def _genes_of(file: Input, raw: bool, drop: tuple[str, ...]) -> pd.DataFrame:
