@@ -26,6 +26,7 @@ from sedd.inference.output_place import check_output
 from sedd.inference.posterior import TaskBatch, batches, spans_of_batches
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import opened
+from sedd.io.format.json_table import unpacked_table
 from sedd.kernels.mask import exact_mask
 
 Data: TypeAlias = ad.AnnData | str | Path
@@ -291,8 +292,9 @@ def generate(
         rng = np.random.default_rng(seed)
         place = (rng.permutation(n) + rng.random(n)) / n
         totals = model.libraries[(place * len(model.libraries)).astype(np.int64)]
-    obs = pd.DataFrame(where, index=[f"generated_{i}" for i in range(n)])
-    var = pd.DataFrame(model.state["var"], index=pd.Index(model.genes))
+    asked = {column: model.categories[column][code - 1] for column, code in zip(model.categories, codes, strict=True) if code}
+    obs = pd.DataFrame(asked, index=[f"generated_{i}" for i in range(n)])
+    var = unpacked_table(model.state["var"], pd.Index(model.genes))
     details = {"n": n, "num_steps": num_steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
     with open_parts("generate", model, arguments, n) as parts:
         for lo, hi in spans_of_batches(parts.spans, batch_size, "generate", progress, parts.done):

@@ -51,7 +51,6 @@ class CellLoader:
         Cells in the split.
     n_vars : int
         Genes in the panel.
-    epoch : int
     label_categories : dict of str -> array
         The labels behind the codes.
     wait_seconds : float
@@ -96,10 +95,18 @@ class CellLoader:
         self._client = running.client
         self._pipeline: Pipeline | None = None
         self._pid = os.getpid()
-        self.epoch = 0
+        self._at = torch.zeros(2, dtype=torch.int64)  # the epoch, and where in it the next iteration starts
         self._position = 0
-        self._resume_at: int | None = None
         self.wait_seconds = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return int(self._at[0])
+
+    def share_position(self) -> None:
+        """Let copies of the loader in other processes follow `set_epoch` and `load_state_dict`."""
+        self._at = self._at.share_memory_()
 
     # -- what an epoch is ----------------------------------------------------------------------------------------
 
@@ -166,9 +173,8 @@ class CellLoader:
         """Go to the start of an epoch."""
         if epoch < 0:
             raise UserError(f"epoch is {epoch}; expected 0 or more")
-        self.epoch = int(epoch)
+        self._at[0], self._at[1] = int(epoch), 0
         self._position = 0
-        self._resume_at = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the consumer is: after the batches it has been given. The same on every rank, under 1 KB."""
@@ -198,7 +204,8 @@ class CellLoader:
                     "continue with the data and settings it was taken with"
                 )
         self.set_epoch(int(state["epoch"]))
-        self._position = self._resume_at = int(state["position"])
+        self._position = int(state["position"])
+        self._at[1] = self._position
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -218,13 +225,14 @@ class CellLoader:
     def part(self, index: int, parts: int) -> CellLoader:
         """Return a loader like this one that takes the `index`-th of `parts` equal shares of this one's cells."""
         other = copy.copy(self)
-        other._pipeline, other._pid = None, os.getpid()
+        other._pipeline, other._pid, other._at = None, os.getpid(), self._at.clone()
         other.rank, other.world_size = self.rank + self.world_size * index, self.world_size * parts
         return other
 
     def _iterate(self, form: str) -> Iterator[dict[str, Any]]:
-        start = self._resume_at or 0
-        self._position, self._resume_at = start, None
+        start = int(self._at[1])
+        self._position = start
+        self._at[1] = 0
         span, epoch, steps = self.batch_size * self.world_size, self.epoch, self._steps(start)
         if steps.n_mine == 0:
             return

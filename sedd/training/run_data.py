@@ -21,6 +21,7 @@ from sedd.io.conversion.genes import read_gene_list
 from sedd.io.convert import ensure_store
 from sedd.io.files import obs_digest
 from sedd.io.format.histogram import histogram, select_genes
+from sedd.io.format.json_table import packed_table
 from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch
 from sedd.io.loading.selection import encode_label, label_text
@@ -106,15 +107,6 @@ class Panel:
         """Identity of the cells by their names: of many cells it takes seconds, and every checkpoint has it."""
         return obs_digest(self.store.obs.index)
 
-    def _var(self) -> dict[str, list[Any]]:
-        """Return what the data says about the genes, for the cells that the model makes: text and numbers, by column."""
-        rows = self.store.var.iloc[pd.Index(self.store.var_names).get_indexer(self.genes)]
-        plain = {}
-        for name, values in rows.items():
-            numeric = pd.api.types.is_numeric_dtype(values) and not values.isna().any()
-            plain[str(name)] = values.tolist() if numeric else values.astype(str).tolist()
-        return plain
-
     def state(self) -> dict[str, Any]:
         """Return the part of a checkpoint that belongs to the data."""
         split = self.train_cells
@@ -124,7 +116,8 @@ class Panel:
             "histogram": pack_histogram(self.histogram),
             "categories": {name: list(labels) for name, labels in self.categories.items()},
             "libraries": torch.from_numpy(self.libraries),
-            "var": self._var(),
+            # What the data says about the genes, for the cells that the model makes.
+            "var": packed_table(self.store.var.iloc[pd.Index(self.store.var_names).get_indexer(self.genes)]),
             "split": {
                 "n_obs": split.n_obs,
                 "val_fraction": split.val_fraction,
@@ -263,6 +256,12 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore,
             f"--resume: the checkpoint was trained on {len(state['genes'])} other genes than the {len(wanted)} of --genes "
             f"{data.genes}; pass --genes {state['args']['genes']} as then, or start anew in another --checkpoint_dir."
         )
+    for column, labels in state["categories"].items():
+        if _categories(store, column) != labels:
+            raise UserError(
+                f"--resume: obs[{column!r}] of {data.named} has other labels than those that the checkpoint was trained with, or in another "
+                "order; continue on the data it was trained on."
+            )
     vectors = None
     if config.model.gene_embeddings is not None:
         vectors = read_gene_vectors(config.model.gene_embeddings, wanted)
@@ -368,14 +367,13 @@ def _categories(store: CellStore, column: str) -> list[str]:
     if column not in obs:
         raise UserError(f"--condition {column}: no such obs column; there are: {', '.join(obs.columns) or 'none'}.")
     values = obs[column]
-    if pd.api.types.is_float_dtype(values):
+    there = values.dropna()
+    if pd.api.types.is_float_dtype(values) and not (there == there.round()).all():  # numbers of clusters are labels
         raise UserError(f"--condition {column}: is continuous ({values.dtype}); expected labels such as cell types.")
-    codes, categories = encode_label(store, column)  # the loader's order: its codes index these labels
-    labels = [str(label) for label in categories]
-    n_used = len(np.unique(codes[codes >= 0]))
-    if n_used < 2 or len(labels) > _MAX_CATEGORIES:
+    labels = [label_text(label) for label in encode_label(store, column)[1]]  # the loader's order: its codes index these
+    if not 2 <= len(labels) <= _MAX_CATEGORIES:
         raise UserError(
-            f"--condition {column}: has {n_used} different labels; expected between 2 and {_MAX_CATEGORIES} to tell cells apart."
+            f"--condition {column}: has {len(labels)} different labels; expected between 2 and {_MAX_CATEGORIES} to tell cells apart."
         )
     return labels
 

@@ -250,6 +250,33 @@ def test_a_torch_dataloader_sees_every_cell_once(workers: int, context: str | No
     dataset.loader.close()
 
 
+@pytest.mark.parametrize("set_epoch", ["dataset", "loader"])
+def test_workers_that_persist_follow_the_epochs(set_epoch: str) -> None:
+    dataset = loader(batch_size=270, mask="score_entropy").as_torch_dataset()
+    persisting = torch.utils.data.DataLoader(dataset, None, num_workers=2, persistent_workers=True, multiprocessing_context="fork")
+    seen = []
+    for number in (0, 1, 1, 4):
+        (dataset if set_epoch == "dataset" else dataset.loader).set_epoch(number)
+        batches = list(persisting)
+        fresh = list(torch.utils.data.DataLoader(dataset, None, num_workers=2, multiprocessing_context="fork"))
+        for mine, other in zip(batches, fresh, strict=True):
+            assert torch.equal(mine.cell, other.cell) and torch.equal(mine.tokens, other.tokens)
+            assert torch.equal(mine.masked, other.masked) and torch.equal(mine.t, other.t)
+        np.testing.assert_array_equal(np.sort(cells_of(batches)), Split(N_OBS, 0.1, 0, "train").cells())
+        masks = torch.cat([batch.masked for batch in batches])[np.argsort(cells_of(batches))]
+        seen.append((cells_of(batches).tolist(), masks))
+    assert seen[1][0] == seen[2][0] and torch.equal(seen[1][1], seen[2][1])  # an epoch is what it is
+    for a, b in ((0, 1), (1, 3), (0, 3)):
+        assert seen[a][0] != seen[b][0]
+        assert not torch.equal(seen[a][1], seen[b][1])
+    state = {**dataset.loader.state_dict(), "epoch": 2, "position": 540}
+    dataset.loader.load_state_dict(state)
+    rest = cells_of(list(persisting))
+    dataset.set_epoch(2)
+    assert len(rest) == len(cells_of(list(persisting))) - 540
+    dataset.loader.close()
+
+
 def test_weights_draw_cells_with_replacement_on_any_number_of_ranks() -> None:
     weights = {"cell_type": {"type03": 1.0, "type15": 3.0}}
     whole = cells_of(epoch(weights=weights))

@@ -49,14 +49,30 @@ def find_genes(store: CellStore, genes: Sequence[str] | None) -> np.ndarray | No
     return places.astype(np.int64)
 
 
+def label_text(label: object) -> str:
+    """Return a label as text: 7, 7.0 and "7" are one."""
+    text = str(label)
+    whole = text.removesuffix(".0")
+    return whole if whole.lstrip("-").isdigit() else text
+
+
 def encode_label(store: CellStore, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (n_obs,) int64 of a column of `obs`, -1 where it is missing, and the labels behind them."""
+    """Codes (n_obs,) int64 of a column of `obs`, -1 where it is missing, and the labels behind them.
+
+    Labels that say the same are one; categories that no cell has are none.
+    """
     if name not in store.obs.columns:
         there = ", ".join(map(str, store.obs.columns)) or "none"
         raise UserError(f"{store.path}: no label '{name}' in obs; it has {there}")
     column = store.obs[name]
     categorical = column if isinstance(column.dtype, pd.CategoricalDtype) else column.astype("category")
-    return categorical.cat.codes.to_numpy().astype(np.int64), categorical.cat.categories.to_numpy()
+    codes, categories = categorical.cat.codes.to_numpy().astype(np.int64), categorical.cat.categories.to_numpy()
+    firsts: dict[str, int] = {}
+    for code in np.unique(codes[codes >= 0]).tolist():
+        firsts.setdefault(label_text(categories[code]), code)
+    number = {text: k for k, text in enumerate(firsts)}
+    new = np.array([*(number.get(label_text(label), -1) for label in categories), -1], np.int64)  # the last one for -1
+    return new[codes], categories[list(firsts.values())]
 
 
 def label_text(label: object) -> str:
@@ -81,12 +97,14 @@ def cumulative_weights(store: CellStore, cells: Split | CellList, weights: Any) 
         per_cell = np.ones(store.n_obs)
         for name, of_label in weights.items():
             codes, categories = encode_label(store, name)
-            unknown = set(of_label) - set(categories.tolist())
+            wanted = {label_text(label): weight for label, weight in of_label.items()}
+            labels = [label_text(label) for label in categories]
+            unknown = sorted(wanted.keys() - set(labels))
             if unknown:
                 raise UserError(
-                    f"{store.path}: weights name {sorted(map(str, unknown))[0]!r}, which is no {name} there"
+                    f"{store.path}: weights name {unknown[0]!r}, which is no {name} there; there are: {', '.join(labels[:20])}"
                 )
-            table = np.array([float(of_label.get(label, 0.0)) for label in categories] + [0.0])
+            table = np.array([float(wanted.get(label, 0.0)) for label in labels] + [0.0])
             per_cell *= table[codes]
     else:
         per_cell = np.asarray(weights, dtype=np.float64)

@@ -20,6 +20,9 @@ class Loader(Protocol):
     def part(self, index: int, parts: int) -> AbstractContextManager[Loader]:
         """Return the loader that takes the `index`-th of `parts` equal shares of this one's cells."""
 
+    def share_position(self) -> None:
+        """Let copies of the loader in other processes follow its epoch."""
+
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
@@ -29,7 +32,8 @@ class TorchDataset(IterableDataset[Any]):
     """A loader as a dataset of whole batches: give it to `DataLoader(dataset, batch_size=None)`.
 
     The loader has threads of its own, so `num_workers=0` is the fast way. With workers, each is a rank of its own: together
-    they give every cell of this rank once, in an order that depends on their number.
+    they give every cell of this rank once, in an order that depends on their number. Workers that persist have a copy of the
+    loader from before the first epoch; its position is in memory that they share, so `set_epoch` reaches them.
 
     Parameters
     ----------
@@ -38,6 +42,7 @@ class TorchDataset(IterableDataset[Any]):
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
+        loader.share_position()
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch."""
