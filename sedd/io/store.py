@@ -245,7 +245,7 @@ def read_block(path: str, lo: int, hi: int) -> CsrBlock:
 def _as_of(path: str, fingerprint: str) -> CellStore:
     store = CellStore(path).as_of(fingerprint)
     if store is None:
-        raise UserError(f"{path}: is not what it was when this process was told of it. Start again.")
+        raise UserError(f"{path}: changed since the run began on it. Start again.")
     return store
 
 

@@ -13,7 +13,7 @@ from sedd.errors import UserError, warn_user
 from sedd.model import SEDDTransformer
 from sedd.training.directory import RunDirectory
 
-SAME, TOLD, CONTENT, FREE = "same", "told", "content", "free"
+SAME, REPORTED, CONTENT, FREE = "same", "reported", "content", "free"
 ON_RESUME: dict[str, str] = {
     "data_path": CONTENT, "cache_dir": FREE, "layer": SAME, "raw": SAME, "modality": SAME, "gene_names": SAME, "strip_version": SAME,
     "round": SAME, "keys": SAME, "drop": SAME, "join": SAME, "genes": CONTENT, "binning": SAME, "num_bins": SAME,
@@ -21,14 +21,14 @@ ON_RESUME: dict[str, str] = {
     "model": CONTENT, "hidden_dim": SAME, "num_layers": SAME, "num_heads": SAME, "dropout": SAME, "attention": SAME,
     "num_latents": SAME, "head": SAME, "graph": SAME, "noise": SAME, "objective": SAME, "mask_ratio": SAME, "condition": SAME,
     "condition_library_size": SAME, "condition_dropout": SAME, "gene_embeddings": CONTENT,
-    "num_epochs": FREE, "batch_size": TOLD, "learning_rate": TOLD, "warmup_steps": SAME, "weight_decay": SAME, "grad_clip": TOLD,
-    "ema_decay": SAME, "gradient_accumulation_steps": TOLD, "mixed_precision": TOLD, "compile": TOLD,
+    "num_epochs": FREE, "batch_size": REPORTED, "learning_rate": REPORTED, "warmup_steps": SAME, "weight_decay": SAME, "grad_clip": REPORTED,
+    "ema_decay": SAME, "gradient_accumulation_steps": REPORTED, "mixed_precision": REPORTED, "compile": REPORTED,
     "checkpoint_dir": FREE, "resume": FREE, "overwrite": FREE, "seed": SAME, "num_threads": FREE, "checkpoint_every": FREE,
     "keep_checkpoints": FREE, "early_stopping": FREE, "log_with": FREE, "dry_run": FREE,
 }  # fmt: skip
 """What a resumed run does about each setting, if it is not that of the checkpoint.
 
-SAME: it is an error, for the result would be of neither. TOLD: the way out of a loss that grows or of too little memory; the run says that
+SAME: it is an error, for the result would be of neither. REPORTED: the way out of a loss that grows or of too little memory; the run says that
 it changes how the rest is fitted. CONTENT: what counts is what it names, a store, a list of genes, vectors or sizes, and that is
 compared. FREE: it says how long, where and on what the run trains, and the steps are the same.
 """
@@ -89,7 +89,7 @@ def check_same_settings(state: dict[str, Any], config: TrainConfig) -> None:
             same = (was is None) == (given is None)
         else:
             same = kind in (FREE, CONTENT) or was == given
-        if not same and kind == TOLD:
+        if not same and kind == REPORTED:
             warn_user(
                 f"--resume: from here on {_flag(name, given)} where the checkpoint was made with {_flag(name, was)}."
             )

@@ -22,7 +22,7 @@ from sedd import checkpoint
 from sedd.config import SECTIONS, TrainConfig
 from sedd.errors import SeddWarning, UserError
 from sedd.io.outputs import only_writer_in
-from sedd.training.resuming import CONTENT, FREE, ON_RESUME, SAME, TOLD, check_same_settings
+from sedd.training.resuming import CONTENT, FREE, ON_RESUME, REPORTED, SAME, check_same_settings
 
 OTHER: dict[str, Any] = {
     "layer": "counts", "raw": True, "modality": "rna", "gene_names": "symbol", "strip_version": True, "round": True, "keys": ("a",),
@@ -42,7 +42,7 @@ FIELDS = {field.name: field for section in SECTIONS.values() for field in datacl
 
 def test_every_setting_has_its_place_in_the_table() -> None:
     assert ON_RESUME.keys() == FIELDS.keys()
-    assert set(ON_RESUME.values()) == {SAME, TOLD, CONTENT, FREE}
+    assert set(ON_RESUME.values()) == {SAME, REPORTED, CONTENT, FREE}
     assert OTHER.keys() == FIELDS.keys()
 
 
@@ -52,7 +52,7 @@ def changed(state: dict[str, Any], **settings: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_setting_that_differs_is_an_error_or_told_or_does_not_matter(name: str, tiny_run: Path) -> None:
+def test_a_setting_that_differs_is_an_error_or_reported_or_does_not_matter(name: str, tiny_run: Path) -> None:
     state = checkpoint.load(tiny_run / "final.pt")
     check_same_settings(state, changed(state))
     config = changed(state, **{name: OTHER[name]})
@@ -62,7 +62,7 @@ def test_a_setting_that_differs_is_an_error_or_told_or_does_not_matter(name: str
         pattern = f"--resume: the checkpoint was made with (no )?{flag}.*; the settings now say (no )?{flag}.*pass (no )?{flag}.*or start anew"
         with pytest.raises(UserError, match=pattern):
             check_same_settings(state, config)
-    elif ON_RESUME[name] == TOLD:
+    elif ON_RESUME[name] == REPORTED:
         with pytest.warns(SeddWarning, match=f"from here on {flag}.*where the checkpoint was made with {flag}"):
             check_same_settings(state, config)
     else:
