@@ -155,7 +155,7 @@ class SEDDTrainer:
         together(self.accelerator, prepare if self.accelerator.is_main_process else lambda: None)
         if not panels:
             prepare()  # quick: the store and its statistics are there
-        _ = panels[0].cells_digest  # while the store is as it is: it may grow while the run goes on
+        _ = panels[0].cells_digest  # now, as the store may grow while the run goes on
         return panels[0]
 
     def _build(self, resumed: dict[str, Any] | None) -> None:

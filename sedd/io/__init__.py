@@ -1,4 +1,4 @@
-"""From `.h5ad` files to token batches: convert, store, plan, load."""
+"""From `.h5ad` files to token batches: convert, store, order, load."""
 
 from __future__ import annotations
 

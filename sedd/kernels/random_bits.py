@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 
-if TYPE_CHECKING:  # imported by what draws on tensors; plans of epochs need no torch
+if TYPE_CHECKING:  # imported by what draws on tensors; orders of epochs need no torch
     from torch import Tensor
 
 GOLDEN64 = 0x9E3779B97F4A7C15
