@@ -75,13 +75,6 @@ def encode_label(store: CellStore, name: str) -> tuple[np.ndarray, np.ndarray]:
     return new[codes], categories[list(firsts.values())]
 
 
-def label_text(label: object) -> str:
-    """Return a label as text: 7, 7.0 and "7" are one."""
-    text = str(label)
-    whole = text.removesuffix(".0")
-    return whole if whole.lstrip("-").isdigit() else text
-
-
 def cumulative_weights(store: CellStore, cells: Split | CellList, weights: Any) -> np.ndarray | None:
     """Return the running sum of the weights of the split's cells.
 
