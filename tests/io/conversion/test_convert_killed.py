@@ -141,8 +141,8 @@ def test_a_conversion_that_is_killed_after_a_layer_was_moved_resumes(
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("kind", KINDS)
-def test_fifty_kills_resume_to_the_same_bytes(kind: str, processes: Any, sources: list[str], tmp_path: Path) -> None:
-    check_kills(processes, sources, tmp_path, kind, 50)
+def test_many_kills_resume_to_the_same_bytes(kind: str, processes: Any, sources: list[str], tmp_path: Path) -> None:
+    check_kills(processes, sources, tmp_path, kind, 50 if kind == "all" else 12)
 
 
 def check_kills(processes: Any, sources: list[str], folder: Path, kind: str, n: int) -> None:
