@@ -336,6 +336,7 @@ def _data(data: ad.AnnData | str | Path | None) -> str | None:
     if isinstance(data, ad.AnnData):
         return obs_digest(data.obs_names)
     path = Path(data)
-    if path.is_dir():
-        path = next((path / name for name in _METADATA if (path / name).exists()), path)
+    if path.is_dir():  # a store, or another folder, such as that of a matrix.mtx
+        paths = [path / name for name in _METADATA if (path / name).exists()][:1] or sorted(one for one in path.iterdir() if one.is_file())
+        return _short_digest([(one.name, fingerprint(str(one))) for one in paths])
     return None if not path.is_file() else fingerprint(str(path))

@@ -43,7 +43,8 @@ def check_output(output: str | Path | None, *, overwrite: bool, resume: bool = F
         raise UserError(f"{output}: a result is an .h5ad file or a .zarr store; expected a name that ends so.")
     if not is_main():  # the main process may be at work on it already
         return
-    if isinstance(data, str | Path) and os.path.exists(data) and target.exists() and os.path.samefile(data, target):
+    origin = data.filename if isinstance(data, ad.AnnData) else data  # None of one in memory
+    if origin is not None and os.path.exists(origin) and target.exists() and os.path.samefile(origin, target):
         raise UserError(f"{output}: is the data itself, which is not replaced by a result; choose another output.")
     check_free(target, "store" if target.suffix == ".zarr" else "file", overwrite=overwrite)
     check_folder(str(output))

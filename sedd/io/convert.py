@@ -163,7 +163,10 @@ def ensure_store(
             return store
         if os.path.islink(output) or [one["path"] for one in store.uns_sedd["inputs"]] != [one["path"] for one in job.records()]:
             raise UserError(in_the_way)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: no directory can be made there ({error.strerror}); pass another --cache_dir.") from error
     return job.run(resume=True, overwrite=True, wait=True)
 
 

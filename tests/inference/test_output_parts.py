@@ -233,6 +233,24 @@ def test_one_bad_cell_costs_no_finished_part_and_after_it_was_mended_the_rest_is
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.h5ad", "out.h5ad", "whole.h5ad"]
 
 
+def test_a_folder_of_files_is_known_by_all_of_them(tmp_path: Path) -> None:
+    for name in ("matrix.mtx.gz", "barcodes.tsv.gz"):
+        (tmp_path / name).write_text("a")
+    seen = {output_parts._data(tmp_path)}
+    for name in ("matrix.mtx.gz", "barcodes.tsv.gz"):
+        (tmp_path / name).write_text("b")
+        seen.add(output_parts._data(tmp_path))
+    assert len(seen) == 3 and None not in seen
+
+
+def test_a_file_that_cells_are_read_from_is_not_replaced_by_their_result(model: Pretrained, tmp_path: Path) -> None:
+    write(make_counts(20), tmp_path / "data.h5ad")
+    backed = ad.read_h5ad(tmp_path / "data.h5ad", backed="r")
+    with pytest.raises(UserError, match="is the data itself"):
+        embed(model, backed, output=tmp_path / "data.h5ad", overwrite=True, progress=False)
+    backed.file.close()
+
+
 def test_cells_in_memory_leave_no_parts(model: Pretrained, tmp_path: Path) -> None:
     bad = make_counts(90)
     bad.X = bad.X.toarray()

@@ -84,6 +84,8 @@ def test_what_is_in_the_way_of_an_automatic_store_is_kept(tmp_path: Path, what: 
     with pytest.raises(UserError, match="in the way of the store of"):
         ensure_store(path, progress=False)
     assert sorted(str(item) for item in tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="mine.h5ad: no directory can be made there .*; pass another --cache_dir"):
+        ensure_store(path, cache_dir=path, progress=False)
     assert Path(ensure_store(path, cache_dir=tmp_path / "cache", progress=False).path).parent.name == "cache"
 
 
