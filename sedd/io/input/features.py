@@ -227,7 +227,7 @@ def _read_mtx(path: str, _: str) -> dict[str, Any]:
     from scipy.sparse import csr_array
 
     with reading(path, "the matrix", "Is it in the Matrix Market format?"):
-        matrix = csr_array(mmread(path).T)
+        matrix = csr_array(mmread(path, spmatrix=False).T)
     return {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr, "shape": matrix.shape}
 
 

@@ -39,9 +39,10 @@ def zarr_3(path: Path, adata: ad.AnnData) -> str:
 
 
 def _zarr(path: Path, adata: ad.AnnData, version: int) -> str:
-    with warnings.catch_warnings(), ad.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
-        warnings.simplefilter("ignore")  # of what zarr says of its own format
-        adata.write_zarr(path.with_suffix(".zarr"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what zarr and anndata say of their own format
+        with ad.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
+            adata.write_zarr(path.with_suffix(".zarr"))
     return str(path.with_suffix(".zarr"))
 
 
