@@ -1,15 +1,13 @@
 r"""Held-out likelihood of the designs of the network against the time they were trained for.
 
-    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent latent_4 nb --epochs 5
+    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent latent_4 --epochs 5
     python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent full --batch_size 16 4 --seconds 120 300 600 \
         --masks 1 --cells 128
-    python benchmarks/backbones.py --data data/pbmc3k.h5ad --designs latent --epochs 15 --n_bins 0
 
 Cells, genes and split are those of `benchmarks/quality.py`. The bound is the time-free one on the held-out cells, in nats per
 cell and conditioned on nothing, with the averaged weights; the first design of a call is what the others are compared
-with, cell by cell on the same masks. Counts of `--n_bins - 1` and more share the last bin; with 0 every
-count has its own, and the bound is one on the raw counts. Time is processor time of training, one thread by default, so
-that it can be compared on a machine that others use as well. Adds to `benchmarks/results/backbones.json`.
+with, cell by cell on the same masks. Time is processor time of training, one thread by default, so that it can be compared on a
+machine that others use as well. Adds to `benchmarks/results/backbones.json`.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ import torch
 from common import NOISE, Stopwatch, new_model, processor, training_step, with_record, write_result
 from quality import Task, prepare
 
+from sedd.binning import UNBOUNDED
 from sedd.graph import AbsorbingGraph
 from sedd.likelihood import Likelihood, nelbo
 from sedd.training.ema import EMA
@@ -33,7 +32,6 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "latent": {"attention": "latent", "num_latents": 1},
     "latent_4": {"attention": "latent", "num_latents": 4},
     "latent_8": {"attention": "latent", "num_latents": 8},
-    "nb": {"attention": "latent", "num_latents": 1, "head": "nb"},
     "full": {"attention": "full"},
 }
 SETTINGS = (
@@ -51,9 +49,8 @@ def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, firs
     first
         What the design is compared with, cell by cell on the same masks.
     """
-    n_bins = args.n_bins or int(max(task.train.max(), task.test.max())) + 1
-    train, test = (torch.from_numpy(x.toarray()).clamp(max=n_bins - 1) for x in (task.train, task.test))
-    model, graph = new_model(task.train, n_bins, args, **DESIGNS[design]), AbsorbingGraph(n_bins)
+    train, test = (torch.from_numpy(x.toarray()) for x in (task.train, task.test))
+    model, graph = new_model(task.train, args, **DESIGNS[design]), AbsorbingGraph(UNBOUNDED)
     ema = EMA(model, decay=args.ema_decay)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
@@ -70,7 +67,6 @@ def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, firs
         print(design, curve[-1], flush=True)
         return {
             "design": design,
-            "n_bins": n_bins,
             "epochs": epoch,
             "steps": step,
             "cpu_seconds": round(clock.cpu, 1),
@@ -106,7 +102,7 @@ def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, firs
 
 def save(path: Path, record: Record, before: Record | None) -> None:
     """Put a record into the file in place of the one it repeats, and of the one made at the look before."""
-    records = with_record(path, record, ("design", "n_bins", "epochs", "settings", "machine"))
+    records = with_record(path, record, ("design", "epochs", "settings", "machine"))
     write_result(path, [r for r in records if r != before])
 
 
@@ -116,7 +112,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--designs", nargs="+", choices=list(DESIGNS), default=["latent", "full"])
     parser.add_argument("--n_genes", type=int, default=2000)
-    parser.add_argument("--n_bins", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seconds", type=float, nargs="*", default=[], help="processor time of looks; the last one ends it")
     parser.add_argument("--hidden_dim", type=int, default=128)

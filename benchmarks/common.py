@@ -15,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from scipy import sparse
 
 from sedd import metrics as m
-from sedd.binning import Binning, smoothed_log_shares
+from sedd.binning import UNBOUNDED
 from sedd.graph import AbsorbingGraph
 from sedd.io.files import new_file
 from sedd.loss import diffusion_loss
@@ -134,18 +134,16 @@ def with_record(path: Path, record: dict[str, Any], key: Sequence[str], within: 
     return [r for r in records if any(r[k] != record[k] for k in key)] + [record]
 
 
-def new_model(train: Any, n_bins: int, sizes: Any, **settings: Any) -> SEDDTransformer:
-    """A model that starts at the marginals of training counts; `sizes` has its hidden_dim, num_layers, num_heads and seed."""
+def new_model(train: Any, sizes: Any, **settings: Any) -> SEDDTransformer:
+    """A model that starts at the laws of training counts; `sizes` has its hidden_dim, num_layers, num_heads and seed."""
     torch.manual_seed(sizes.seed)
-    histogram = m.count_histogram(train, n_bins).astype(np.float64)
-    falloff = Binning("identity", n_bins, None, np.arange(n_bins)).falloff
     return SEDDTransformer(
         train.shape[1],
-        n_bins,
+        UNBOUNDED,
         hidden_dim=sizes.hidden_dim,
         num_layers=sizes.num_layers,
         num_heads=sizes.num_heads,
-        log_marginals=torch.from_numpy(smoothed_log_shares(histogram, falloff)),
+        histogram=sparse.csr_array(m.count_histogram(train)),
         **settings,
     )
 

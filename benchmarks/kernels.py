@@ -33,7 +33,7 @@ FIRST_CALL = """
 import time, numpy as np
 from sedd.binning import Binning
 from sedd.kernels.tokens import MaskRule, RowFiller
-filler = RowFiller(9, genes=None, binning=Binning("counts", 5, None, np.arange(5)), max_count=9)
+filler = RowFiller(9, genes=None, binning=Binning("identity", 5, None, np.arange(5)), max_count=9)
 began = time.process_time()
 filler.fill(np.zeros(1, np.uint16), np.ones(1, np.uint8), np.zeros(1, np.int64), np.ones(1, np.int64), np.empty((1, 9), np.uint8),
             mask=MaskRule(0, 0), cells=np.zeros(1, np.int64), probability=np.ones(1), masked=np.empty((1, 9), bool))
@@ -71,7 +71,7 @@ def kernels(repeats: int) -> dict[str, float]:
     scipy_x = sp.csr_matrix((data, x.indices.astype(np.int32), x.indptr.astype(np.int32)), shape=x.shape)
     cells, p = np.arange(N_CELLS), rng.random(N_CELLS)
     masked = np.empty((N_CELLS, N_GENES), bool)
-    binning = Binning("counts", 100, None, np.arange(100))
+    binning = Binning("identity", 100, None, np.arange(100))
     panel = rng.permutation(N_GENES)[:2000]
     result: dict[str, float] = {}
 
@@ -93,7 +93,7 @@ def kernels(repeats: int) -> dict[str, float]:
         )  # fmt: skip
 
     filler("tokens, uint8", binning)
-    filler("tokens, uint16", Binning("counts", 1000, None, np.arange(1000)))
+    filler("tokens, uint16", Binning("identity", 1000, None, np.arange(1000)))
     filler("tokens, 2,000 genes", binning, panel)
     filler("tokens, quantile bins", Binning("quantile", 51, None, np.zeros(51)))
     filler("tokens and masks", binning, None, True)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from common import machine, matmul_flops, peak_mib, with_record, write_result
 
+from sedd.binning import UNBOUNDED
 from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
 
 SIZES: dict[str, type[SEDDTransformer]] = {
@@ -38,7 +39,7 @@ def training_flop(model: SEDDTransformer) -> float:
     """Floating-point operations to train on one cell, half of its genes masked: 3 times those of a forward pass.
 
     Every parameter of a matrix costs two operations per token it meets; besides there are the products of attention, of
-    latents with genes, and the logits of masked genes.
+    latents with genes, and the laws of masked genes.
     """
     config = model.config
     genes, dim, rank = config["n_vars"], config["hidden_dim"], config["rank"]
@@ -50,11 +51,11 @@ def training_flop(model: SEDDTransformer) -> float:
     if config["attention"] == "full":
         ends = 2 * genes * dim * rank
     else:
-        features = model.backbone.features.shape[1]
+        features = 3
         latents = tokens * dim
         ends = 2 * genes * dim * (features + rank) + 2 * dim * latents * (features + rank)
-    logits = 2 * (genes / 2) * rank * config["n_bins"] if config["head"] == "softmax" else 0
-    return 3.0 * (config["num_layers"] * per_layer + ends + logits)
+    law = 2 * (genes / 2) * rank * 9
+    return 3.0 * (config["num_layers"] * per_layer + ends + law)
 
 
 def clock(device: torch.device) -> float:
@@ -75,7 +76,7 @@ def measure(case: Record, settings: Record) -> Record:
     low = device.type == "cuda"
     torch.manual_seed(0)
     model = SIZES[case["size"]](
-        case["genes"], settings["n_bins"], attention=case["attention"], num_latents=case["num_latents"]
+        case["genes"], UNBOUNDED, attention=case["attention"], num_latents=case["num_latents"]
     ).to(device)
     record: Record = {**case, "parameters": sum(p.numel() for p in model.parameters())}
     record["gflop_per_cell"] = round(training_flop(model) / 1e9, 3)
@@ -151,7 +152,6 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", choices=("latent", "full"), default=["latent", "full"])
     parser.add_argument("--num_latents", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=16, help="cells per step; full attention on a CPU takes 1")
-    parser.add_argument("--n_bins", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=2.0, help="to time each case for")
     parser.add_argument("--max_tflop", type=float, default=2.0 if not torch.cuda.is_available() else 1e6)
     parser.add_argument("--threads", type=int, default=1)
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    settings = {name: getattr(args, name) for name in ("device", "threads", "compile", "n_bins", "batch_size", "seconds")}
+    settings = {name: getattr(args, name) for name in ("device", "threads", "compile", "batch_size", "seconds")}
     settings["max_tflop"] = args.max_tflop
     kind = torch.device(args.device).type
     output = args.output or Path(__file__).parent / "results" / f"model_{kind}.json"

@@ -8,11 +8,9 @@ from typing import Any
 import anndata
 import numpy as np
 import torch
-from scipy import sparse
 
 from sedd import tasks
 from sedd.errors import UserError
-from sedd.evaluation.evaluate import within_nats
 from sedd.inference import posterior
 from sedd.inference.cells import open_cells
 from sedd.inference.pretrained import Pretrained
@@ -50,15 +48,13 @@ def gene_order(model: Pretrained, genes: np.ndarray) -> np.ndarray:
 def likelihood(model: Pretrained, adata: anndata.AnnData, n_masks: int, seed: int, *, whole: bool) -> np.ndarray:
     """Bound on the negative log likelihood of each cell's counts, nats; given their total if cells are seen `whole`."""
     given = (CellBatch(tokens, **context) for _, _, tokens, context in batches(model, adata, whole=whole))
-    of_tokens = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
-    return of_tokens + within_nats(model.binning, sparse.csr_matrix(adata.X))
+    return nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
 
 
 @torch.no_grad()
 def impute(model: Pretrained, adata: anndata.AnnData, hidden: np.ndarray) -> dict[str, np.ndarray]:
     """Predictive mean, log probability and `P(X < true)` of hidden entries, each (n_cells, n_vars), 0 where shown."""
     order = gene_order(model, adata.var_names.to_numpy())
-    values = model.decode_values.double()
     out = {name: np.zeros(hidden.shape) for name in ("mean", "log_prob", "cdf_below")}
     for lo, hi, tokens, context in batches(model, adata):
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -67,18 +63,10 @@ def impute(model: Pretrained, adata: anndata.AnnData, hidden: np.ndarray) -> dic
         readout = model.model.readout(shown, model.sigma(mask), **context)
         rows, genes = torch.from_numpy(hidden[lo:hi]).nonzero(as_tuple=True)
         columns = torch.from_numpy(order)[genes]
-        for part in torch.arange(len(rows)).split(1 << 15):
-            where = (lo + rows[part].numpy(), genes[part].numpy())
-            log_mu = model.model.log_mu(readout, rows[part], columns[part]).double()
-            true = tokens[rows[part], columns[part]][:, None]
-            cdf = log_mu.exp().cumsum(1)
-            log_prob = log_mu.gather(1, true)[:, 0]
-            out["mean"][where] = (log_mu.exp() @ values).numpy()
-            out["log_prob"][where] = log_prob.numpy()
-            out["cdf_below"][where] = (cdf.gather(1, true)[:, 0] - log_prob.exp()).clamp(0, 1).numpy()
-    log_within, below_within = model.binning.within(adata.X.toarray()[hidden])  # from the law of tokens to that of counts
-    out["cdf_below"][hidden] += np.exp(out["log_prob"][hidden]) * below_within
-    out["log_prob"][hidden] += log_within
+        where = (lo + rows.numpy(), genes.numpy())
+        found = model.model.head.distribution(readout[rows, columns], columns, tokens[rows, columns])
+        for name, values in zip(("log_prob", "cdf_below", "mean"), found, strict=True):
+            out[name][where] = values
     return out
 
 

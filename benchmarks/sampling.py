@@ -27,6 +27,7 @@ from common import NOISE, Stopwatch, new_model, processor, training_step, with_r
 from quality import Task, prepare
 
 from sedd import metrics as m
+from sedd.binning import UNBOUNDED
 from sedd.graph import AbsorbingGraph
 from sedd.likelihood import nelbo
 from sedd.model import SEDDTransformer
@@ -36,11 +37,11 @@ from sedd.training.ema import EMA
 Record = dict[str, Any]
 
 
-def train(task: Task, args: argparse.Namespace, attention: str, n_bins: int) -> SEDDTransformer:
+def train(task: Task, args: argparse.Namespace, attention: str) -> SEDDTransformer:
     """Train a model of the given size and return it with its averaged weights."""
-    model = new_model(task.train, n_bins, args, attention=attention)
+    model = new_model(task.train, args, attention=attention)
     tokens = torch.from_numpy(task.train.toarray())
-    graph, ema = AbsorbingGraph(n_bins), EMA(model, decay=0.995)
+    graph, ema = AbsorbingGraph(UNBOUNDED), EMA(model, decay=0.995)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     for _ in range(args.epochs):
         for batch in tokens[torch.randperm(len(tokens))].split(16):
@@ -58,11 +59,10 @@ def runs(args: argparse.Namespace) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def measure(task: Task, args: argparse.Namespace, attention: str) -> Iterator[Record]:
     """Train one backbone and sample from it."""
-    n_bins = int(max(task.train.max(), task.test.max())) + 1
     began = time.perf_counter()
-    model = train(task, args, attention, n_bins)
+    model = train(task, args, attention)
     seconds = time.perf_counter() - began
-    graph = AbsorbingGraph(n_bins)
+    graph = AbsorbingGraph(UNBOUNDED)
     if args.epochs:
         bound = nelbo(model, graph, NOISE, torch.from_numpy(task.test.toarray()).split(64), n_masks=16)
         yield {

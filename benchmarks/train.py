@@ -169,7 +169,9 @@ def plain(args: argparse.Namespace) -> Record:
     given: Record = {"split": panel.train_cells, "genes": panel.genes, "binning": panel.binning, "mask": None}
     with CellLoader(panel.store, batch_size=256, **given) as loader:
         cells = torch.from_numpy(np.concatenate([batch.tokens.numpy() for batch in loader])).long()
-    n_vars, n_bins, device = cells.shape[1], panel.binning.n_bins, torch.device(args.device)
+    # Its states are a fixed number of values; larger counts share the last.
+    n_vars, n_bins, device = cells.shape[1], args.num_bins, torch.device(args.device)
+    cells.clamp_(max=n_bins - 1)
     dim, layers, heads = (MODEL_SIZES[args.model][name] for name in ("hidden_dim", "num_layers", "num_heads"))
 
     class Plain(nn.Module):

@@ -1,4 +1,4 @@
-"""How counts become tokens and tokens become counts: bins that are learned from training cells."""
+"""How values become tokens and tokens become values. A count is its own token; bins are for data that come binned or real."""
 
 from __future__ import annotations
 
@@ -10,25 +10,36 @@ import numpy as np
 import scipy.sparse as sp
 
 from sedd.errors import UserError
-from sedd.kernels.discretize import MAX_TABLE, bin_counts, check_edges, quantile_edges, token_dtype, unbin_tokens
+from sedd.kernels.count_law_draws import LARGEST
+from sedd.kernels.discretize import (
+    MAX_BINS,
+    MAX_TABLE,
+    bin_counts,
+    check_edges,
+    quantile_edges,
+    token_dtype,
+    unbin_tokens,
+)
 
-KINDS = ("identity", "geometric", "counts", "linear", "log", "quantile")
-COUNT_KINDS = ("identity", "geometric", "counts")  # bins of whole numbers
+KINDS = ("counts", "identity", "linear", "log", "quantile")
+COUNT_KINDS = ("counts", "identity")  # tokens that are whole numbers
+UNBOUNDED = LARGEST + 1
+"""`n_bins` of counts: all counts are tokens, and the next number is that of the mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class Binning:
-    """How counts become tokens and tokens become counts.
+    """How values become tokens and tokens become values.
 
     Attributes
     ----------
-    kind : {"identity", "geometric", "counts", "linear", "log", "quantile"}
+    kind : {"counts", "identity", "linear", "log", "quantile"}
     n_bins : int
-        Tokens are 0 .. n_bins - 1.
+        Tokens are 0 .. n_bins - 1; of `counts`, `UNBOUNDED`.
     edges : (n_bins - 1,) float64 or None
         `np.digitize(count, edges)` is the token. None for integers that are their own token and for per-cell quantiles.
     values : (n_bins,) float32
-        The mean training count of each bin: what a token decodes to.
+        The mean training value of each bin: what a token decodes to. Empty for `counts`, whose tokens are their own values.
     """
 
     kind: str
@@ -39,16 +50,25 @@ class Binning:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"unknown binning '{self.kind}'; expected auto, {', '.join(KINDS)}")
-        token_dtype(self.n_bins)
         object.__setattr__(self, "values", np.ascontiguousarray(self.values, dtype=np.float32))
+        if self.kind == "counts":
+            if self.n_bins != UNBOUNDED or self.values.size or self.edges is not None:
+                raise UserError("a binning of counts has no bins; make it with Binning.of_counts()")
+            return
+        token_dtype(self.n_bins)
         if self.values.shape != (self.n_bins,):
             raise UserError(f"binning has {self.values.shape[0]} bin values; expected {self.n_bins}")
         if self.edges is not None:
             object.__setattr__(self, "edges", check_edges(self.edges))
             if self.edges.size != self.n_bins - 1:
                 raise UserError(f"binning has {self.edges.size} edges; expected {self.n_bins - 1}")
-        elif self.kind in ("geometric", "linear", "log"):
+        elif self.kind in ("linear", "log"):
             raise UserError(f"binning '{self.kind}' needs edges; fit it with Binning.fit")
+
+    @classmethod
+    def of_counts(cls) -> Binning:
+        """Return the binning of counts, which needs no fit."""
+        return cls("counts", UNBOUNDED, None, np.empty(0, np.float32))
 
     @classmethod
     def fit(
@@ -63,10 +83,10 @@ class Binning:
 
         Parameters
         ----------
-        kind : {"auto", "identity", "geometric", "counts", "linear", "log", "quantile"}
-            `auto` is `identity` when the largest count is below `num_bins`, else `geometric`: small counts as they are, large
-            ones in bins as wide as a fixed share of them. `counts` lets those of `num_bins - 1` and more share the last bin.
+        kind : {"auto", "counts", "identity", "linear", "log", "quantile"}
+            `auto` is `counts`. `identity` is for whole numbers below `num_bins` that are names of bins.
         num_bins : int
+            Of no use to `counts`.
             `linear` has one bin more than this: `np.digitize` against `num_bins` points starts at 1 for values >= 0.
         hist : (n_vars, max_count + 1) sparse, optional
             How often each gene has each count in the training cells, zeros in column 0.
@@ -94,20 +114,20 @@ class Binning:
         if not (points[0] >= 0 and np.isfinite(points[-1])):
             raise UserError(f"values run from {points[0]} to {points[-1]}; expected finite numbers >= 0")
         top = float(points[-1])
-        if kind == "auto":
-            kind = "identity" if top < num_bins else "geometric"
+        if kind in ("auto", "counts"):
+            if hist is None:
+                raise UserError("binning 'counts' is for counts; bin real values with --binning linear, log or quantile")
+            return cls.of_counts()
         if kind == "identity" and top >= num_bins:
             raise UserError(
-                f"the largest count is {top:.0f}, which is no token of {num_bins} bins; "
-                f"pass --num_bins {int(top) + 1} or --binning geometric"
+                f"the largest value is {top:.0f}, which is no token of {num_bins} bins; pass --num_bins {int(top) + 1}, or "
+                "--binning counts if these are counts"
             )
-        if kind in COUNT_KINDS and hist is None:
-            raise UserError(f"binning '{kind}' is for counts; bin real values with --binning linear, log or quantile")
+        if kind == "identity" and hist is None:
+            raise UserError("binning 'identity' is for whole numbers; bin real values with --binning linear, log or quantile")
         edges: np.ndarray | None = None
         n_bins = num_bins
-        if kind == "geometric":
-            edges = geometric_edges(num_bins, int(top))
-        elif kind == "linear":
+        if kind == "linear":
             edges = np.linspace(0, top if top > 0 else 1.0, num_bins)
             n_bins = num_bins + 1
         elif kind == "log":
@@ -131,27 +151,25 @@ class Binning:
         total = np.bincount(tokens, weights=points if weight is None else weight * points, minlength=self.n_bins)
         seen, bins = mass > 0, np.arange(self.n_bins)
         means = np.interp(bins, bins[seen], total[seen] / mass[seen])
-        if self.kind in ("identity", "counts"):
+        if self.kind == "identity":
             means = np.where(seen, means, bins)
-        elif self.kind == "geometric":
-            assert self.edges is not None
-            first = np.concatenate([[0], self.edges])
-            middle = np.append((first[:-1] + first[1:] - 1) / 2, first[-1])
-            means = np.where(seen, means, middle)
         elif self.kind == "quantile":
             means[0] = 0  # the zeros, also where the sample has none
         return Binning(self.kind, self.n_bins, self.edges, means.astype(np.float32))
 
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of the tokens."""
-        return token_dtype(self.n_bins)
+    def dtype_of(self, max_count: int) -> np.dtype:
+        """Narrowest type of the tokens of values up to `max_count`."""
+        if self.kind != "counts":
+            return token_dtype(self.n_bins)
+        return token_dtype(max_count + 1) if max_count < MAX_BINS else np.dtype(np.int32)
+
+    def describe(self) -> str:
+        """Return in words what tokens are."""
+        return "counts" if self.kind == "counts" else f"{self.n_bins} bins ({self.kind})"
 
     def clipped(self, hist: sp.csr_array) -> int:
-        """Count the entries of `hist` above the last bin that share the last bin (0 unless counts are their tokens)."""
-        if self.edges is not None or self.kind == "quantile":
-            return 0
-        return int(hist[:, self.n_bins :].sum()) if hist.shape[1] > self.n_bins else 0
+        """Count the entries of `hist` that are no token and share the last bin; 0 of counts."""
+        return int(hist[:, self.n_bins :].sum()) if self.kind == "identity" and hist.shape[1] > self.n_bins else 0
 
     def table(self, max_count: int) -> np.ndarray:
         """Tokens of the counts 0 .. max_count: the lookup table of the kernel, 256 to `MAX_TABLE` entries long."""
@@ -159,8 +177,8 @@ class Binning:
             raise UserError("quantile bins differ from cell to cell; there is no table of them")
         size = min(max(int(max_count) + 1, 256), MAX_TABLE)
         if self.edges is None:
-            return np.minimum(np.arange(size), self.n_bins - 1).astype(self.dtype)
-        return np.digitize(np.arange(size, dtype=np.float64), self.edges).astype(self.dtype)
+            return np.minimum(np.arange(size), self.n_bins - 1).astype(self.dtype_of(size - 1))
+        return np.digitize(np.arange(size, dtype=np.float64), self.edges).astype(self.dtype_of(size - 1))
 
     def tokens(self, counts: np.ndarray) -> np.ndarray:
         """Bin counts of any shape; for `quantile` the last axis is a cell.
@@ -171,11 +189,11 @@ class Binning:
 
         Returns
         -------
-        tokens : shape of `counts`, `dtype`
+        tokens : shape of `counts`, of the narrowest type
         """
         counts = np.asarray(counts)
         if self.kind == "quantile":
-            out = np.zeros(counts.shape, self.dtype)
+            out = np.zeros(counts.shape, token_dtype(self.n_bins))
             rows = counts.reshape(-1, counts.shape[-1]) if counts.ndim > 1 else counts.reshape(1, -1)
             flat = out.reshape(rows.shape)
             for source, target in zip(rows, flat, strict=True):
@@ -188,68 +206,27 @@ class Binning:
             return out
         if self.edges is not None:
             return bin_counts(counts, edges=self.edges)
+        top = 0
         if counts.size:
-            low = counts.min()
+            low, top = counts.min(), counts.max()
             if not low >= 0:
                 raise UserError(f"value {low} cannot be binned; expected counts >= 0")
             if counts.dtype.kind == "f" and not bool(np.all(counts == np.floor(counts))):
                 raise UserError("values are not integers; bin real values with --binning linear, log or quantile")
-        return np.minimum(counts, self.n_bins - 1).astype(self.dtype)
+            if top > LARGEST:
+                raise UserError(f"a value is {top:.0f}; counts up to {LARGEST} can be read")
+        return np.minimum(counts, self.n_bins - 1).astype(self.dtype_of(int(top)))
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Mean training count of each token, a whole number for bins of whole numbers; see `unbin_tokens`."""
-        return unbin_tokens(tokens, values=np.rint(self.values) if self.kind in COUNT_KINDS else self.values)
-
-    @property
-    def widths(self) -> np.ndarray:
-        """How many counts share each bin, (n_bins,) float64; of the last, open one, the mean number above its first and 1."""
-        widths = np.ones(self.n_bins)
-        if self.kind == "geometric":
-            assert self.edges is not None
-            widths[:-1] = np.diff(self.edges, prepend=0)
-            widths[-1] = max(float(self.values[-1] - self.edges[-1]), 0.0) + 1
-        return widths
-
-    def within(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return what a token leaves open: the law of a count inside its bin.
-
-        Uniform over the whole numbers of a bin, geometric in the last one, which has no end. With it a law of tokens is one
-        of counts: `log P(count) = log P(token) + log P(count | token)`. Both are 0 where a bin holds one count.
-
-        Parameters
-        ----------
-        counts : any shape, whole numbers >= 0
-
-        Returns
-        -------
-        log_p, below : float64, the shape of `counts`
-            `log P(count | its bin)` and `P(less than count | its bin)`.
-
-        Raises
-        ------
-        ValueError
-            If the bins are not of whole numbers.
-        """
-        if self.kind not in COUNT_KINDS:
-            raise UserError(f"binning '{self.kind}' has bins of real values; a law of counts needs {', '.join(COUNT_KINDS)}")
-        counts = np.asarray(counts)
-        if self.kind != "geometric":
-            return np.zeros(counts.shape), np.zeros(counts.shape)
-        assert self.edges is not None
-        tokens = self.tokens(counts)
-        width = self.widths[tokens]
-        above = counts - np.concatenate([[0.0], self.edges])[tokens]  # the first count of the bin
-        last = tokens == self.n_bins - 1
-        log_stay = np.log1p(-1 / np.where(last, width, 2.0).clip(1 + 1e-12))  # of a geometric law with this mean
-        log_p = np.where(last, above * log_stay, 0.0) - np.log(width)
-        return log_p, np.where(last, -np.expm1(above * log_stay), above / width)
+        """Return the value of each token, float32, a whole number for whole numbers; see `unbin_tokens`."""
+        if self.kind == "counts":
+            return np.asarray(tokens, np.float32)
+        return unbin_tokens(tokens, values=np.rint(self.values) if self.kind == "identity" else self.values)
 
     @property
     def falloff(self) -> np.ndarray:
-        """Mass of each bin when counts fall off as 1 / (1 + count), (n_bins,) float64: where smoothing leans."""
-        if self.kind != "geometric":
-            return 1.0 / (1.0 + np.arange(self.n_bins))
-        return self.widths / (1.0 + self.values)
+        """Mass of each bin when values fall off as 1 / (1 + bin), (n_bins,) float64: where smoothing leans."""
+        return 1.0 / (1.0 + np.arange(self.n_bins))
 
     def token_histogram(self, hist: sp.csr_array) -> sp.csr_array:
         """Turn a histogram of counts into one of tokens.
@@ -261,8 +238,10 @@ class Binning:
 
         Returns
         -------
-        tokens : (n_vars, n_bins) sparse int64
+        tokens : (n_vars, n_bins) sparse int64; of counts, `hist` itself
         """
+        if self.kind == "counts":
+            return hist
         table = self.table(hist.shape[1] - 1).astype(np.int64)
         entries = hist.tocoo()
         rows, counts = entries.coords
@@ -287,29 +266,6 @@ class Binning:
         return hash(json.dumps(self.to_dict()))
 
 
-def geometric_edges(num_bins: int, top: int) -> np.ndarray:
-    """Edges of bins for the counts 0 .. top: one for each small count, then ever wider ones, a fixed share of what they hold.
-
-    Parameters
-    ----------
-    num_bins : int
-    top : int
-        The largest count; the last bin begins at or below it.
-
-    Returns
-    -------
-    edges : (num_bins - 1,) float64 whole numbers, strictly increasing from 1
-    """
-    n = num_bins - 1
-    if top <= n:
-        return np.arange(1.0, n + 1)
-    # Single counts up to the first m from which steps of one ratio to top + 1 are no narrower than a count.
-    m = next(m for m in range(1, n + 1) if m * (((top + 1) / m) ** (1 / (n - m + 1)) - 1) >= 1)
-    ratio = ((top + 1) / m) ** (1 / (n - m + 1))
-    edges = np.concatenate([np.arange(1, m), np.rint(m * ratio ** np.arange(n - m + 1))])
-    return np.maximum.accumulate(edges - np.arange(n)) + np.arange(n)  # rounding must not join two
-
-
 def smoothed_log_shares(mass: np.ndarray, falloff: np.ndarray, pseudocount: float = 2.0) -> np.ndarray:
     """Log of the shares of a table's rows, smoothed so that no bin is impossible.
 
@@ -326,3 +282,18 @@ def smoothed_log_shares(mass: np.ndarray, falloff: np.ndarray, pseudocount: floa
     """
     smoothed = mass + pseudocount * falloff / falloff.sum()
     return np.log(smoothed / smoothed.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def model_start(binning: Binning, histogram: sp.csr_array) -> dict[str, Any]:
+    """Return where a `SEDDTransformer` starts, as keywords: what it needs to know of how often each token occurs.
+
+    Parameters
+    ----------
+    binning
+    histogram : (n_vars, n tokens)
+        How many training cells have each token of each gene.
+    """
+    if binning.kind == "counts":
+        return {"histogram": histogram}
+    shares = smoothed_log_shares(histogram.toarray().astype(np.float64), binning.falloff)
+    return {"log_marginals": shares, "bin_values": binning.values}

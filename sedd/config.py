@@ -156,10 +156,10 @@ class DataConfig(InputSettings):
     genes: str | None = "2000"
     """The genes to model: a number N (the N most variable, seurat_v3 on the training cells), a file with one name a
     line, or `all`."""
-    binning: Literal["auto", "identity", "geometric", "counts", "linear", "log", "quantile"] = "auto"
-    """How a value becomes a token. auto: small counts unchanged, large ones in bins of a few per cent (geometric)."""
+    binning: Literal["auto", "counts", "identity", "linear", "log", "quantile"] = "auto"
+    """What a value is. auto: a count (with --graph uniform: identity). identity: the number of a bin. linear, log, quantile: bins."""
     num_bins: int = 100
-    """Number of value bins; the mask is a token of its own beside them."""
+    """Number of bins, where there are any."""
     val_fraction: float = 0.1
     """Share of the cells held out for validation."""
     limit_cells: int | None = None
@@ -215,8 +215,6 @@ class ModelConfig:
     """latent: learned latents read the genes, cost linear in genes. full: attention over all gene tokens, quadratic."""
     num_latents: int = 1
     """Number of latents (latent attention only)."""
-    head: Literal["softmax", "nb"] = "softmax"
-    """Distribution over the bins of a gene: free (softmax) or a discretised negative binomial (nb)."""
     graph: Literal["absorbing", "uniform"] = "absorbing"
     """How noise destroys a value. absorbing: it is masked. uniform: it is replaced by a random one; such a model generates
     cells and has a likelihood, but cannot impute or denoise."""
@@ -263,6 +261,8 @@ class OptimConfig:
 
     num_epochs: int = 100
     """Passes over the training cells."""
+    min_steps: int = 0
+    """Take at least so many steps: where the cells are few, pass over them more often than --num_epochs."""
     batch_size: int | None = None
     """Cells per step and process; from --model if not given (small and medium: 32, large: 64)."""
     learning_rate: float | None = None
@@ -287,10 +287,14 @@ class OptimConfig:
         for name in ("num_epochs", "batch_size", "gradient_accumulation_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("min_steps", "warmup_steps", "weight_decay", "grad_clip"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.learning_rate is None or self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a decay between 0 and 1, such as 0.999")
+
+    def epochs_of(self, n_batches: int) -> int:
+        """Return how many epochs to train, given the batches of one."""
+        return max(self.num_epochs, -(-self.min_steps // max(1, -(-n_batches // self.gradient_accumulation_steps))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,9 @@ alone, and its value is then drawn from `mu`, its distribution given the genes v
 is drawn before anything else, and the network is asked only for the genes of the step at hand, only in cells that have
 any. Steps that unmask nothing in a cell cost nothing, and cells need not be in the same step to share a batch.
 
+Under the absorbing graph, a model sums up a cell's visible genes once (`summary`), is told of each that becomes visible
+(`unmask`), and asked for the genes of a step alone (`readout_at`): a step costs the network's blocks and those genes.
+
 The network is given the noise that goes with the share of the cell that is masked, which is what it saw in training; for
 whole cells it is the noise of the step up to chance, and for imputation it is right where the time of the step is not.
 
@@ -14,6 +17,7 @@ improbable values rarer than they are (Zheng et al. 2024, arXiv 2409.02908).
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -24,39 +28,15 @@ from torch import Tensor
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, UniformGraph, check_states
 from sedd.kernels.random_bits import uniforms
+from sedd.nn.heads import draw
 from sedd.noise import Noise
 
 ORDERS = ("random", "confidence")
 _WHEN, _VALUE, _STEP = 10, 11, 12  # streams of draws; the steps of the uniform graph follow _STEP
 _MAX_PROBABILITIES = 1 << 24  # (gene, bin) pairs whose probabilities exist at a time, 128 MiB in float64
+_TABLES = 1 << 12  # genes whose tables exist at a time
 
 Progress = Callable[[int, int], None]
-
-
-def draw(log_p: Tensor, u: Tensor) -> Tensor:
-    """Draw by inversion, in float64.
-
-    Parameters
-    ----------
-    log_p : (N, n) log-probabilities up to a constant of the row, or (n,) shared by all draws
-    u : (N,) float64 in [0, 1)
-
-    Returns
-    -------
-    drawn : (N,) int64; never a value of probability 0
-
-    Raises
-    ------
-    UserError
-        If a probability is not a number.
-    """
-    log_p = log_p.double()
-    cumulative = (log_p - log_p.amax(-1, keepdim=True)).exp_().cumsum(-1)
-    total = cumulative[..., -1]
-    if not bool(torch.isfinite(total).all()):
-        raise UserError("a probability of the model is not a number: its training has diverged. Use an earlier checkpoint.")
-    point = u * total
-    return torch.searchsorted(cumulative, point if log_p.ndim == 1 else point[:, None], right=True).view(-1)
 
 
 class Sampler(ABC):
@@ -65,7 +45,8 @@ class Sampler(ABC):
     Parameters
     ----------
     model
-        A `SEDDTransformer`, or anything with its `readout` and `log_mu`. Is put into evaluation mode and back.
+        A `SEDDTransformer`, or anything with its `summary`, `unmask`, `readout_at` and `head`; for the uniform graph, that gives
+        the laws of all genes `everywhere`. Is put into evaluation mode and back.
     graph, noise
         Those the model was trained for.
     num_steps
@@ -99,7 +80,7 @@ class Sampler(ABC):
         temperature: float = 1.0,
         order: str = "random",
         guidance: float = 1.0,
-        batch_size: int = 64,
+        batch_size: int = 256,
     ) -> None:
         if num_steps < 1:
             raise UserError(f"num_steps is {num_steps}; expected at least 1, such as 64.")
@@ -196,70 +177,59 @@ class Sampler(ABC):
         n_vars = tokens.shape[1]
         unknown = tokens == self.graph.mask_token
         curve = self.survival().to(tokens.device).flip(0)
-        u = uniforms(seed, _WHEN, names, n_vars)
-        step = self.num_steps - torch.searchsorted(curve, u, right=True)
+        step = self.num_steps - torch.searchsorted(curve, uniforms(seed, _WHEN, names, n_vars), right=True)
         # A cell's turns are its own steps that unmask something, numbered without gaps.
         turn = _dense_rank(step.masked_fill(~unknown, self.num_steps))
-        n_turns = 1 + torch.where(unknown, turn, -1).amax(1)
-        u = uniforms(seed, _VALUE, names, n_vars)
-        total = int(n_turns.max())
-        for k in range(total):
-            rows = (n_turns > k).nonzero().squeeze(1)
-            where = (turn[rows] == k) & unknown[rows]
-            self._unmask(tokens, rows, where, u[rows], given)
-            report(k + 1, total)
+        cells, genes = unknown.nonzero(as_tuple=True)
+        order = turn[cells, genes].argsort(stable=True)
+        cells, genes = cells[order], genes[order]
+        u = uniforms(seed, _VALUE, names, n_vars)[cells, genes]
+        sizes = torch.bincount(turn[unknown])
+        n_masked = unknown.sum(1)
+        summary = self.model.summary(tokens)
+        ends = sizes.cumsum(0).tolist()
+        for k, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False)):
+            at = slice(lo, hi)
+            # Cells that have nothing to do in this turn are done with.
+            rows, here = cells[at].unique(return_inverse=True)
+            part = summary if len(rows) == len(summary) else summary[rows]
+            law = _Asked(self, part, (n_masked[rows].double() / n_vars), here, genes[at], [_take(x, rows) for x in given])
+            drawn = law.draw(u[at])
+            tokens[cells[at], genes[at]] = drawn
+            self.model.unmask(summary, cells[at], genes[at], drawn)
+            n_masked -= torch.bincount(cells[at], minlength=len(n_masked))
+            report(k + 1, len(ends))
 
     def _by_confidence(
         self, tokens: Tensor, names: Tensor, given: list[Tensor | None], seed: int, report: Progress
     ) -> None:
         """Unmask `tokens` in place: of a step's candidates those whose best value is the most probable."""
+        n_vars = tokens.shape[1]
         unknown = (tokens == self.graph.mask_token).sum(1)
-        u = uniforms(seed, _VALUE, names, tokens.shape[1])
+        u = uniforms(seed, _VALUE, names, n_vars)
         left_after = torch.floor(self.survival().to(tokens.device)[:, None] * unknown + 1e-6).long()
         for k in range(self.num_steps):
             masked = tokens == self.graph.mask_token
             n_now = masked.sum(1) - left_after[k]
             rows = (n_now > 0).nonzero().squeeze(1)
-            if len(rows):
-                for part, at in self._pieces(masked[rows]):
-                    here = rows[part]
-                    log_mu = self._log_mu(tokens[here], at, [_take(x, here) for x in given])
-                    confidence = torch.full(at.shape, -torch.inf, dtype=log_mu.dtype, device=tokens.device)
-                    rank = confidence.masked_scatter(at, log_mu.amax(-1)).argsort(dim=1, descending=True, stable=True).argsort(1)
-                    surest = rank < n_now[here, None]
-                    tokens[here] = tokens[here].masked_scatter(surest, draw(log_mu[surest[at]], u[here][surest]))
+            # Few cells at a time: a table of a law of counts is as long as its largest probable count.
+            for here in rows.split(max(1, _TABLES // n_vars)) if len(rows) else ():
+                at = masked[here]
+                cells, genes = at.nonzero(as_tuple=True)
+                share, given_here = at.double().mean(1), [_take(x, here) for x in given]
+                law = _Asked(self, self.model.summary(tokens[here]), share, cells, genes, given_here)
+                confidence = torch.full(at.shape, -torch.inf, dtype=torch.float64, device=tokens.device)
+                rank = confidence.masked_scatter(at, law.log_table().amax(-1).double()).argsort(dim=1, descending=True, stable=True)
+                surest = (rank.argsort(1) < n_now[here, None]) & at
+                drawn = law.draw(u[here][at])
+                tokens[here] = tokens[here].masked_scatter(surest, drawn[surest[at]])
             report(k + 1, self.num_steps)
 
-    def _unmask(self, tokens: Tensor, rows: Tensor, where: Tensor, u: Tensor, given: list[Tensor | None]) -> None:
-        """Draw the genes `where` of the cells `rows`, (len(rows), n_vars), in place."""
-        for part, at in self._pieces(where):
-            here = rows[part]
-            log_mu = self._log_mu(tokens[here], at, [_take(x, here) for x in given])
-            tokens[here] = tokens[here].masked_scatter(at, draw(log_mu, u[part][at]))
-
-    def _pieces(self, where: Tensor) -> list[tuple[slice, Tensor]]:
-        """Split cells so that the probabilities of their genes to draw fit in memory."""
-        n = max(1, -(-int(where.sum()) * self.graph.n_bins // _MAX_PROBABILITIES))
-        step = max(1, -(-len(where) // n))
-        return [(slice(lo, lo + step), where[lo : lo + step]) for lo in range(0, len(where), step)]
-
-    def _log_mu(self, tokens: Tensor, where: Tensor, given: list[Tensor | None]) -> Tensor:
-        """Return log-probabilities at the genes `where`, row by row, (N, n_bins)."""
-        sigma = self.noise.sigma_at((tokens == self.graph.mask_token).double().mean(1))
-        return self._tempered(tokens, sigma, where, given)
-
-    def _tempered(self, tokens: Tensor, sigma: Tensor, where: Tensor, given: list[Tensor | None]) -> Tensor:
-        """Return what is drawn from: the network's log-probabilities, guided and tempered, normalised float64."""
-        cells, genes = where.nonzero(as_tuple=True)
-        condition, library = given
-
-        def ask(condition: Tensor | None, library: Tensor | None) -> Tensor:
-            readout = self.model.readout(tokens, sigma.float(), condition=condition, library=library)
-            return self.model.log_mu(readout, cells, genes).double()
-
-        log_mu = ask(condition, library)
+    def _adjusted(self, log_mu: Tensor, without: Callable[[], Tensor]) -> Tensor:
+        """Return log-probabilities guided and tempered, normalised float64; `without` gives those without conditions."""
+        log_mu = log_mu.double()
         if self.guidance != 1:
-            log_mu = ask(None, None).lerp(log_mu, self.guidance)
+            log_mu = without().double().lerp(log_mu, self.guidance)
         if self.temperature != 1 or self.guidance != 1:
             log_mu = (log_mu / self.temperature).log_softmax(-1)
         return log_mu
@@ -277,7 +247,6 @@ class Sampler(ABC):
         """
         n_vars, n_bins, n = tokens.shape[1], self.graph.n_bins, self.num_steps
         known, observed = tokens != self.graph.mask_token, tokens.clone()
-        everywhere = torch.ones_like(known)
         state = (uniforms(seed, _STEP, names, n_vars) * n_bins).long()
         for k in range(n):
             t, s = 1 - k / n, 1 - (k + 1) / n
@@ -286,10 +255,13 @@ class Sampler(ABC):
             other = (uniforms(seed, _STEP + 3 * k + 2, names, n_vars) * n_bins).long()
             state = torch.where(known, torch.where(moved, other, observed), state)
             u = uniforms(seed, _STEP + 3 * k + 3, names, n_vars)
-            for part, at in self._pieces(everywhere):
-                log_mu = self._tempered(state[part], sigma[part], at, [_take(x, part) for x in given])
-                p = self.step_probabilities(log_mu.view(*at.shape, n_bins), state[part], t, s)
-                state[part] = draw(p.log().flatten(0, 1), u[part].flatten()).view(at.shape)
+            for part in torch.arange(len(state)).split(max(1, _MAX_PROBABILITIES // (n_vars * n_bins))):
+                shown = (state[part], sigma[part].float())
+                condition, library = (_take(x, part) for x in given)
+                log_mu = self.model(*shown, everywhere=True, condition=condition, library=library)
+                log_mu = self._adjusted(log_mu, functools.partial(self.model, *shown, everywhere=True))
+                p = self.step_probabilities(log_mu, state[part], t, s)
+                state[part] = draw(p.log().flatten(0, 1), u[part].flatten()).view(p.shape[:2])
             report(k + 1, n)
         tokens.copy_(torch.where(known, observed, state))
 
@@ -298,6 +270,51 @@ class Sampler(ABC):
         sigma = self.noise.sigma(torch.full((len(like),), t, dtype=torch.float64, device=like.device))
         earlier = self.noise.sigma(torch.full_like(sigma, s)) if s > 0 else torch.zeros_like(sigma)
         return sigma, earlier
+
+
+class _Asked:
+    """Laws of single genes, given the visible ones: what a step draws from.
+
+    Parameters
+    ----------
+    sampler
+        Whose model is asked, and whose temperature and guidance are used.
+    summary, share, given
+        Of the cells: the model's summary, the share that is masked, condition and library.
+    cells, genes : (N,) int64
+        Which genes of which of the cells.
+    """
+
+    def __init__(
+        self, sampler: Sampler, summary: Tensor, share: Tensor, cells: Tensor, genes: Tensor, given: list[Tensor | None]
+    ) -> None:
+        self._sampler, self._genes = sampler, genes
+        sigma = sampler.noise.sigma_at(share).float()
+
+        def ask(condition: Tensor | None, library: Tensor | None) -> Tensor:
+            asked: Tensor = sampler.model.readout_at(summary, sigma, cells, genes, condition=condition, library=library)
+            return asked
+
+        self._readout = ask(*given)
+        self._without = ask(None, None) if sampler.guidance != 1 else self._readout
+
+    def log_table(self, at: slice = slice(None)) -> Tensor:
+        """Return log-probabilities of all values, guided and tempered, (N, n), normalised float64."""
+        sampler, head, genes = self._sampler, self._sampler.model.head, self._genes[at]
+        asked = (self._readout[at], self._without[at])
+        # A law of counts is followed to where hardly anything is left of it, when tempered too.
+        n = max(head.n_states(readout, genes, rest=1e-9 ** max(1.0, sampler.temperature)) for readout in asked)
+        tables = (head.log_table(readout, genes, n) for readout in asked)
+        return sampler._adjusted(next(tables), lambda: next(tables))
+
+    def draw(self, u: Tensor) -> Tensor:
+        """Draw a value of each, (N,) int64, by inversion."""
+        sampler = self._sampler
+        if sampler.temperature == 1 and sampler.guidance == 1:
+            drawn: Tensor = sampler.model.head.draw(self._readout, self._genes, u)
+            return drawn
+        parts = (slice(lo, lo + _TABLES) for lo in range(0, len(u), _TABLES))
+        return torch.cat([draw(self.log_table(at), u[at]) for at in parts])
 
 
 class AnalyticSampler(Sampler):

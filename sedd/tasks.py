@@ -16,7 +16,6 @@ import scipy.sparse as sp
 import torch
 
 from sedd import __version__
-from sedd.binning import COUNT_KINDS
 from sedd.errors import UserError
 from sedd.inference import posterior
 from sedd.inference.cells import open_cells
@@ -122,8 +121,8 @@ def impute(
     def predict_batch(here: TaskBatch) -> dict[str, np.ndarray]:
         draws: Iterator[np.ndarray]
         if zeros:
-            found = posterior.cross_predict(model, here, folds, 1, seed)
-            mean, std, hidden = found.mean, found.std, here.counts == 0
+            mean, std, _ = posterior.cross_predict(model, here, folds, 1, seed)
+            hidden = here.counts == 0
             draws = (posterior.cross_draw(model, reverse, here, folds, k, seed) for k in range(num_samples))
         else:
             hidden = np.broadcast_to(chosen | here.missing, here.counts.shape).copy()
@@ -175,8 +174,9 @@ def denoise(
     rounds, folds
         More rounds average more random visible subsets; more folds show more of the cell each time.
     own_counts
-        Whether an entry's own count has a say in it (`sedd.inference.posterior.Posterior.with_own_counts`), or the other genes
-        alone. It has none where a bin is not a count (`--binning linear`, `log` or `quantile`).
+        Whether an entry's own count has a say in it, or the other genes alone. A count is Poisson around its rate, so the law of
+        the count, a mixture of negative binomials, is a mixture of gamma laws of the rate, and its posterior is one too. It has
+        no say where a token is not a count (any `--binning` but counts).
     log1p
         Also give the posterior predictive mean of `log1p(CP10k)`: what to compare cells by on that scale, where
         the logarithm of a mean is too large. Like `X` it is by the count too, unless `own_counts` is off.
@@ -194,15 +194,14 @@ def denoise(
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
     posterior.check_draws(folds, num_samples, rounds)
-    own_counts = own_counts and model.binning.kind in COUNT_KINDS
+    own_counts = own_counts and model.binning.kind == "counts"
     reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
 
     def predict_batch(here: TaskBatch) -> dict[str, np.ndarray]:
-        found = posterior.cross_predict(model, here, folds, rounds, seed)
-        mean, std = found.with_own_counts(here.counts, here.missing) if own_counts else (found.mean, found.std)
+        given = {"own_counts": own_counts, "log1p": log1p}
+        mean, std, log = posterior.cross_predict(model, here, folds, rounds, seed, **given)
         layers = {"sedd_std": std.astype(np.float32)}
-        if log1p:
-            log = found.log1p_with_own_counts(here.counts, here.missing) if own_counts else found.log1p
+        if log is not None:
             layers["sedd_log1p"] = log.astype(np.float32)
         draws = (posterior.cross_draw(model, reverse, here, folds, k, seed) for k in range(num_samples))
         return {"X": mean.astype(np.float32), "counts": here.counts, **layers, **posterior.spread_of(draws)}

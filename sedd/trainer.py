@@ -117,7 +117,7 @@ class SEDDTrainer:
             stack.callback(self._saver.wait)
             tracker = Tracker(self.config, self.directory, step=self.step, main=self._ranks.first)
             self._tracker = stack.enter_context(tracker)
-            while self.epoch < self.config.optim.num_epochs and not self._stopped_improving():
+            while self.epoch < self.config.optim.epochs_of(len(self._loader)) and not self._stopped_improving():
                 self._train_epoch()
                 self._finish_epoch()
             self._saver.save("final.pt")
@@ -205,7 +205,7 @@ class SEDDTrainer:
         config, sums = self.config.optim, self._sums
         bar = Progress(
             self.epoch,
-            config.num_epochs,
+            config.epochs_of(len(self._loader)),
             self._loader.state_dict()["position"],
             self._loader.n_cells,
             nelbo=self.history[-1]["val_nelbo"] if self.history else None,

@@ -104,7 +104,7 @@ def test_a_model_of_before_the_setting_is_of_the_absorbing_graph(tiny_run: Path,
 
 
 def test_geometric_noise_trains_with_the_absorbing_graph_and_draws(joint_h5ad: Path, tmp_path: Path) -> None:
-    flags = ["--noise", "geometric", "--num_bins", "4", "--dropout", "0", "--batch_size", "64", "--hidden_dim", "32"]
+    flags = ["--noise", "geometric", "--binning", "identity", "--num_bins", "4", "--dropout", "0", "--batch_size", "64", "--hidden_dim", "32"]
     flags += ["--num_epochs", "12", "--learning_rate", "5e-3", "--ema_decay", "0.99"]
     where = ["--data_path", str(joint_h5ad), "--checkpoint_dir", str(tmp_path / "run")]
     assert main(["train", *where, *TINY_FLAGS, *flags]) == 0

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
-import scipy.stats
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,14 +10,11 @@ from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph
 from sedd.loss import diffusion_loss
 from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
-from sedd.nn.heads import CHUNK_CPU, NegativeBinomialHead, SoftmaxHead
+from sedd.nn.heads import CHUNK_CPU, SoftmaxHead
 from sedd.noise import LogLinearNoise
 
 N_VARS, N_BINS, CELLS = 23, 7, 5
-DESIGNS = pytest.mark.parametrize(
-    ("attention", "head", "num_latents"),
-    [("full", "softmax", 1), ("full", "nb", 1), ("latent", "softmax", 1), ("latent", "softmax", 3), ("latent", "nb", 1)],
-)
+DESIGNS = pytest.mark.parametrize(("attention", "num_latents"), [("full", 1), ("latent", 1), ("latent", 3)])
 
 
 def marginals(n_vars: int = N_VARS, n_bins: int = N_BINS) -> torch.Tensor:
@@ -45,8 +40,8 @@ def cells(share: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @DESIGNS
-def test_permuting_genes_with_what_belongs_to_them_permutes_the_output(attention, head, num_latents):
-    model = build(attention=attention, head=head, num_latents=num_latents)
+def test_permuting_genes_with_what_belongs_to_them_permutes_the_output(attention, num_latents):
+    model = build(attention=attention, num_latents=num_latents)
     _, tokens, sigma = cells()
     order = torch.randperm(N_VARS, generator=torch.Generator().manual_seed(3))
     before = model(tokens, sigma)
@@ -59,8 +54,8 @@ def test_permuting_genes_with_what_belongs_to_them_permutes_the_output(attention
 
 
 @DESIGNS
-def test_masked_scores_are_probabilities_times_r_and_visible_genes_are_settled(attention, head, num_latents):
-    model = build(attention=attention, head=head, num_latents=num_latents)
+def test_masked_scores_are_probabilities_times_r_and_visible_genes_are_settled(attention, num_latents):
+    model = build(attention=attention, num_latents=num_latents)
     _, tokens, sigma = cells()
     score = model(tokens, sigma)
     masked = tokens == N_BINS
@@ -73,8 +68,8 @@ def test_masked_scores_are_probabilities_times_r_and_visible_genes_are_settled(a
 
 
 @DESIGNS
-def test_everywhere_gives_all_genes_and_agrees_where_masked(attention, head, num_latents):
-    model = build(attention=attention, head=head, num_latents=num_latents)
+def test_everywhere_gives_all_genes_and_agrees_where_masked(attention, num_latents):
+    model = build(attention=attention, num_latents=num_latents)
     _, tokens, sigma = cells()
     log_mu = model(tokens, sigma, everywhere=True)
     masked = tokens == N_BINS
@@ -84,8 +79,8 @@ def test_everywhere_gives_all_genes_and_agrees_where_masked(attention, head, num
 
 
 @DESIGNS
-def test_log_mu_of_targets_is_the_full_output_at_masked_genes(attention, head, num_latents, monkeypatch):
-    model = build(attention=attention, head=head, num_latents=num_latents)
+def test_log_mu_of_targets_is_the_full_output_at_masked_genes(attention, num_latents, monkeypatch):
+    model = build(attention=attention, num_latents=num_latents)
     clean, tokens, sigma = cells()
     r = 1 / torch.expm1(sigma)
     full = model(tokens, sigma).gather(-1, clean.unsqueeze(-1)).squeeze(-1) - r.log().unsqueeze(-1)
@@ -125,12 +120,13 @@ def test_gradient_of_the_chosen_log_probabilities_is_that_of_the_whole_table(mon
     monkeypatch.setattr("sedd.nn.heads.CHUNK_CPU", 5 * N_BINS)
     head = SoftmaxHead(marginals(), torch.arange(N_BINS).float(), 4)
     generator = torch.Generator().manual_seed(4)
-    readout = torch.randn(40, 4, generator=generator, requires_grad=True)
-    genes = torch.randint(0, N_VARS, (40,), generator=generator)
-    targets = torch.randint(0, N_BINS, (40,), generator=generator)
-    weight = torch.randn(40, generator=generator)
-    table = head.log_mu(readout, genes).gather(-1, targets[:, None]).squeeze(-1)
-    chosen = head.log_mu_of(readout, genes, targets)
+    readout = torch.randn(6, N_VARS, 4, generator=generator, requires_grad=True)
+    targets = torch.randint(0, N_BINS, (6, N_VARS), generator=generator)
+    masked = torch.rand(6, N_VARS, generator=generator) < 0.6
+    weight = torch.randn(6, N_VARS, generator=generator)
+    table = head.log_table(readout.flatten(0, 1), torch.arange(N_VARS).repeat(6)).view(6, N_VARS, N_BINS)
+    table = table.gather(-1, targets[..., None]).squeeze(-1) * masked
+    chosen = head.log_prob(readout, targets, masked)
     torch.testing.assert_close(chosen, table)
     learned = [readout, head.basis, head.bias]
     wanted = torch.autograd.grad((table * weight).sum(), learned)
@@ -155,10 +151,10 @@ class Largest(TorchDispatchMode):
 
 
 @DESIGNS
-def test_no_step_makes_a_distribution_for_every_gene_at_once(attention, head, num_latents):
+def test_no_step_makes_a_distribution_for_every_gene_at_once(attention, num_latents):
     batch, n_vars, n_bins = 8, 300, 300
     settings = {"hidden_dim": 8, "num_layers": 1, "num_heads": 2, "log_marginals": marginals(n_vars, n_bins)}
-    model = SEDDTransformer(n_vars, n_bins, attention=attention, head=head, num_latents=num_latents, **settings)
+    model = SEDDTransformer(n_vars, n_bins, attention=attention, num_latents=num_latents, **settings)
     graph, noise, t = AbsorbingGraph(n_bins), LogLinearNoise(), torch.ones(batch)
     clean = torch.randint(n_bins, (batch, n_vars), generator=torch.Generator().manual_seed(7))
     with Largest() as seen:
@@ -173,8 +169,8 @@ def test_no_step_makes_a_distribution_for_every_gene_at_once(attention, head, nu
 
 
 @DESIGNS
-def test_probabilities_are_float32_under_bfloat16_autocast(attention, head, num_latents):
-    model = build(attention=attention, head=head, num_latents=num_latents)
+def test_probabilities_are_float32_under_bfloat16_autocast(attention, num_latents):
+    model = build(attention=attention, num_latents=num_latents)
     clean, tokens, sigma = cells()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = model(tokens, sigma, targets=clean)
@@ -193,12 +189,13 @@ def test_a_cell_with_nothing_masked_costs_nothing_and_has_a_gradient():
 
 
 @DESIGNS
-def test_expectation_is_the_moments_of_the_output(attention, head, num_latents, monkeypatch):
+def test_expectation_is_the_moments_of_the_output(attention, num_latents, monkeypatch):
     monkeypatch.setattr("sedd.nn.heads.CHUNK_CPU", 9 * N_BINS)
-    model = build(attention=attention, head=head, num_latents=num_latents)
+    model = build(attention=attention, num_latents=num_latents)
     _, tokens, sigma = cells()
     values = torch.tensor([0.0, 1, 2, 3, 4, 5, 8.5])
-    mean, var = model.expectation(tokens, sigma, values)
+    model.head.values.copy_(values)
+    mean, var = model.expectation(tokens, sigma)
     p = (model(tokens, sigma)[..., :N_BINS] + torch.expm1(sigma).log()[:, None, None]).exp()
     masked = tokens == N_BINS
     torch.testing.assert_close(mean[masked], (p @ values)[masked], atol=1e-4, rtol=1e-4)
@@ -221,31 +218,8 @@ def test_conditions_and_library_matter_and_null_means_not_given():
     assert not torch.allclose(model(tokens, sigma, targets=clean, library=torch.full((CELLS,), 8.0)), bare)
 
 
-@pytest.mark.parametrize("n_bins", [7, 100])
-def test_the_top_bin_of_the_negative_binomial_holds_its_tail(n_bins):
-    head = NegativeBinomialHead(torch.zeros(4, n_bins), torch.arange(n_bins).float(), 2)
-    mean, dispersion = torch.tensor([0.5, 9.0, 80.0, 400.0]), torch.tensor([0.2, 2.0, 60.0, 5.0])
-    with torch.no_grad():
-        head.bias.copy_(torch.stack([mean.log(), dispersion.log()], dim=1))
-    genes = torch.arange(4)
-    log_mu = head.log_mu(torch.zeros(4, 2), genes)
-    law = scipy.stats.nbinom(dispersion.numpy(), (dispersion / (mean + dispersion)).numpy())
-    np.testing.assert_allclose(log_mu[:, :-1].detach(), law.logpmf(np.arange(n_bins - 1)[:, None]).T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(log_mu[:, -1].detach(), law.logsf(n_bins - 2), rtol=2e-4, atol=1e-12)
-    targets = torch.tensor([0, n_bins - 1, n_bins - 1, n_bins - 1])
-    torch.testing.assert_close(head.log_mu_of(torch.zeros(4, 2), genes, targets), log_mu[genes, targets])
-
-
-def test_the_negative_binomial_starts_at_that_of_its_marginals():
-    mean, dispersion = torch.tensor([0.01, 0.4, 6.0, 30.0]), torch.tensor([0.3, 2.0, 3.0, 8.0])
-    law = scipy.stats.nbinom(dispersion.numpy(), (dispersion / (mean + dispersion)).numpy())
-    marginals = torch.from_numpy(law.logpmf(np.arange(200)[:, None]).T)
-    head = NegativeBinomialHead(marginals, torch.arange(200).float(), 2)
-    torch.testing.assert_close(head.bias.exp(), torch.stack([mean, dispersion], dim=1), atol=1e-3, rtol=1e-2)
-
-
 def test_config_rebuilds_the_model_from_json():
-    model = build(condition_sizes=[3], head="nb", attention="full")
+    model = build(condition_sizes=[3], attention="full")
     again = SEDDTransformer(**json.loads(json.dumps(model.config))).eval()
     again.load_state_dict(model.state_dict())
     _, tokens, sigma = cells()
@@ -262,9 +236,9 @@ def test_a_model_of_pretrained_gene_vectors_is_rebuilt_from_config_and_weights()
 
 
 @DESIGNS
-def test_a_model_of_pretrained_gene_vectors_takes_another_panel(attention, head, num_latents):
+def test_a_model_of_pretrained_gene_vectors_takes_another_panel(attention, num_latents):
     vectors = torch.randn(N_VARS, 9, generator=torch.Generator().manual_seed(5))
-    model = build(gene_embeddings=vectors, attention=attention, head=head, num_latents=num_latents)
+    model = build(gene_embeddings=vectors, attention=attention, num_latents=num_latents)
     _, tokens, sigma = cells()
     order = torch.randperm(N_VARS, generator=torch.Generator().manual_seed(6))[:15]
     panel = model.for_genes(marginals()[order], vectors[order], known=order)
@@ -295,7 +269,6 @@ def test_named_sizes(kind, size):
         ({"num_layers": 0}, "num_layers is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"attention": "sparse"}, "'latent' or 'full'"),
-        ({"head": "zinb"}, "'softmax' or 'nb'"),
         ({"log_marginals": torch.zeros(2, 3)}, r"log_marginals has shape \(2, 3\); expected \(23, 7\)"),
         ({"bin_values": torch.zeros(3)}, "bin_values has shape"),
         ({"gene_embeddings": torch.zeros(4, 8)}, "gene_embeddings has shape"),

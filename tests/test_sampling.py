@@ -10,14 +10,15 @@ import pytest
 import torch
 from scipy.stats import binomtest, chisquare
 from torch import Tensor
-from toy import ExactModel, ExactNetwork, Joint
+from toy import ExactModel, ExactNetwork, Joint, TableHead
 
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
 from sedd.kernels.random_bits import uniforms
 from sedd.model import SEDDTransformer
+from sedd.nn.heads import draw
 from sedd.noise import GeometricNoise, LogLinearNoise, make_noise
-from sedd.sampling import AnalyticSampler, EulerSampler, Sampler, draw, make_sampler
+from sedd.sampling import AnalyticSampler, EulerSampler, Sampler, make_sampler
 
 NOISE = LogLinearNoise()
 NAMES = ["analytic", "euler"]
@@ -49,9 +50,9 @@ def test_distance_to_a_joint_of_two_genes_is_that_of_independence_over_the_steps
 class Listening(ExactModel):
     """Counts the genes it is asked for, call by call."""
 
-    def log_mu(self, readout: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
+    def readout_at(self, summary: Tensor, sigma: Tensor, cells: Tensor, genes: Tensor, **given: Tensor | None) -> Tensor:
         self.asked = [*getattr(self, "asked", []), len(genes)]
-        return super().log_mu(readout, cells, genes)
+        return super().readout_at(summary, sigma, cells, genes, **given)
 
 
 class Independent(torch.nn.Module):
@@ -60,14 +61,18 @@ class Independent(torch.nn.Module):
     def __init__(self, log_p: Tensor) -> None:
         super().__init__()
         self.log_p = log_p
+        self.head = TableHead(1, len(log_p))
         self.asked: list[int] = []
 
-    def readout(self, tokens: Tensor, sigma: Tensor, **given: Tensor | None) -> Tensor:
+    def summary(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def log_mu(self, readout: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
+    def unmask(self, *what: Tensor) -> None:
+        pass
+
+    def readout_at(self, summary: Tensor, sigma: Tensor, cells: Tensor, genes: Tensor, **given: Tensor | None) -> Tensor:
         self.asked.append(len(genes))
-        return self.log_p.expand(len(genes), -1)
+        return self.log_p.softmax(-1).expand(len(genes), -1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -222,7 +227,7 @@ def test_posterior_mean_is_the_enumerated_one_and_the_mean_of_the_draws() -> Non
     values = torch.tensor([0.0, 1.0, 2.5, 7.0], dtype=torch.float64)
     given = joint.p[1] / joint.p[1].sum()
     want = [float(given.sum(1) @ values), float(given.sum(0) @ values)]
-    mean, var = ExactNetwork(joint).expectation(start[:1], torch.ones(1), values)
+    mean, var = ExactNetwork(joint, values.float()).expectation(start[:1], torch.ones(1))
     assert mean[0].tolist() == pytest.approx([1.0, *want], abs=1e-5)
     assert float(var[0, 0]) == 0
     drawn = values[sampler_of("analytic", joint, 64).sample(start)].mean(0)

@@ -55,7 +55,7 @@ def test_a_run_writes_what_is_promised(tiny_run: Path) -> None:
     state = checkpoint.load(tiny_run / "final.pt")
     for key in ("model", "ema", "optimizer", "scheduler", "random", "epoch", "step", "loader", "best_loss", "history", "genes"):
         assert key in state
-    assert state["binning"]["kind"] == "identity"
+    assert state["binning"]["kind"] == "counts"
     assert state["categories"] == {"cell_type": ["T cell", "monocyte", "B cell"]}
     assert json.loads((tiny_run / "args.json").read_text())["hidden_dim"] == 16
 
@@ -376,7 +376,6 @@ def test_gradient_accumulation_is_the_larger_batch(tiny_h5ad: Path, tmp_path: Pa
     [
         ["--objective", "masked", "--mask_ratio", "0.3"],
         ["--attention", "full"],
-        ["--head", "nb"],
         ["--binning", "linear", "--num_bins", "12"],
         ["--binning", "log", "--num_bins", "8"],
         ["--binning", "quantile", "--num_bins", "6"],
@@ -405,7 +404,7 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
 ) -> None:
     assert train(tiny_h5ad, tmp_path / "run", "--dry_run", "--condition", "cell_type", "--condition_library_size") == 0
     said = capsys.readouterr().out
-    assert "cells 216 to train, 24 to validate; genes 60; bins 64" in said
+    assert "cells 216 to train, 24 to validate; genes 60; values counts" in said
     n_parameters = sum(p.numel() for p in checkpoint.load(tiny_run / "final.pt")["ema"]["average"].values())
     assert f"parameters {n_parameters:,}; weights, gradients and optimizer" in said
     assert re.search(r"the process [1-9]\d+ MiB with batches of 16", said)

@@ -1,13 +1,14 @@
 """A joint distribution small enough to enumerate, and the network that knows it exactly.
 
 `Joint` holds p(x) of a few genes with a few bins. `ExactModel` answers as `SEDDTransformer` does (`forward`, `readout`,
-`log_mu`), from the table; what it says at a visible gene is p(clean | the other genes' noisy values). `exact` is a trained
+`readout_at`, `head`), from the table; what it says at a visible gene is p(clean | the other genes' noisy values). `exact` is a trained
 model, as the tasks take it, whose network is that.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from sedd.config import DataConfig, TrainConfig
 from sedd.graph import AbsorbingGraph
 from sedd.inference.pretrained import Pretrained
 from sedd.model import SEDDTransformer
+from sedd.nn.heads import SoftmaxHead
 from sedd.noise import LogLinearNoise
 
 
@@ -79,6 +81,22 @@ class Joint:
         return 0.5 * float((self.histogram(cells) / len(cells) - p.flatten()).abs().sum())
 
 
+class TableHead(SoftmaxHead):
+    """A head whose readouts are the probabilities themselves."""
+
+    def __init__(self, n_vars: int, n_bins: int, values: Tensor | None = None) -> None:
+        super().__init__(torch.zeros(n_vars, n_bins), torch.arange(n_bins).float() if values is None else values, 1)
+
+    def log_table(self, readout: Tensor, genes: Tensor, n: int | None = None) -> Tensor:
+        """Return their logarithms, (N, n_bins)."""
+        return readout.log()
+
+    def log_prob(self, readout: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
+        """Return those of the targets where masked, (B, n_vars)."""
+        picked = readout.log().gather(-1, targets.long()[..., None]).squeeze(-1)
+        return torch.where(masked, picked, 0.0)
+
+
 class ExactModel(nn.Module):
     """The true conditionals of a joint; with several joints, the condition c - 1 chooses and 0 mixes them evenly.
 
@@ -98,6 +116,7 @@ class ExactModel(nn.Module):
         self.tables = torch.cat([tables.mean(0, keepdim=True), tables])
         self.calls = 0
         self.cells_seen = 0
+        self.head = TableHead(self.n_vars, self.n_bins)
 
     def readout(
         self, tokens: Tensor, sigma: Tensor, *, condition: Tensor | None = None, library: Tensor | None = None
@@ -124,9 +143,17 @@ class ExactModel(nn.Module):
             out[:, i] = torch.einsum(equation, table, *[seen[:, j] for j in others])
         return out / out.sum(-1, keepdim=True)
 
-    def log_mu(self, readout: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
-        """Return log-probabilities at the positions asked for, (N, n_bins)."""
-        return readout[cells, genes].log()
+    def summary(self, tokens: Tensor) -> Tensor:
+        """Return the tokens: all that the conditionals depend on."""
+        return tokens.clone()
+
+    def unmask(self, summary: Tensor, cells: Tensor, genes: Tensor, tokens: Tensor) -> None:
+        """Make single genes visible."""
+        summary[cells, genes] = tokens
+
+    def readout_at(self, summary: Tensor, sigma: Tensor, cells: Tensor, genes: Tensor, **given: Tensor | None) -> Tensor:
+        """Return `readout` of single genes, (N, n_bins)."""
+        return self.readout(summary, sigma, **given)[cells, genes]
 
     def forward(
         self,
@@ -153,9 +180,10 @@ class ExactModel(nn.Module):
 class ExactNetwork(SEDDTransformer):
     """A `SEDDTransformer` whose distributions come from the table of a joint; all that is built on them is the real thing."""
 
-    def __init__(self, joint: Joint) -> None:
+    def __init__(self, joint: Joint, values: Tensor | None = None) -> None:
         super().__init__(joint.n_vars, joint.n_bins, hidden_dim=4, num_layers=1, num_heads=1)
         self.exact = ExactModel(joint)
+        self.head = TableHead(joint.n_vars, joint.n_bins, values)
 
     def readout(
         self, tokens: Tensor, sigma: Tensor, *, condition: Tensor | None = None, library: Tensor | None = None
@@ -163,9 +191,24 @@ class ExactNetwork(SEDDTransformer):
         """Return p(x_i | other genes' tokens) for every gene."""
         return self.exact.readout(tokens, sigma)
 
-    def log_mu(self, readout: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
-        """Return log-probabilities at the positions asked for, in the network's precision."""
-        return self.exact.log_mu(readout, cells, genes).float()
+    def summary(self, tokens: Tensor) -> Tensor:
+        """Return the tokens: all that the conditionals depend on."""
+        return self.exact.summary(tokens)
+
+    def unmask(self, summary: Tensor, cells: Tensor, genes: Tensor, tokens: Tensor) -> None:
+        """Make single genes visible."""
+        self.exact.unmask(summary, cells, genes, tokens)
+
+    def readout_at(self, summary: Tensor, sigma: Tensor, cells: Tensor, genes: Tensor, **given: Tensor | None) -> Tensor:
+        """Return `readout` of single genes."""
+        return self.exact.readout_at(summary, sigma, cells, genes)
+
+    def readout_by_part(
+        self, tokens: Tensor, sigmas: Sequence[Tensor], parts: Sequence[Tensor], **given: Tensor | None
+    ) -> Iterator[Tensor]:
+        """Hide one part of the genes after the other."""
+        for sigma, part in zip(sigmas, parts, strict=True):
+            yield self.exact.readout(tokens.index_fill(1, part, self.mask_token), sigma)[:, part]
 
 
 def exact(joint: Joint, values: np.ndarray | None = None) -> Pretrained:
@@ -179,9 +222,9 @@ def exact(joint: Joint, values: np.ndarray | None = None) -> Pretrained:
     n_bins = joint.n_bins
     return Pretrained(
         path=Path("exact"),
-        model=ExactNetwork(joint).eval(),
+        model=ExactNetwork(joint, None if values is None else torch.as_tensor(values).float()).eval(),
         genes=np.array([f"gene{i}" for i in range(joint.n_vars)], dtype=object),
-        binning=Binning("counts", n_bins, None, np.arange(n_bins) if values is None else values),
+        binning=Binning("identity", n_bins, None, np.arange(n_bins) if values is None else values),
         noise=LogLinearNoise(),
         graph=AbsorbingGraph(n_bins),
         categories={},

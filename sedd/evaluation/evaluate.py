@@ -15,7 +15,7 @@ import scipy.sparse as sp
 import torch
 
 from sedd import tasks
-from sedd.binning import COUNT_KINDS, Binning
+from sedd.binning import COUNT_KINDS
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
 from sedd.inference.cells import Cells, begins_as_trained_on, open_cells
@@ -195,21 +195,8 @@ def _matrix(cells: Cells) -> sp.csr_matrix:
     return sp.vstack(blocks, format="csr")
 
 
-def _top(model: Pretrained, counts: sp.csr_matrix) -> int | None:
-    """Return the last bin where it stands for "this many or more", as it does once a count has no bin of its own."""
-    kind, n_bins = model.binning.kind, model.binning.n_bins
-    return n_bins - 1 if kind == "counts" or (kind == "identity" and counts.max() >= n_bins) else None
-
-
 def _tokens(model: Pretrained, counts: sp.csr_matrix) -> np.ndarray:
     return model.binning.tokens(counts.toarray())
-
-
-def within_nats(binning: Binning, counts: sp.csr_matrix) -> np.ndarray:
-    """Return what tells the counts of each cell from others in their bins, (n_cells,) nats; beside a bound on the tokens."""
-    log_p = counts.astype(np.float64)  # zeros have a bin of their own, so only the others count
-    log_p.data = -binning.within(counts.data)[0]
-    return np.asarray(log_p.sum(1)).ravel()
 
 
 def _likelihood(
@@ -230,8 +217,6 @@ def _likelihood(
     )
     per_cell = nelbo(model.model, model.graph, model.noise, given, n_masks=n_masks, seed=seed).per_cell
     of_counts = model.binning.kind in COUNT_KINDS
-    if of_counts:
-        per_cell = per_cell + within_nats(model.binning, counts)
     given_total = per_cell
     totals = np.asarray(counts.sum(1)).ravel()
     by_total = (
@@ -241,13 +226,12 @@ def _likelihood(
     counts, train = counts[:, known], train[:, known]
     if by_total:  # a function of the counts: paid for, p(x) is comparable again
         per_cell = given_total + LibraryPrior.fit(np.asarray(train.sum(1)).ravel()).nats(totals)
-    top = _top(model, counts)
     if of_counts:
         baselines = CountBaselines.fit(train)
-        rows = likelihood_table(baselines, per_cell, counts, top=top)
+        rows = likelihood_table(baselines, per_cell, counts)
         if by_total:
             scaled = baselines.log_probs(
-                np.arange(counts.shape[1])[None, :], counts.toarray().astype(np.int64), totals[:, None], top
+                np.arange(counts.shape[1])[None, :], counts.toarray().astype(np.int64), totals[:, None]
             )["NB, library-scaled"]
             rows["nats_per_cell_given_total"] = {
                 "sedd": float(given_total.mean()),
@@ -287,31 +271,22 @@ def _imputation(
     model: Pretrained, cells: Cells, counts: sp.csr_matrix, train: sp.csr_matrix, hidden: np.ndarray, batch_size: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Recovery of the hidden entries, and (true, mean, cdf) of each for the figures."""
-    values = model.decode_values
     means, log_probs, belows = [], [], []
     for here in batches(model, cells, batch_size, "imputation", False):
         asked = hidden[here.lo : here.hi]
         shown, mask = here.hide(asked, model.binning.n_bins)
         readout = model.model.readout(shown, model.sigma(mask), **here.context)
         rows, genes = torch.from_numpy(asked).to(mask.device).nonzero(as_tuple=True)
-        for part in torch.arange(len(rows), device=rows.device).split(1 << 15):
-            log_mu = model.model.log_mu(readout, rows[part], genes[part]).double()
-            true = here.tokens[rows[part], genes[part]][:, None]
-            cdf = log_mu.exp().cumsum(1)
-            at = (cdf / cdf[:, -1:]).gather(1, true)[:, 0]
-            log_prob = log_mu.gather(1, true)[:, 0]
-            means.append((log_mu.exp() @ values.double()).cpu().numpy())
-            log_probs.append(log_prob.cpu().numpy())
-            belows.append((at - log_prob.exp()).clamp_min(0).cpu().numpy())
+        log_prob, at, mean = model.model.head.distribution(readout[rows, genes], genes, here.tokens[rows, genes])
+        means.append(mean)
+        log_probs.append(log_prob)
+        belows.append(at)
     cell, gene = np.nonzero(hidden)
     true_counts = np.asarray(counts[cell, gene]).ravel()
     baselines = CountBaselines.fit(train)
     library = visible_library(counts, hidden | cells.missing, baselines.share)[cell]
     mean, log_p, below = np.concatenate(means), np.concatenate(log_probs), np.concatenate(belows)
     of_counts = model.binning.kind in COUNT_KINDS
-    if of_counts:  # from the law of the token to that of the count
-        log_within, below_within = model.binning.within(true_counts)
-        below, log_p = below + np.exp(log_p) * below_within, log_p + log_within
     upto = np.minimum(below + np.exp(log_p), 1.0)
     table = recovery_table(
         baselines,
@@ -322,7 +297,6 @@ def _imputation(
         cdf_below=below if of_counts else None,
         cdf=upto if of_counts else None,
         library=library,
-        top=_top(model, counts),
     )
     return table, {"hidden_true": true_counts, "hidden_mean": mean, "hidden_cdf_below": below, "hidden_cdf": upto}
 
@@ -349,7 +323,7 @@ def _write(
             "training cells": train.shape[0],
             "genes": real.shape[1],
         },
-        "Model": {k: args[k] for k in ("attention", "head", "hidden_dim", "num_layers", "num_latents", "objective")}
+        "Model": {k: args[k] for k in ("attention", "hidden_dim", "num_layers", "num_latents", "objective")}
         | {"graph": model.config.model.graph, "noise": model.config.model.noise},
         "Training": {k: args[k] for k in ("batch_size", "learning_rate", "ema_decay", "num_bins", "binning", "seed")},
         "Run": {"checkpoint": str(model.path), "epochs": model.state["epoch"], "machine": platform.machine()},

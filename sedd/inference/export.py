@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sedd import __version__
+from sedd.binning import Binning
 from sedd.checkpoint import FORMAT
 from sedd.errors import UserError
 from sedd.io.outputs import clear, move_into_place, only_writer
@@ -215,7 +216,7 @@ def _about(config: dict[str, Any], n_parameters: int, knows_masks: bool) -> str:
     return (
         f"# A diffusion model of cells from {config['data']['path']}\n\n"
         f"A score-entropy discrete diffusion model of single-cell counts: it {abilities}. Network: {size['attention']} "
-        f"attention, {size['hidden_dim']} wide, {size['num_layers']} layers, {size['num_heads']} heads, {size['head']} head; "
+        f"attention, {size['hidden_dim']} wide, {size['num_layers']} layers, {size['num_heads']} heads; "
         f"{n_parameters:,} parameters. Trained with {config['args']['graph']} graph, {config['args']['noise']} noise and the "
         f"objective {config['args']['objective']} for {config['epoch']} epochs, {config['step']} steps."
     )
@@ -229,7 +230,7 @@ def _data(config: dict[str, Any], panel: dict[str, Any]) -> str:
         f"- `{data['path']}`: {data['n_obs']} cells, {data['n_vars']} genes; {split['n_train']} cells trained on, "
         f"{split['n_val']} held out (seed {split['seed']}). Fingerprint `{data['fingerprint']}`.",
         f"- Panel of {len(genes)} genes: {shown} All of them are in `panel.json`; inputs are matched to them by name.",
-        f"- {panel['binning']['n_bins']} bins ({panel['binning']['kind']}) of {'counts' if data['is_counts'] else 'real values'}.",
+        f"- Values: {Binning.from_dict(panel['binning']).describe()}, of {'counts' if data['is_counts'] else 'real values'}.",
     ]
     lines += [f"- Conditioned on `{column}`: {', '.join(labels)}." for column, labels in panel["categories"].items()]
     if config["args"]["condition_library_size"]:

@@ -10,7 +10,7 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
-from sedd.binning import smoothed_log_shares
+from sedd.binning import model_start
 from sedd.errors import UserError
 from sedd.inference.cells import Cells, place_of_counts
 from sedd.inference.pretrained import Pretrained
@@ -69,11 +69,12 @@ def add_genes(
                 f"the new gene {genes[int(cells.missing.argmax())]!r} is not in the data; its counts are needed."
             )
         counts = [cells.counts(lo, min(lo + 1024, len(cells))) for lo in range(0, len(cells), 1024)]
-    tokens = np.concatenate([model.binning.tokens(block) for block in counts])
-    mass = np.zeros((len(genes), model.binning.n_bins), np.int64)
-    for gene, column in enumerate(tokens.T):
-        mass[gene] = np.bincount(column, minlength=model.binning.n_bins)
-    histogram = sp.csr_array(sp.vstack([model.histogram, sp.csr_array(mass)], format="csr"))
+    tokens = np.concatenate([model.binning.tokens(block) for block in counts]).astype(np.int64)
+    n = max(model.histogram.shape[1], int(tokens.max(initial=0)) + 1)
+    gene = np.broadcast_to(np.arange(len(genes)), tokens.shape)
+    of_new = sp.coo_array((np.ones(tokens.size, np.int64), (gene.ravel(), tokens.ravel())), shape=(len(genes), n)).tocsr()
+    of_old = sp.csr_array((model.histogram.data, model.histogram.indices, model.histogram.indptr), shape=(len(model.genes), n))
+    histogram = sp.csr_array(sp.vstack([of_old, of_new], format="csr"))
     vectors = read_gene_vectors(gene_embeddings, list(genes))
     known = model.model.state_dict()["backbone.genes.pretrained"].cpu().numpy()
     if vectors.shape[1] != known.shape[1]:
@@ -81,7 +82,7 @@ def add_genes(
             f"{gene_embeddings}: its vectors have {vectors.shape[1]} numbers; the model was trained with {known.shape[1]}."
         )
     network = model.model.for_genes(
-        smoothed_log_shares(histogram.toarray().astype(np.float64), model.binning.falloff),
+        next(iter(model_start(model.binning, histogram).values())),
         np.concatenate([known, vectors]),
         known=[*range(len(model.genes)), *[-1] * len(genes)],
     )

@@ -14,14 +14,13 @@ from tqdm import tqdm
 
 from sedd.errors import UserError, warn_user
 from sedd.inference.cells import Cells
-from sedd.inference.expected_log1p import expected_log1p
 from sedd.inference.output_parts import Parts, check_batch_size
 from sedd.inference.pretrained import Pretrained
+from sedd.kernels.count_law import Sums
 from sedd.kernels.mask import exact_mask
 from sedd.processes import is_main, launched
 from sedd.sampling import AnalyticSampler, EulerSampler
 
-_AT_A_TIME = 1 << 15  # entries whose distributions exist at a time
 _DRAWN = 1 << 20  # rounds from here on are the partitions of joint draws, those below of posterior means
 
 
@@ -147,90 +146,53 @@ def batches(
 def predict(model: Pretrained, here: TaskBatch, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and standard deviation of the hidden entries given the others, in one forward pass."""
     shown, mask = here.hide(hidden, model.binning.n_bins)
-    mean, var = model.model.expectation(shown, model.sigma(mask), model.decode_values, **here.context)
+    mean, var = model.model.expectation(shown, model.sigma(mask), **here.context)
     return mean.cpu().numpy(), var.clamp_min(0).sqrt().cpu().numpy()
 
 
-@dataclass(frozen=True)
-class Posterior:
-    """What the other genes of a cell say of every entry, each (B, n_vars) float64.
-
-    Attributes
-    ----------
-    mean, std
-        Of the count.
-    zero
-        Probability that the count is 0.
-    log1p
-        Mean of `log1p(10,000 count / total)`, the total being that of the cell as observed.
-    """
-
-    mean: np.ndarray
-    std: np.ndarray
-    zero: np.ndarray
-    log1p: np.ndarray
-
-    def with_own_counts(self, counts: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the rates behind the counts, given the other genes and the count itself.
-
-        Parameters
-        ----------
-        counts : (B, n_vars)
-        missing : (n_vars,) bool
-            Genes without a count of their own; for them the other genes speak alone.
-        """
-        shape, rate = self._rate_posterior(counts, missing)
-        return shape / rate, np.sqrt(shape) / rate
-
-    def log1p_with_own_counts(self, counts: np.ndarray, missing: np.ndarray) -> np.ndarray:
-        """Posterior predictive mean of `log1p(10,000 n / total)`: n would be counted in the same cells at the same depth once more.
-
-        Parameters
-        ----------
-        counts, missing
-            As in `with_own_counts`.
-        """
-        return expected_log1p(*self._rate_posterior(counts, missing), 1e4 / np.maximum(counts.sum(axis=1), 1))
-
-    def _rate_posterior(self, counts: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shape and rate of the gamma posterior of the rate behind each count.
-
-        An entry is taken as Poisson around a rate that the other genes leave uncertain, a gamma law. Its mean is the
-        predicted one and its shape the one for which the count is 0 as often as predicted: the variance would depend on
-        the far tail, where a predicted distribution is least sure. The observed count then updates it in closed form.
-        """
-        mean = np.maximum(self.mean, 1e-12)
-        low, high = np.full(mean.shape, 1e-4), np.full(mean.shape, 1e6)
-        for _ in range(36):  # to 1e-9 of the logarithm
-            shape = np.sqrt(low * high)
-            below = np.exp(-shape * np.log1p(mean / shape)) < self.zero
-            low, high = np.where(below, low, shape), np.where(below, shape, high)
-        return shape + np.where(missing, 0, counts), np.where(missing, 0, 1) + shape / mean
-
-
 @torch.no_grad()
-def cross_predict(model: Pretrained, here: TaskBatch, folds: int, rounds: int, seed: int) -> Posterior:
-    """Return the posterior of every entry, each predicted while hidden with a random 1/folds of its cell, averaged over rounds."""
-    tokens, values = here.tokens, model.decode_values.double()
-    logs = torch.log1p(1e4 * values / values[tokens].sum(1).clamp_min(1)[:, None])
-    first, second, zero, log = (np.zeros(tokens.shape) for _ in range(4))
+def cross_predict(
+    model: Pretrained, here: TaskBatch, folds: int, rounds: int, seed: int, *, own_counts: bool = False, log1p: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Predict every entry while it is hidden with a random 1/folds of the genes, averaged over rounds.
+
+    Parameters
+    ----------
+    own_counts
+        Whether an entry's own count then has a say in it: its rate is the posterior under the averaged law, given the count.
+    log1p
+        Also give the expectation of `log1p(10,000 count / total)`, the total being that of the cell; with own counts the
+        predictive one, of the count if the same cells were measured once more.
+
+    Returns
+    -------
+    mean, std, log1p : (B, n_vars) float64
+        Of the count, or with own counts of the rate behind it.
+    """
+    n_vars = here.tokens.shape[1]
+    known = ~here.missing
+    tokens = here.hide(np.zeros(here.tokens.shape, bool), model.binning.n_bins)[0]
+    own = {"by_own": known} if own_counts else {}
+    scale = 1e4 / np.maximum(here.counts[:, known].sum(1, dtype=np.float64), 1)
+    total = Sums.of_zeros(here.tokens.shape, log1p=log1p)
     for round_ in range(rounds):
-        fold = _folds(seed, round_, here.cells, tokens.shape[1], folds)
-        for k in range(folds):
-            shown, mask = here.hide(fold == k, model.binning.n_bins)
-            readout = model.model.readout(shown, model.sigma(mask), **here.context)
-            where = mask.nonzero(as_tuple=True)
-            for part in torch.arange(len(where[0]), device=tokens.device).split(_AT_A_TIME):
-                rows, genes = where[0][part], where[1][part]
-                p = model.model.log_mu(readout, rows, genes).double().exp()
-                at = (rows.cpu().numpy(), genes.cpu().numpy())
-                first[at] += (p @ values).cpu().numpy()
-                second[at] += (p @ values.square()).cpu().numpy()
-                zero[at] += p[:, 0].cpu().numpy()
-                log[at] += (p * logs[rows]).sum(1).cpu().numpy()
-    mean = first / rounds
-    std = np.sqrt(np.maximum(second / rounds - mean**2, 0))
-    return Posterior(mean, std, zero / rounds, log / rounds)
+        fold = _folds(seed, round_, np.zeros(1, np.int64), n_vars, folds)[0]
+        parts = [np.flatnonzero(fold == k) for k in range(folds)]
+        parts = [part for part in parts if len(part)]
+        places = [torch.from_numpy(part).to(tokens.device) for part in parts]
+        hidden = [here.missing | np.isin(np.arange(n_vars), part) for part in parts]
+        masks = [torch.from_numpy(np.broadcast_to(x, here.tokens.shape).copy()).to(tokens.device) for x in hidden]
+        readouts = model.model.readout_by_part(tokens, [model.sigma(mask) for mask in masks], places, **here.context)
+        for part, place, readout in zip(parts, places, readouts, strict=True):
+            sums = Sums.of_zeros((len(tokens), len(part)), log1p=log1p)
+            given = {name: value[part] for name, value in own.items()}
+            if own_counts:
+                given["counts"] = np.ascontiguousarray(here.counts[:, part])
+            everywhere = torch.ones(readout.shape[:2], dtype=torch.bool)
+            model.model.head.add_moments(sums, readout, everywhere, genes=place, scale=scale, **given)
+            total.add(sums, part)
+    mean, std = total.mean_and_std()
+    return mean, std, total.log1p / total.evidence if log1p else None
 
 
 def draw_hidden(

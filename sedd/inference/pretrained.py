@@ -71,11 +71,6 @@ class Pretrained:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    @property
-    def decode_values(self) -> torch.Tensor:
-        """What each token decodes to, (n_bins,) float32."""
-        return torch.as_tensor(self.binning.values, dtype=torch.float32, device=self.device)
-
     def sampler(self, name: str, **settings: Any) -> AnalyticSampler | EulerSampler:
         """Return the reverse process of the model (`sedd.sampling.make_sampler`)."""
         return make_sampler(name, self.model, self.graph, self.noise, **settings)
@@ -212,9 +207,9 @@ class Pretrained:
         lines = [
             f"checkpoint  {self.path} (epoch {state['epoch']}, step {state['step']})",
             f"model       {model['attention']} attention, {model['hidden_dim']} wide, {model['num_layers']} layers, "
-            f"{model['num_heads']} heads, {model['head']} head; {n_parameters:,} parameters",
+            f"{model['num_heads']} heads; {n_parameters:,} parameters",
             f"genes       {len(self.genes)}: {', '.join(self.genes[:5])}, ...",
-            f"bins        {self.binning.n_bins} ({self.binning.kind})",
+            f"values      {self.binning.describe()}",
             f"diffusion   {self.config.model.graph} graph, {self.config.model.noise} noise, {self.config.model.objective}",
             f"data        {data['path']}: {data['n_obs']} cells, {split['n_train']} trained on, {split['n_val']} held out",
         ]

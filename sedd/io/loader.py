@@ -6,7 +6,7 @@ import copy
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class CellLoader:
         self.mode = self._shuffle_mode(order.shuffle)
         panel = find_genes(self.store, contents.genes)
         self.n_vars = self.store.n_vars if panel is None else len(panel)
-        self._binning, self._fit = self._choose_binning(contents, panel, chosen)
+        self.binning = self._choose_binning(contents, panel, chosen)
         self.label_categories: dict[str, np.ndarray] = {}
         codes = {}
         for name in contents.labels:
@@ -79,7 +79,7 @@ class CellLoader:
             filler=RowFiller(
                 self.store.n_vars,
                 genes=panel,
-                binning=self._binning,
+                binning=self.binning,
                 max_count=int(self.store.max_value) if self.store.is_counts else 0,
                 target_sum=contents.target_sum,
                 log1p=contents.log1p,
@@ -121,36 +121,22 @@ class CellLoader:
         arrays = self.store.x_arrays
         return self.store.nnz * (arrays["data"].dtype.itemsize + arrays["indices"].dtype.itemsize)
 
-    def _choose_binning(
-        self, contents: Contents, panel: np.ndarray | None, chosen: Selection
-    ) -> tuple[Binning | None, Callable[[], Binning] | None]:
-        """Return the rule that makes tokens, and how to fit the values that they decode to if that is still to be done."""
-        binning, n_bins = contents.binning, contents.n_bins
+    def _choose_binning(self, contents: Contents, panel: np.ndarray | None, chosen: Selection) -> Binning | None:
+        """Return the rule that makes tokens, fitted to the training cells if it has to be; None for numbers."""
+        binning = contents.binning
         if contents.dtype == "float32":
-            return None, None
+            return None
         if isinstance(binning, Binning):
-            return binning, None
+            return binning
         if not self.store.is_counts:
             raise UserError(
                 f"{self.store.path} holds real values; pass binning=Binning.fit(kind, n_bins, values=...), or dtype='float32'"
             )
-
-        def fit() -> Binning:
-            train = Split(self.store.n_obs, chosen.val_fraction, chosen.split_seed, "train")
-            hist = histogram(self.store, train.cells())
-            return Binning.fit(binning, n_bins, hist=hist if panel is None else hist[panel])
-
-        if binning == "counts" or (binning in ("auto", "identity") and self.store.max_value < n_bins):
-            # Tokens need no fit here, only decoding does, and that is a pass over the store: left until asked for.
-            return Binning("counts", n_bins, None, np.arange(n_bins, dtype=np.float32)), fit
-        return fit(), None
-
-    @property
-    def binning(self) -> Binning | None:
-        """How counts become tokens and tokens counts; fitted on first use. None with `dtype="float32"`."""
-        if self._fit is not None:
-            self._binning, self._fit = self._fit(), None
-        return self._binning
+        if binning in ("auto", "counts"):
+            return Binning.of_counts()
+        train = Split(self.store.n_obs, chosen.val_fraction, chosen.split_seed, "train")
+        hist = histogram(self.store, train.cells())
+        return Binning.fit(binning, contents.n_bins, hist=hist if panel is None else hist[panel])
 
     def _steps(self, start: int) -> RankSteps:
         return RankSteps(self.n_cells, self.batch_size, self.rank, self.world_size, start, self.drop_last, self.pad)

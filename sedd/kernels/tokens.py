@@ -56,7 +56,16 @@ def _value_row(genes: Any, values: Any, columns: Any, member: Any, zero: Any, ch
 
 @numba.njit(cache=True, nogil=True)
 def _real_row(
-    genes: Any, values: Any, columns: Any, member: Any, mode: Any, zero: Any, edges: Any, scratch: Any, chosen: Any, out: Any
+    genes: Any,
+    values: Any,
+    columns: Any,
+    member: Any,
+    mode: Any,
+    zero: Any,
+    edges: Any,
+    scratch: Any,
+    chosen: Any,
+    out: Any,
 ) -> float:
     """Scatter the bins of real values, or (`_VALUE`) the values themselves; return their sum inside the panel."""
     if mode == _VALUE:
@@ -210,8 +219,7 @@ class Bins(Protocol):
     @property
     def edges(self) -> np.ndarray | None: ...  # noqa: D102
 
-    @property
-    def dtype(self) -> np.dtype: ...  # noqa: D102
+    def dtype_of(self, max_count: int) -> np.dtype: ...  # noqa: D102
 
     def table(self, max_count: int) -> np.ndarray: ...  # noqa: D102
 
@@ -253,10 +261,10 @@ class RowFiller:
         self.n_panel = n_store if genes is None else len(genes)
         self.binning = binning
         self.target_sum, self.log1p = float(target_sum), bool(log1p)
-        self.dtype = np.dtype(np.float32) if binning is None else binning.dtype
+        self.dtype = np.dtype(np.float32) if binning is None else binning.dtype_of(max_count)
         self._table = np.empty(0, self.dtype)
         self._edges = np.empty(0)
-        if binning is None:
+        if binning is None or self.dtype == np.int32:
             self._mode = _VALUE
         elif binning.kind == "quantile":
             self._mode = _QUANTILE
@@ -336,10 +344,12 @@ class RowFiller:
         if self._table.size and data.dtype.kind in "ui":
             _table_rows(indices, data, starts, stops, self.n_store, self.columns, self.member, self._table, *tail)
         else:
+            if self.binning is not None and self.binning.kind in ("counts", "identity") and data.dtype.kind == "f":
+                raise UserError(f"binning '{self.binning.kind}' is for counts; bin real values with linear, log or quantile")
             # Whole numbers are added as such: a processor waits for each sum of floating-point numbers before the next.
             zero = np.float64(0) if data.dtype.kind == "f" else np.int64(0)
             head = (indices, data, starts, stops, self.n_store, self.columns, self.member)
-            _real_rows(*head, self._mode, zero, self._real_edges(), *tail)
+            _real_rows(*head, self._mode, zero, self._edges, *tail)
         if n_rows and float(library.min()) < 0:
             row = int(np.argmin(library))
             at = f"row {row}" if cells is None else f"cell {cells[row]}"
@@ -349,14 +359,6 @@ class RowFiller:
         if self.target_sum > 0 or self.log1p:
             _transformed_rows(indices, starts, stops, self.columns, library, self.target_sum, self.log1p, out)
         return library
-
-    def _real_edges(self) -> np.ndarray:
-        if self._mode == _EDGES and self._edges.size == 0:
-            assert self.binning is not None
-            raise UserError(
-                f"binning '{self.binning.kind}' is for counts; bin real values with linear, log or quantile"
-            )
-        return self._edges
 
 
 def rows_to_tokens(
@@ -387,7 +389,7 @@ def rows_to_tokens(
 
     Returns
     -------
-    tokens : (B, n_panel), `binning.dtype` or float32
+    tokens : (B, n_panel), of the narrowest type that holds them, or float32
     """
     top = int(data.max()) if data.size and data.dtype.kind in "ui" else 0
     filler = RowFiller(n_vars, genes=genes, binning=binning, max_count=top)

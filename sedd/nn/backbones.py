@@ -1,15 +1,17 @@
 """What reads a partly masked cell: full attention over genes, or a few latents at a cost linear in the genes.
 
-Both map tokens to a readout, `rank` numbers per gene, from which a head of `sedd.nn.heads` makes a distribution over bins.
+Both map tokens to a readout, `rank` numbers per gene, from which a head of `sedd.nn.heads` makes a law of its value.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sedd.nn.blocks import Block
+from sedd.nn.blocks import Block, Conditioner, fourier
 
 
 class GeneEmbedding(nn.Module):
@@ -38,43 +40,47 @@ class GeneEmbedding(nn.Module):
         return self.weight if self.pretrained is None else self.projection(self.pretrained)
 
 
-def bin_features(bin_values: Tensor) -> Tensor:
-    """Return what a visible bin tells: that it is visible, whether anything was counted, and `log1p` of the count.
+class Features(nn.Module):
+    """What a visible value tells: that it is visible, whether anything was counted, and `log1p` of the count.
+
+    A value is read as a number, so that two large counts are near to each other and none is too large.
 
     Parameters
     ----------
-    bin_values : (n_bins,)
-        The count each bin stands for.
-
-    Returns
-    -------
-    features : (n_bins + 1, 3)
-        Those of the mask token, the last, are 0.
+    mask_token
+        The token of a hidden gene, whose features are 0.
+    bin_values : (n_bins,) or None
+        The count that each token stands for; None where a token is the count itself.
     """
-    seen = torch.ones_like(bin_values)
-    return F.pad(torch.stack([seen, (bin_values > 0).float(), bin_values.log1p()], dim=1), (0, 0, 0, 1))
+
+    def __init__(self, mask_token: int, bin_values: Tensor | None) -> None:
+        super().__init__()
+        self.mask_token = mask_token
+        self.bin_values: Tensor | None
+        self.register_buffer("bin_values", bin_values)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (..., n) to features (..., 3, n)."""
+        visible = tokens != self.mask_token
+        shown = tokens.where(visible, 0)
+        counts = shown.float() if self.bin_values is None else F.embedding(shown.long(), self.bin_values[:, None])[..., 0]
+        seen = visible.float()
+        return torch.stack([seen, (counts > 0) * seen, counts.log1p() * seen], dim=-2)
 
 
 class FullBackbone(nn.Module):
     """Every gene is a token and attends to every other."""
 
+    WAVES = 4
+    """Cosines and sines of `log1p` of a count, so that a value need not act in proportion to it."""
+
     def __init__(
-        self,
-        genes: GeneEmbedding,
-        dim: int,
-        num_layers: int,
-        num_heads: int,
-        dropout: float,
-        bin_values: Tensor,
-        rank: int,
+        self, genes: GeneEmbedding, dim: int, num_layers: int, num_heads: int, dropout: float, features: Features, rank: int
     ) -> None:
         super().__init__()
-        self.genes = genes
-        features = bin_features(bin_values)
-        # The bins start out ordered by their counts; the mask, whose features are 0, starts out apart.
-        self.bins = nn.Embedding.from_pretrained(features @ torch.randn(features.shape[1], dim) / dim**0.5, freeze=False)
-        with torch.no_grad():
-            self.bins.weight[-1].normal_(std=dim**-0.5)
+        self.genes, self.features = genes, features
+        self.values = nn.Linear(3 + 2 * self.WAVES + 1, dim, bias=False)
+        self.hidden = nn.Parameter(torch.randn(dim) / dim**0.5)
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(num_layers))
         self.readout = nn.Linear(dim, rank)
         nn.init.zeros_(self.readout.weight)
@@ -82,7 +88,10 @@ class FullBackbone(nn.Module):
 
     def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Map tokens (B, n_vars) and conditioning (B, dim) to states (B, n_vars, dim)."""
-        x = self.genes() + self.bins(tokens)
+        told = self.features(tokens).transpose(-1, -2)
+        seen = told[..., :1]
+        waves = fourier(told[..., 2], self.WAVES, Conditioner.LIBRARY_PERIOD) * seen
+        x = self.genes() + self.values(torch.cat([told, waves], -1)) + (1 - seen) * self.hidden
         for block in self.blocks:
             x = block(x, c)
         return F.layer_norm(x, x.shape[-1:])
@@ -91,13 +100,36 @@ class FullBackbone(nn.Module):
         """Map tokens (B, n_vars) and conditioning (B, dim) to readouts (B, n_vars, rank)."""
         return self.readout(self.trunk(tokens, c))
 
+    def summary(self, tokens: Tensor) -> Tensor:
+        """Return what `readout_at` needs to know of cells: here all their tokens."""
+        return tokens.clone()
+
+    def unmask(self, summary: Tensor, cells: Tensor, genes: Tensor, tokens: Tensor) -> None:
+        """Make the genes (N,) of the cells (N,) visible in `summary`."""
+        summary[cells, genes] = tokens
+
+    def readout_at(self, summary: Tensor, c: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
+        """Return the readouts of single genes, (N, rank)."""
+        return self(summary, c)[cells, genes]
+
+    def readout_by_part(self, tokens: Tensor, c: Sequence[Tensor], parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Hide one part of the genes after the other and return the readouts of that part, (B, n, rank) each."""
+        for part, here in zip(parts, c, strict=True):
+            yield self(tokens.index_fill(1, part, self.features.mask_token), here)[:, part]
+
 
 class LatentBackbone(nn.Module):
     """Latents sum up the visible genes, the blocks run among latents, each gene reads its answer back.
 
     The visible genes enter as `sum_j features(x_j) (outer) gene_j`, a linear attention: its cost, and that of reading back, is
     linear in the genes and takes two matrix products. Values enter as differences from what is usual for the gene: else
-    the sum tells first of all which genes are visible, which is chance, and learning is slower and ends worse.
+    the sum tells first of all which genes are visible, which is chance, and learning is slower and ends worse. Since it is a
+    sum, a gene that becomes visible is one more term: a sampler never goes through all genes again.
+
+    Parameters
+    ----------
+    usual : (n_vars, 3)
+        The mean features of each gene, which the learned ones start at.
     """
 
     def __init__(
@@ -107,34 +139,61 @@ class LatentBackbone(nn.Module):
         num_layers: int,
         num_heads: int,
         dropout: float,
-        marginals: Tensor,
-        bin_values: Tensor,
+        features: Features,
         rank: int,
+        usual: Tensor,
         num_latents: int,
     ) -> None:
         super().__init__()
-        self.genes = genes
+        self.genes, self.features = genes, features
         self.dim, self.rank, self.num_latents = dim, rank, num_latents
-        self.features: Tensor
-        self.register_buffer("features", bin_features(bin_values))
-        self.usual = nn.Parameter(marginals @ self.features[:-1])
-        self.read = nn.Linear(self.features.shape[1] * dim, num_latents * dim)
+        self.usual = nn.Parameter(usual.float().clone())
+        self.read = nn.Linear(3 * dim, num_latents * dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, attend=num_latents > 1) for _ in range(num_layers))
         self.write = nn.Linear(num_latents * dim, dim * rank)
         nn.init.zeros_(self.write.weight)
         nn.init.zeros_(self.write.bias)
 
-    def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
-        """Map tokens (B, n_vars) and conditioning (B, dim) to latents (B, num_latents, dim)."""
-        values = F.embedding(tokens, self.features)
-        values = values - values[..., :1] * self.usual  # the first feature is 1 where visible and 0 where masked
-        pooled = (values.transpose(1, 2) @ self.genes()).flatten(1)
-        x = self.read(pooled).view(-1, self.num_latents, self.dim)
+    def summary(self, tokens: Tensor, part: Tensor | None = None) -> Tensor:
+        """Return the sum over the visible genes of each cell, or of those of a `part`, whose tokens alone are given, (B, 3 dim)."""
+        told = self.features(tokens)
+        usual, genes = (self.usual, self.genes()) if part is None else (self.usual[part], self.genes()[part])
+        return ((told - told[:, :1] * usual.T) @ genes).flatten(1)
+
+    def unmask(self, summary: Tensor, cells: Tensor, genes: Tensor, tokens: Tensor) -> None:
+        """Make the genes (N,) of the cells (N,) visible in `summary`."""
+        told = self.features(tokens).T - self.usual[genes]
+        summary.index_add_(0, cells, (told.unsqueeze(2) * self.genes()[genes].unsqueeze(1)).flatten(1))
+
+    def _latents(self, summary: Tensor, c: Tensor) -> Tensor:
+        x = self.read(summary).view(-1, self.num_latents, self.dim)
         for block in self.blocks:
             x = block(x, c)
         return F.layer_norm(x, x.shape[-1:])
 
+    def _factors(self, summary: Tensor, c: Tensor) -> Tensor:
+        return self.write(self._latents(summary, c).flatten(1)).view(-1, self.dim, self.rank)
+
+    def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """Map tokens (B, n_vars) and conditioning (B, dim) to latents (B, num_latents, dim)."""
+        return self._latents(self.summary(tokens), c)
+
     def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Map tokens (B, n_vars) and conditioning (B, dim) to readouts (B, n_vars, rank)."""
-        factors = self.write(self.trunk(tokens, c).flatten(1)).view(-1, self.dim, self.rank)
-        return self.genes() @ factors
+        return self.genes() @ self._factors(self.summary(tokens), c)
+
+    def readout_at(self, summary: Tensor, c: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
+        """Return the readouts of single genes, (N, rank)."""
+        return torch.einsum("nd,ndr->nr", self.genes()[genes], self._factors(summary, c)[cells])
+
+    def readout_by_part(self, tokens: Tensor, c: Sequence[Tensor], parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Hide one part of the genes after the other and return the readouts of that part, (B, n, rank) each.
+
+        The sum over the genes that stay is made of those of the other parts, and only the part is read: all parts together cost
+        one pass over the genes. It is not the sum of all less the part's own, whose rounding would hint at what is hidden.
+        """
+        sums, genes = [self.summary(tokens[:, part], part) for part in parts], self.genes()
+        for k, (part, here) in enumerate(zip(parts, c, strict=True)):
+            others = [own for i, own in enumerate(sums) if i != k]
+            shown = torch.stack(others).sum(0) if others else torch.zeros_like(sums[k])
+            yield genes[part] @ self._factors(shown, here)

@@ -1,6 +1,7 @@
-"""From a gene's readout to a distribution over its bins: free (softmax) or a discretised negative binomial.
+"""From a gene's readout to a law of its values: of all counts (`CountHead`), or of the bins of binned data (`SoftmaxHead`).
 
-A head is given flat lists of positions, only those where a distribution is wanted: `readout` (N, rank) and `genes` (N,).
+Both answer the same questions. Whole cells are given as `readout` (B, n_vars, rank) with a mask of where answers are wanted;
+single positions as `readout` (N, rank) and `genes` (N,).
 """
 
 from __future__ import annotations
@@ -8,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sedd.errors import UserError
+from sedd.kernels import count_law, count_law_draws
+from sedd.kernels.count_law import Sums
+from sedd.kernels.count_law_draws import COMPONENTS, LOG_MEAN, LOG_THETA
 
 # (position, bin) pairs whose probabilities exist at a time: what stays in a core's cache, what keeps a GPU busy.
 CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
@@ -22,8 +29,150 @@ def chunks(n: int, like: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, n, step))
 
 
+def draw(log_p: Tensor, u: Tensor) -> Tensor:
+    """Draw by inversion, in float64.
+
+    Parameters
+    ----------
+    log_p : (N, n) log-probabilities up to a constant of the row, or (n,) shared by all draws
+    u : (N,) float64 in [0, 1)
+
+    Returns
+    -------
+    drawn : (N,) int64; never a value of probability 0
+
+    Raises
+    ------
+    UserError
+        If a probability is not a number.
+    """
+    log_p = log_p.double()
+    cumulative = (log_p - log_p.amax(-1, keepdim=True)).exp_().cumsum(-1)
+    total = cumulative[..., -1]
+    if not bool(torch.isfinite(total).all()):
+        raise UserError("a probability of the model is not a number: its training has diverged. Use an earlier checkpoint.")
+    point = u * total
+    return torch.searchsorted(cumulative, point if log_p.ndim == 1 else point[:, None], right=True).view(-1)
+
+
+class CountHead(nn.Module):
+    """A mixture of three negative binomials over all counts, see `sedd.kernels.count_law`.
+
+    Each gene has a law of its own, which starts at a fit to its training counts; the readout moves its nine numbers along
+    directions that all genes share.
+
+    Parameters
+    ----------
+    start : (n_vars, 3, 3), from `sedd.kernels.count_law_fit.fit`
+    rank
+        Length of a readout.
+    """
+
+    def __init__(self, start: Tensor, rank: int) -> None:
+        super().__init__()
+        self.start = nn.Parameter(start.float().clone())
+        # The first direction moves all means, the second shifts weight between components, the third spreads them.
+        moves = torch.randn(rank, COMPONENTS, 3) / 2
+        tilt = torch.linspace(-1, 1, COMPONENTS)
+        for r in range(min(rank, 3)):
+            moves[r] = 0
+        moves[0, :, 1] = 1
+        if rank > 1:
+            moves[1, :, 0] = tilt
+        if rank > 2:
+            moves[2, :, 1], moves[2, :, 2] = tilt / 2, 0.5
+        self.moves = nn.Parameter(moves)
+
+    def log_prob(self, readout: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
+        """Return log-probabilities of counts, (B, n_vars) float32, 0 where not masked."""
+        with torch.autocast(readout.device.type, enabled=False):
+            if readout.device.type == "cpu":
+                return _CountLogProb.apply(readout.float(), self.start, self.moves, targets, masked)
+            return self._log_prob_everywhere(readout.float(), targets).masked_fill(~masked, 0)
+
+    def _log_prob_everywhere(self, readout: Tensor, targets: Tensor) -> Tensor:
+        """Return `log_prob` by torch's own functions: shapes do not depend on the mask, so a GPU need not wait for it."""
+        k = targets.to(readout.dtype).unsqueeze(-1)
+        raw = self.start + torch.einsum("bgr,rjc->bgjc", readout, self.moves)
+        log_weight = raw[..., 0].log_softmax(-1)
+        log_mean, log_theta = raw[..., 1].clamp(*LOG_MEAN), raw[..., 2].clamp(*LOG_THETA)
+        theta, log_ratio = log_theta.exp(), log_mean - log_theta
+        q = log_ratio.exp().log1p()
+        rising = torch.lgamma(theta + k) - torch.lgamma(theta)
+        return (log_weight + rising - (theta + k) * q + k * log_ratio).logsumexp(-1) - torch.lgamma(k + 1).squeeze(-1)
+
+    def _host(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.start.detach().float().cpu().numpy(), self.moves.detach().float().cpu().numpy()
+
+    def add_moments(
+        self,
+        sums: Sums,
+        readout: Tensor,
+        masked: Tensor,
+        *,
+        genes: Tensor | None = None,
+        counts: np.ndarray | None = None,
+        by_own: np.ndarray | None = None,
+        scale: np.ndarray | None = None,
+    ) -> None:
+        """Add the expectations of the masked entries to `sums`; see `sedd.kernels.count_law.add_moments`.
+
+        Parameters
+        ----------
+        genes : (n,) int64, optional
+            The genes of the columns of all other arrays; all genes by default.
+        """
+        start, moves = self._host()
+        given = {"counts": counts, "by_own": by_own, "scale": scale}
+        start = start if genes is None else start[genes.cpu().numpy()]
+        count_law.add_moments(sums, _host(readout), start, moves, masked.cpu().numpy(), **given)
+
+    def draw(self, readout: Tensor, genes: Tensor, u: Tensor) -> Tensor:
+        """Draw counts, (N,) int64, by inversion of (N,) float64 uniform numbers."""
+        drawn = count_law_draws.draw(_host(readout), *self._host(), genes.cpu().numpy(), u.cpu().numpy())
+        return torch.from_numpy(drawn).to(readout.device)
+
+    def n_states(self, readout: Tensor, genes: Tensor, rest: float = 1e-9) -> int:
+        """How many counts, from 0 on, leave less than `rest` of every law."""
+        return count_law_draws.reach(_host(readout), *self._host(), genes.cpu().numpy(), rest)
+
+    def log_table(self, readout: Tensor, genes: Tensor, n: int | None = None) -> Tensor:
+        """Log-probabilities of the counts 0 .. n - 1, (N, n) float64; by default of `n_states`."""
+        n = self.n_states(readout, genes) if n is None else n
+        table = count_law_draws.table(_host(readout), *self._host(), genes.cpu().numpy(), n)
+        return torch.from_numpy(table).to(readout.device)
+
+    def distribution(self, readout: Tensor, genes: Tensor, counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`log P(count)`, `P(less than count)` and the mean, (N,) float64 each."""
+        given = genes.cpu().numpy(), counts.cpu().numpy()
+        return count_law_draws.distribution(_host(readout), *self._host(), *given)
+
+
+def _host(readout: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(readout.detach().float().cpu().numpy())
+
+
+class _CountLogProb(torch.autograd.Function):
+    """`CountHead.log_prob` and its gradient in one pass over the masked genes; arrays without copies."""
+
+    @staticmethod
+    def forward(ctx: Any, readout: Tensor, start: Tensor, moves: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
+        arrays = (np.ascontiguousarray(x.detach().numpy()) for x in (readout, start, moves, targets, masked))
+        readout_, start_, moves_, targets_, masked_ = arrays
+        log_p, slopes = count_law.log_probs(readout_, start_, moves_, targets_, masked_)
+        ctx.arrays = slopes, masked_, readout_, moves_
+        return torch.from_numpy(log_p)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        slopes, masked, readout, moves = ctx.arrays
+        upstream = np.ascontiguousarray(gradient.numpy(), np.float32)
+        to_readout, to_start, to_moves = count_law.gradients(slopes, upstream, masked, readout, moves)
+        return torch.from_numpy(to_readout), torch.from_numpy(to_start), torch.from_numpy(to_moves), None, None
+
+
 class SoftmaxHead(nn.Module):
-    """Low-rank logits, smooth in the counts at the start, over a bias started at the genes' log-marginals.
+    """Low-rank logits of bins, smooth in their values at the start, over a bias started at the genes' log-marginals.
 
     Parameters
     ----------
@@ -33,23 +182,87 @@ class SoftmaxHead(nn.Module):
         Length of a readout.
     """
 
+    values: Tensor
+
     def __init__(self, log_marginals: Tensor, bin_values: Tensor, rank: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(log_marginals.clone())
+        self.register_buffer("values", bin_values.float().clone())
         place = bin_values.log1p() / bin_values.log1p().max().clamp(min=1e-6)
         # The cosines of a DCT: smooth functions of log(1 + count), from slow to fast.
         waves = torch.cos(torch.pi * place * torch.arange(1, rank + 1).unsqueeze(1))
         self.basis = nn.Parameter(waves)
 
-    def log_mu(self, readout: Tensor, genes: Tensor) -> Tensor:
+    def n_states(self, readout: Tensor, genes: Tensor, rest: float = 0.0) -> int:
+        """Return the number of bins."""
+        return len(self.values)
+
+    def log_table(self, readout: Tensor, genes: Tensor, n: int | None = None) -> Tensor:
         """Return log-probabilities of all bins, (N, n_bins) float32."""
         with torch.autocast(readout.device.type, enabled=False):
             return torch.addmm(F.embedding(genes, self.bias), readout.float(), self.basis).log_softmax(-1)
 
-    def log_mu_of(self, readout: Tensor, genes: Tensor, targets: Tensor) -> Tensor:
-        """Return log-probabilities of `targets` (N,), (N,) float32; logits exist for one chunk of positions at a time."""
+    def log_prob(self, readout: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
+        """Return log-probabilities of bins, (B, n_vars) float32, 0 where not masked; logits exist for a chunk of positions."""
+        cells, genes = masked.nonzero(as_tuple=True)
         with torch.autocast(readout.device.type, enabled=False):
-            return _LogSoftmaxOf.apply(readout.float(), self.basis, self.bias, genes, targets)
+            at = readout[cells, genes].float(), self.basis, self.bias, genes, targets[cells, genes].long()
+            return torch.zeros(masked.shape, device=readout.device).index_put((cells, genes), _LogSoftmaxOf.apply(*at))
+
+    def add_moments(
+        self,
+        sums: Sums,
+        readout: Tensor,
+        masked: Tensor,
+        *,
+        genes: Tensor | None = None,
+        counts: np.ndarray | None = None,
+        by_own: np.ndarray | None = None,
+        scale: np.ndarray | None = None,
+    ) -> None:
+        """Add the expectations of the masked entries to `sums`, each bin taken as its value.
+
+        Raises
+        ------
+        ValueError
+            If own counts are given: what a bin says of the rate behind it is not known.
+        """
+        if counts is not None or by_own is not None:
+            raise UserError("bins have no law of the rate behind them; leave the own counts out.")
+        cells, places = masked.nonzero(as_tuple=True)
+        values = self.values.double()
+        for part in chunks(len(places), values):
+            rows, columns = cells[part], places[part]
+            p = self.log_table(readout[rows, columns], columns if genes is None else genes[columns]).double().exp()
+            at = (rows.cpu().numpy(), columns.cpu().numpy())
+            sums.evidence[at] += 1
+            mean = p @ values
+            sums.first[at] += mean.cpu().numpy()
+            # Around the mean: the difference of two large moments would cancel.
+            around = (p * (values - mean.unsqueeze(-1)).square()).sum(-1)
+            sums.second[at] += (around + mean.square()).cpu().numpy()
+            if sums.zero.size:
+                sums.zero[at] += p[:, 0].cpu().numpy()
+            if sums.log1p.size and scale is not None:
+                logs = torch.log1p(torch.from_numpy(scale).to(p.device)[rows, None] * values)
+                sums.log1p[at] += (p * logs).sum(1).cpu().numpy()
+
+    def draw(self, readout: Tensor, genes: Tensor, u: Tensor) -> Tensor:
+        """Draw bins, (N,) int64, by inversion of (N,) float64 uniform numbers."""
+        if not len(genes):
+            return genes
+        return torch.cat([draw(self.log_table(readout[at], genes[at]), u[at]) for at in chunks(len(genes), self.values)])
+
+    def distribution(self, readout: Tensor, genes: Tensor, counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`log P(bin)`, `P(lower bin)` and the mean value, (N,) float64 each."""
+        out = np.empty((3, len(genes)))
+        for at in chunks(len(genes), self.values):
+            table = self.log_table(readout[at], genes[at]).double()
+            here = counts[at].long()[:, None]
+            log_p, cumulative = table.gather(1, here)[:, 0], table.exp().cumsum(1)
+            below = ((cumulative / cumulative[:, -1:]).gather(1, here)[:, 0] - log_p.exp()).clamp_min(0)
+            out[:, at] = torch.stack([log_p, below, table.exp() @ self.values.double()]).cpu().numpy()
+        return out[0], out[1], out[2]
 
 
 class _LogSoftmaxOf(torch.autograd.Function):
@@ -81,96 +294,3 @@ class _LogSoftmaxOf(torch.autograd.Function):
             to_basis.addmm_(readout[part].T, delta)
             to_bias.index_add_(0, genes[part], delta)
         return to_readout, to_basis, to_bias, None, None
-
-
-class NegativeBinomialHead(nn.Module):
-    """A negative binomial over the bin index, whose tail falls into the top bin.
-
-    Its log mean and log dispersion start at a fit to the genes' marginals.
-    """
-
-    def __init__(self, log_marginals: Tensor, bin_values: Tensor, rank: int) -> None:
-        super().__init__()
-        self.n_bins = bin_values.shape[0]
-        self.bias = nn.Parameter(torch.stack(_fit(log_marginals.double().softmax(-1)), dim=1).log().float())
-        self.mix = nn.Linear(rank, 2, bias=False)
-
-    def _parameters_at(self, readout: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(readout.device.type, enabled=False):
-            log_mean, log_dispersion = (F.embedding(genes, self.bias) + self.mix(readout.float())).unbind(-1)
-        return log_mean, log_dispersion.clamp(-7, 12)
-
-    def _log_pmf(self, count: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
-        theta = log_dispersion.exp()
-        log_odds = log_mean - log_dispersion
-        binomial = _log_rising(theta, count) - torch.lgamma(count + 1)
-        return binomial - theta * F.softplus(log_odds) + count * F.logsigmoid(log_odds)
-
-    def _log_tail(self, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
-        """Log-probability of the top bin and all counts above it, the regularised incomplete beta function I_q(top, theta).
-
-        Its continued fraction, not 1 minus the rest: a small tail would drown in rounding. The fraction converges where
-        the tail is below about a half; elsewhere the complement's does.
-        """
-        top = float(self.n_bins - 1)
-        theta = log_dispersion.exp()
-        q = torch.sigmoid(log_mean - log_dispersion)
-        turn = (top + 1) / (top + theta + 2)
-        first = self._log_pmf(torch.full_like(q, top), log_mean, log_dispersion)
-        upper = first + _beta_fraction(torch.full_like(q, top), theta, torch.minimum(q, turn)).log()
-        below = first.exp() * top / theta * _beta_fraction(theta, torch.full_like(q, top), 1 - torch.maximum(q, turn))
-        return torch.where(q < turn, upper, torch.log1p(-below.clamp(max=1 - 1e-6)))
-
-    def log_mu(self, readout: Tensor, genes: Tensor) -> Tensor:
-        """Return log-probabilities of all bins, (N, n_bins) float32."""
-        log_mean, log_dispersion = self._parameters_at(readout, genes)
-        count = torch.arange(self.n_bins - 1, device=readout.device, dtype=torch.float32)
-        log_pmf = self._log_pmf(count, log_mean.unsqueeze(-1), log_dispersion.unsqueeze(-1))
-        return torch.cat([log_pmf, self._log_tail(log_mean, log_dispersion).unsqueeze(-1)], dim=-1)
-
-    def log_mu_of(self, readout: Tensor, genes: Tensor, targets: Tensor) -> Tensor:
-        """Return log-probabilities of `targets` (N,), (N,) float32, without making those of other bins."""
-        log_mean, log_dispersion = self._parameters_at(readout, genes)
-        out = self._log_pmf(targets.float(), log_mean, log_dispersion)
-        (top,) = (targets == self.n_bins - 1).nonzero(as_tuple=True)
-        return out.index_put((top,), self._log_tail(log_mean[top], log_dispersion[top]))
-
-
-def _fit(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and dispersion of a negative binomial for each row of probabilities (n_vars, n_bins).
-
-    A gene that is mostly 0 is fitted by its probabilities of 0 and 1: the little mass that smoothing puts on large counts
-    would rule its moments. The others are fitted by moments.
-    """
-    count = torch.arange(p.shape[1], dtype=p.dtype, device=p.device)
-    mean = (p @ count).clamp(min=1e-6)
-    excess = (p @ count.square() - mean.square() - mean).clamp(min=1e-3 * mean.square())
-    # P(1) / P(0) = theta q and log P(0) = theta log(1 - q); bisect -log(1 - q) / q = -log P(0) * P(0) / P(1) for q.
-    none, one = p[:, 0], p[:, 1]
-    low, high = torch.full_like(none, 1e-6), torch.full_like(none, 1 - 1e-9)
-    for _ in range(50):
-        q = (low + high) / 2
-        above = -torch.log1p(-q) * one > -none.log() * none * q
-        low, high = torch.where(above, low, q), torch.where(above, q, high)
-    sparse = one / none / q
-    mostly_none = none > 0.3
-    dispersion = torch.where(mostly_none, sparse, mean.square() / excess).clamp(1e-2, 1e3)
-    return torch.where(mostly_none, dispersion * q / (1 - q), mean), dispersion
-
-
-def _log_rising(theta: Tensor, count: Tensor) -> Tensor:
-    """`lgamma(theta + count) - lgamma(theta)`, by Stirling's series where the two are large and would cancel in float32."""
-    total = theta + count
-    large = (theta - 0.5) * torch.log1p(count / theta) + count * (total.log() - 1)
-    large = large + (1 / total - 1 / theta) / 12
-    return torch.where(theta > 8, large, torch.lgamma(total) - torch.lgamma(theta))
-
-
-def _beta_fraction(a: Tensor, b: Tensor, x: Tensor, depth: int = 32) -> Tensor:
-    """Continued fraction of the incomplete beta function (DLMF 8.17.22), from its `depth`-th pair of terms backwards."""
-    out = torch.ones_like(x)
-    for m in range(depth, 0, -1):
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        out = 1 + even / (1 + odd / out)
-    return 1 / (1 - (a + b) * x / (a + 1) / out)

@@ -33,7 +33,7 @@ def forecast(
     step
         Trains on the batches of one step.
     """
-    accumulation, epochs = config.optim.gradient_accumulation_steps, config.optim.num_epochs
+    accumulation, epochs = config.optim.gradient_accumulation_steps, config.optim.epochs_of(len(loader))
     n_parameters = sum(p.numel() for p in model.parameters())
     steps = math.ceil(len(loader) / accumulation)
     group = list(islice(iter(loader), accumulation))
@@ -45,7 +45,7 @@ def forecast(
     copies = 5 if config.optim.ema_decay else 4  # weights, their average, gradients, two moments
     return (
         f"cells {panel.train_cells.n_cells} to train, {panel.val_cells.n_cells} to validate; genes {len(panel.genes)}; "
-        f"bins {panel.binning.n_bins} ({panel.binning.kind})\n"
+        f"values {panel.binning.describe()}\n"
         f"parameters {n_parameters:,}; weights, gradients and optimizer {4 * n_parameters * copies / 2**20:.0f} MiB; "
         f"{_peak_memory()} with batches of {config.batch_size}\n"
         f"steps {steps} an epoch, {steps * epochs} in all; {seconds:.3f} s a step, "

@@ -15,7 +15,7 @@ from sedd.graph import make_graph
 from sedd.io.loading.batch import Batch
 from sedd.kernels.random_bits import stream_key
 from sedd.loss import diffusion_loss
-from sedd.model import SEDDTransformer
+from sedd.model import PER_GENE, SEDDTransformer
 from sedd.noise import make_noise
 from sedd.training.ema import EMA
 from sedd.training.failures import check_finite, largest_batch
@@ -69,7 +69,7 @@ class Learner:
             _parameter_groups(self.model, config.optim.weight_decay),
             lr=config.learning_rate,
             betas=(0.9, 0.99),
-            fused=accelerator.device.type == "cuda",
+            fused=True,
         )
         module = self.model.compiled() if config.optim.compile else self.model
         self._module, self._optimizer = accelerator.prepare(module, optimizer)
@@ -203,7 +203,8 @@ class Learner:
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices; none on biases, norms and embeddings of single genes."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    """Weight decay on matrices; none on biases, norms and what belongs to single genes: decay would make rare counts frequent."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim >= 2 and name not in PER_GENE]
+    others = [p for name, p in named if p.ndim < 2 or name in PER_GENE]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from sedd.binning import Binning, smoothed_log_shares
+from sedd.binning import Binning, model_start
 from sedd.checkpoint import pack_histogram, unpack_histogram
 from sedd.config import DataConfig, ModelConfig, TrainConfig
 from sedd.errors import NegativeValuesError, NotCountsError, UserError, warn_user
@@ -82,9 +82,7 @@ class Panel:
             dropout=config.dropout,
             attention=config.attention,
             num_latents=config.num_latents,
-            head=config.head,
-            log_marginals=torch.from_numpy(smoothed_log_shares(self.histogram.toarray().astype(np.float64), self.binning.falloff)),
-            bin_values=torch.from_numpy(self.binning.values),
+            **model_start(self.binning, self.histogram),
             condition_sizes=tuple(len(labels) for labels in self.categories.values()),
             condition_library=config.condition_library_size,
             gene_embeddings=None if self.gene_vectors is None else torch.from_numpy(self.gene_vectors),
@@ -164,9 +162,11 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
     index = pd.Index(store.var_names).get_indexer(genes)
     if hist is not None and data.binning != "quantile":
         panel_hist = hist[index]
-        # The law of head nb is one of the bins' numbers, so these have to be counts.
-        kind = "counts" if data.binning == "auto" and config.model.head == "nb" else data.binning
+        # The uniform graph walks among a fixed number of states.
+        kind = "identity" if data.binning == "auto" and config.model.graph == "uniform" else data.binning
         binning = Binning.fit(kind, data.num_bins, hist=panel_hist)
+        if binning.kind == "counts" and config.model.graph == "uniform":
+            raise UserError("--graph uniform walks among a fixed number of values, and there is no largest count; expected --binning identity.")
         tokens = binning.token_histogram(panel_hist)
         _report_clipped(binning, panel_hist, data.num_bins)
     else:

@@ -93,7 +93,6 @@ class Validator:
         """How many entries were hidden, the sum of their negative log scores, that of their errors."""
         seed, n_vars, device = self._config.run.seed, len(self._panel.genes), self._accelerator.device
         count = masked_count(self._config.model.mask_ratio, n_vars)
-        values = torch.as_tensor(self._panel.binning.values, device=device)
         assert batch.cell is not None
         masked = torch.from_numpy(exact_mask(seed, 0, batch.cell.numpy(), n_vars, count)).to(device)
         shown = hide(batch.tokens, masked, self._graph.mask_token)
@@ -101,8 +100,8 @@ class Validator:
         given: dict[str, Any] = {"condition": batch.condition}  # not the total: it would give away what is hidden
         with self._accelerator.autocast():
             log_prob = model(shown, sigma, targets=batch.tokens, **given)
-        mean, _ = model.expectation(shown, sigma, values, **given)
-        error = (mean - values[batch.tokens.long()]).abs()[masked]
+        mean, _ = model.expectation(shown, sigma, **given)
+        error = (mean - model.values_of(batch.tokens)).abs()[masked]
         return [float(x) for x in (masked.sum(), -log_prob[masked].sum(), error.sum())]
 
     def _batches(self) -> Iterator[CellBatch]:

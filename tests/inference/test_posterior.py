@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from conftest import dense, make_counts, true_rates
-from scipy.stats import gamma
 
-from sedd.inference.posterior import Posterior
 from sedd.inference.pretrained import Pretrained
 from sedd.tasks import denoise
 
@@ -21,24 +18,6 @@ def test_denoising_is_nearer_to_the_truth_than_the_counts_the_gene_means_and_the
     assert error["out"] < 0.6 * error["means"] < error["counts"]
     assert error["out"] < error["others"] < error["means"]
     assert out.obs.equals(adata.obs)
-
-
-@pytest.mark.parametrize("shape", [0.3, 2.0, 50.0])
-def test_own_counts_update_a_gamma_rate_exactly(shape: float) -> None:
-    mean = np.array([[0.01, 0.5, 3.0, 40.0]])
-    counts = np.array([[1.0, 0.0, 7.0, 20.0]])
-    zero = (1 + mean / shape) ** -shape  # of a negative binomial with this mean and shape
-    found = Posterior(mean, np.zeros_like(mean), zero, np.zeros_like(mean))
-    rate, std = found.with_own_counts(counts, np.zeros(counts.shape[1], bool))
-    law = gamma(shape + counts, scale=1 / (shape / mean + 1))
-    np.testing.assert_allclose(rate, law.mean(), rtol=1e-6)
-    np.testing.assert_allclose(std, law.std(), rtol=1e-6)
-    drawn = np.random.default_rng(0).poisson(law.rvs((200_000, 4), random_state=1))
-    seen = np.log1p(1e4 / counts.sum() * drawn)
-    log = found.log1p_with_own_counts(counts, np.zeros(counts.shape[1], bool))[0]
-    np.testing.assert_allclose(log, seen.mean(0), atol=5 * (seen.std(0) / 200_000**0.5).max())
-    certain = Posterior(mean, np.zeros_like(mean), np.exp(-mean), np.zeros_like(mean))  # Poisson: nothing is left to learn
-    np.testing.assert_allclose(certain.with_own_counts(counts, np.zeros(counts.shape[1], bool))[0], mean, rtol=1e-3)
 
 
 def test_denoising_gives_what_was_asked_for(model: Pretrained) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sedd.binning import Binning, geometric_edges
+from sedd.binning import Binning
 from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch
 from sedd.io.plan import Split, noise_times
@@ -41,10 +41,10 @@ def test_batches_hold_the_cells_of_the_store() -> None:
     assert [len(batch) for batch in batches] == [64] * 42 + [12]
     for batch in batches:
         own = batch.cell.numpy()
-        assert batch.tokens.dtype == torch.uint8
+        assert batch.tokens.dtype == torch.uint16  # the largest count of the store is above 255
         assert batch.t.dtype == torch.float32
         assert batch.valid is None
-        np.testing.assert_array_equal(batch.tokens.numpy(), np.minimum(counts()[own], 49))
+        np.testing.assert_array_equal(batch.tokens.numpy(), counts()[own])
         np.testing.assert_array_equal(batch.library.numpy(), counts()[own].sum(axis=1))
         np.testing.assert_array_equal(batch.labels["cell_type"].numpy(), own * 20 // N_OBS)
         np.testing.assert_array_equal(
@@ -204,7 +204,7 @@ def test_a_state_of_another_sequence_is_refused(change: dict) -> None:
 def test_a_panel_comes_in_its_own_order() -> None:
     panel = np.random.default_rng(0).permutation(N_VARS)[:30]
     for batch in epoch(genes=[f"gene{i}" for i in panel], batch_size=300):
-        np.testing.assert_array_equal(batch.tokens.numpy(), np.minimum(counts()[batch.cell.numpy()][:, panel], 49))
+        np.testing.assert_array_equal(batch.tokens.numpy(), counts()[batch.cell.numpy()][:, panel])
 
 
 def test_float32_gives_counts_and_normalises_on_request() -> None:
@@ -297,17 +297,11 @@ def test_a_limit_spreads_over_the_store() -> None:
     assert np.unique(cells * 20 // N_OBS).size == 20
 
 
-def test_the_binning_is_fitted_on_training_cells_when_it_is_asked_for() -> None:
-    with loader(n_bins=12) as made:
-        binning = made.binning
-        assert isinstance(binning, Binning)
-        train = counts()[Split(N_OBS, 0.1, 0, "train").cells()]
-        assert binning.kind == "geometric"
-        assert binning.edges is not None
-        np.testing.assert_array_equal(binning.edges, geometric_edges(12, int(train.max())))
-        assert binning.values[11] == pytest.approx(train[train >= binning.edges[10]].mean())
+def test_counts_are_their_own_tokens_and_bins_are_fitted_on_training_cells() -> None:
+    with loader() as made:
+        assert made.binning == Binning.of_counts()
         batch = next(iter(made))
-        np.testing.assert_array_equal(batch.tokens, np.digitize(counts()[batch.cell.numpy()], binning.edges))
+        np.testing.assert_array_equal(batch.tokens, counts()[batch.cell.numpy()])
     batch = epoch(binning="linear", n_bins=20, batch_size=5000)[0]
     top = counts()[Split(N_OBS, 0.1, 0, "train").cells()].max()
     np.testing.assert_array_equal(batch.tokens, np.digitize(counts()[batch.cell.numpy()], np.linspace(0, top, 20)))

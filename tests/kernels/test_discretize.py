@@ -9,10 +9,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.optimize import minimize_scalar
-from scipy.stats import geom
 
-from sedd.binning import Binning, geometric_edges, smoothed_log_shares
+from sedd.binning import Binning, smoothed_log_shares
 from sedd.kernels.discretize import bin_counts, token_dtype, unbin_tokens
 
 
@@ -69,90 +67,30 @@ def test_no_token_outside_the_bins_is_decoded() -> None:
             unbin_tokens(np.array([0, bad]), values=values)
 
 
-def test_auto_keeps_counts_as_they_are_or_widens_the_bins_of_large_ones() -> None:
-    counts = np.array([[0, 1, 7], [2, 0, 12], [0, 0, 300]])
-    hist = histogram(counts)
-    assert Binning.fit("auto", 301, hist=hist).kind == "identity"
-    wide = Binning.fit("auto", 70, hist=hist)
-    assert wide.kind == "geometric"
-    assert wide.clipped(hist) == 0
-    np.testing.assert_array_equal(wide.tokens(counts)[:2], counts[:2])  # small counts are their own tokens
-    np.testing.assert_array_equal(wide.decode(wide.tokens(counts)), counts)  # each is alone in its bin here
+def test_a_count_is_its_own_token_however_large() -> None:
+    counts = np.array([[0, 1, 7], [2, 0, 12], [0, 0, 2**31 - 2]])
+    hist = sp.csr_array((np.ones(3), (np.arange(3), [0, 3, 300])), shape=(3, 301))
+    binning = Binning.fit("auto", 70, hist=hist)
+    assert binning == Binning.of_counts() == Binning.fit("counts", 2, hist=hist)
+    assert binning.clipped(hist) == 0
+    np.testing.assert_array_equal(binning.tokens(counts), counts)
+    np.testing.assert_array_equal(binning.decode(binning.tokens(counts)), counts.astype(np.float32))
+    assert binning.token_histogram(hist) is hist
+    for top, dtype in ((0, np.uint8), (255, np.uint8), (256, np.uint16), (65_535, np.uint16), (65_536, np.int32)):
+        assert binning.dtype_of(top) == binning.tokens(np.array([top])).dtype == dtype
+        assert binning.tokens(np.array([top]))[0] == top
+    with pytest.raises(ValueError, match="counts up to 2147483646 can be read"):
+        binning.tokens(np.array([2.0**31]))
 
 
-@settings(deadline=None, max_examples=200)
-@given(num_bins=st.integers(2, 300), top=st.integers(0, 1_000_000))
-def test_geometric_bins_are_single_counts_and_then_of_one_ratio(num_bins: int, top: int) -> None:
-    edges = geometric_edges(num_bins, top)
-    assert edges.shape == (num_bins - 1,)
-    np.testing.assert_array_equal(edges, np.rint(edges))
-    widths = np.diff(edges, prepend=0)
-    assert edges[0] == 1 and (widths >= 1).all()
-    if top < num_bins:
-        assert (widths == 1).all()
-        return
-    assert edges[-1] <= top
-    # From one count the widths rise smoothly to a share of the counts. The share is that between the first edge after a wide bin
-    # and the last edge, so the last bin, which ends at the largest count, is held against the bins before it.
-    first, last = int(np.argmax(widths >= 2)), edges.size - 1
-    if widths[first] < 2 or last - first < 2:
-        return
-    ratio = (edges[-1] / edges[first]) ** (1 / (last - first))
-    lows = np.concatenate([[0], edges[:-1]])
-    smooth = np.maximum(1, (ratio - 1) * lows)
-    assert (np.abs(widths - smooth) <= 2 + ratio + 0.1 * smooth).all()
-    rounding = 1 / edges[first] / (last - first) + 1 / edges[-1]  # of the edges to whole numbers, as a share
-    assert top + 1 == pytest.approx(ratio * edges[-1], rel=rounding)
-
-
-def test_the_law_inside_the_bins_makes_one_of_all_counts() -> None:
-    counts = np.random.default_rng(4).negative_binomial(0.3, 0.002, size=(3000, 4))
-    binning = Binning.fit("geometric", 50, hist=histogram(counts))
-    tokens = np.full(50, 1 / 50)  # any law of tokens
-    every = np.arange(int(counts.max()) * 60)
-    log_p, below = binning.within(every)
-    p = tokens[binning.tokens(every)] * np.exp(log_p)
-    assert p.sum() == pytest.approx(1, abs=1e-9)
-    cdf_below = np.concatenate([[0], np.cumsum(tokens)])[binning.tokens(every)] + tokens[binning.tokens(every)] * below
-    np.testing.assert_allclose(cdf_below, np.concatenate([[0], np.cumsum(p)])[:-1], atol=1e-9)
-
-
-def test_the_law_inside_a_bin_is_uniform_and_in_the_last_one_the_likeliest_geometric_law() -> None:
-    counts = np.random.default_rng(4).negative_binomial(0.3, 0.002, size=(3000, 4))
-    binning = Binning.fit("geometric", 50, hist=histogram(counts))
-    every = np.arange(int(counts.max()) * 2)
-    tokens, (log_p, below) = binning.tokens(every), binning.within(every)
-    for token in range(49):
-        inside = tokens == token
-        np.testing.assert_allclose(np.exp(log_p[inside]), 1 / inside.sum())
-        np.testing.assert_allclose(below[inside], np.arange(inside.sum()) / inside.sum(), atol=1e-12)
-    seen, inside = counts[binning.tokens(counts) == 49], every[tokens == 49]
-    first = inside[0]
-    fitted = minimize_scalar(lambda p: -geom.logpmf(seen - first + 1, p).sum(), bounds=(1e-6, 1), method="bounded", options={"xatol": 1e-12})
-    assert np.ptp(seen) > 100
-    law = geom(fitted.x, loc=first - 1)
-    np.testing.assert_allclose(log_p[tokens == 49], law.logpmf(inside), rtol=1e-4)
-    np.testing.assert_allclose(below[tokens == 49], law.cdf(inside - 1), rtol=1e-4, atol=1e-9)
-
-
-def test_bins_of_one_count_leave_nothing_open_and_real_bins_have_no_law_of_counts() -> None:
-    log_p, below = Binning("identity", 9, None, np.arange(9)).within(np.array([0, 3, 8]))
-    assert not log_p.any() and not below.any()
-    with pytest.raises(ValueError, match="bins of real values"):
-        Binning.fit("log", 9, values=np.arange(5.0)).within(np.array([1]))
-    with pytest.raises(ValueError, match="is for counts"):
-        Binning.fit("geometric", 9, values=np.arange(5.0))
-
-
-def test_bins_called_counts_share_the_last_one_among_large_counts() -> None:
+def test_binned_whole_numbers_share_the_last_bin_only_in_data_never_seen() -> None:
     counts = np.array([[0, 1, 7], [2, 0, 12], [0, 0, 3]])
     hist = histogram(counts)
-    clipped = Binning.fit("counts", 5, hist=hist)
-    np.testing.assert_array_equal(clipped.tokens(counts), np.minimum(counts, 4))
-    assert clipped.clipped(hist) == 2
-    np.testing.assert_allclose(clipped.values, [0, 1, 2, 3, (7 + 12) / 2])
-    with pytest.raises(ValueError, match="--num_bins 13 or --binning geometric"):
+    with pytest.raises(ValueError, match="--num_bins 13, or --binning counts"):
         Binning.fit("identity", 12, hist=hist)
+    binning = Binning.fit("identity", 13, hist=hist)
+    np.testing.assert_array_equal(binning.tokens(np.array([12, 13, 900])), [12, 12, 12])
+    assert binning.clipped(histogram(counts + 1)) == 1
 
 
 @pytest.mark.parametrize("num_bins", [2, 5, 64, 100, 300])
@@ -204,8 +142,8 @@ def test_a_bin_decodes_to_the_mean_count_inside_it() -> None:
 
 
 def test_a_binning_survives_json_bit_for_bit() -> None:
-    for kind in ("counts", "geometric", "linear", "log"):
-        binning = Binning.fit(kind, 7, hist=histogram(np.random.default_rng(2).poisson(9, size=(50, 4))))
+    for kind in ("counts", "identity", "linear", "log"):
+        binning = Binning.fit(kind, 40, hist=histogram(np.random.default_rng(2).poisson(9, size=(50, 4))))
         again = Binning.from_dict(json.loads(json.dumps(binning.to_dict())))
         assert again == binning
         assert hash(again) == hash(binning)
@@ -213,7 +151,7 @@ def test_a_binning_survives_json_bit_for_bit() -> None:
 
 def test_a_token_histogram_counts_the_tokens_and_its_shares_are_smoothed() -> None:
     counts = np.random.default_rng(3).poisson([0.1, 2, 5], size=(4000, 3))
-    binning = Binning.fit("counts", 8, hist=histogram(counts))
+    binning = Binning.fit("linear", 7, hist=histogram(counts))
     got = binning.token_histogram(histogram(counts)).toarray()
     want = np.stack([np.bincount(column, minlength=8) for column in binning.tokens(counts).T])
     assert np.array_equal(got, want)
@@ -227,14 +165,18 @@ def test_a_token_histogram_counts_the_tokens_and_its_shares_are_smoothed() -> No
     ("call", "message"),
     [
         (lambda: Binning.fit("nonsense", 5, values=np.ones(3)), "unknown binning 'nonsense'"),
-        (lambda: Binning.fit("counts", 5), "either hist= .* or values="),
+        (lambda: Binning.fit("identity", 5), "either hist= .* or values="),
         (lambda: Binning.fit("auto", 5, values=np.ones(3)), "real numbers"),
+        (lambda: Binning.fit("counts", 5, values=np.ones(3)), "'counts' is for counts"),
+        (lambda: Binning.fit("identity", 5, values=np.ones(3)), "'identity' is for whole numbers"),
+        (lambda: Binning("counts", 5, None, np.zeros(5)), "make it with Binning.of_counts"),
+        (lambda: Binning.of_counts().tokens(np.array([0.5])), "not integers"),
         (lambda: Binning.fit("linear", 5, values=np.array([-1.0])), "finite numbers >= 0"),
         (lambda: Binning.fit("linear", 5, values=np.empty(0)), "training split is empty"),
-        (lambda: Binning("counts", 5, None, np.zeros(4)), "expected 5"),
+        (lambda: Binning("identity", 5, None, np.zeros(4)), "expected 5"),
         (lambda: Binning("linear", 5, None, np.zeros(5)), "needs edges"),
-        (lambda: Binning("counts", 5, None, np.zeros(5)).tokens(np.array([-1])), "expected counts >= 0"),
-        (lambda: Binning("counts", 5, None, np.zeros(5)).tokens(np.array([0.5])), "not integers"),
+        (lambda: Binning("identity", 5, None, np.zeros(5)).tokens(np.array([-1])), "expected counts >= 0"),
+        (lambda: Binning("identity", 5, None, np.zeros(5)).tokens(np.array([0.5])), "not integers"),
     ],
 )
 def test_bad_binnings_are_refused_in_one_line(call: object, message: str) -> None:

@@ -27,12 +27,12 @@ from sedd.training.resuming import CONTENT, FREE, ON_RESUME, REPORTED, SAME, che
 OTHER: dict[str, Any] = {
     "layer": "counts", "raw": True, "modality": "rna", "gene_names": "symbol", "strip_version": True, "round": True, "keys": ("a",),
     "drop": ("uns",), "join": "outer", "binning": "log", "num_bins": 65, "val_fraction": 0.2, "limit_cells": 100, "hidden_dim": 32, "num_layers": 2,
-    "num_heads": 4, "dropout": 0.2, "attention": "full", "num_latents": 2, "head": "nb", "graph": "uniform", "noise": "geometric",
+    "num_heads": 4, "dropout": 0.2, "attention": "full", "num_latents": 2, "graph": "uniform", "noise": "geometric",
     "objective": "masked", "mask_ratio": 0.3, "condition": ("donor",), "condition_library_size": False, "condition_dropout": 0.2,
     "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 6, "weight_decay": 0.1, "grad_clip": 0.5, "ema_decay": 0.99, "gradient_accumulation_steps": 2,
     "mixed_precision": "bf16", "compile": True, "seed": 1,
     "data_path": "elsewhere.zarr", "cache_dir": "elsewhere", "genes": "genes.txt", "memory_budget": "1GiB", "loader_threads": 1, "masks_on": "device",
-    "model": "medium", "gene_embeddings": "vectors.npz", "num_epochs": 3, "checkpoint_dir": "elsewhere", "resume": "auto", "overwrite": True,
+    "model": "medium", "gene_embeddings": "vectors.npz", "num_epochs": 3, "min_steps": 5, "checkpoint_dir": "elsewhere", "resume": "auto", "overwrite": True,
     "num_threads": 2, "checkpoint_every": "7", "keep_checkpoints": 2, "early_stopping": 5, "log_with": "tensorboard", "dry_run": True,
 }  # fmt: skip
 """Of every setting a value that `tiny_run` was not made with."""

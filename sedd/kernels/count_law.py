@@ -1,0 +1,356 @@
+"""The law of a gene's count, a mixture of three negative binomials: its probabilities, their gradients and its moments.
+
+Component j of a gene has a weight, a mean and a dispersion theta; its variance is `mean + mean**2 / theta`. A gene's own
+nine numbers, `start` (n_vars, 3, 3), are moved by `readout @ moves` of the cell: along the last axis lie the logit of the
+weight, the log of the mean and the log of theta. Draws and
+distribution functions are in `sedd.kernels.count_law_draws`, the law of each gene by itself in `sedd.kernels.count_law_fit`.
+
+Masked genes of a cell are taken a block at a time, number by number, so that LLVM turns the loops into vector instructions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from sedd.kernels.count_law_draws import COMPONENTS, LOG_MEAN, LOG_THETA, check_law, log_factorial, mean_log1p, rising
+from sedd.kernels.vector_math import BLOCK, exp, log, log1p
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_MEAN_LOW, _MEAN_HIGH, _THETA_LOW, _THETA_HIGH = (np.float32(x) for x in (*LOG_MEAN, *LOG_THETA))
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def fill_laws(start: Any, readout: Any, moves: Any, where: Any, n: Any, laws: Any) -> None:
+    """Write the laws of n genes of a cell: logits, log means and log thetas, and what follows from them, a row each.
+
+    Parameters
+    ----------
+    start : (n_vars, 9), readout : (n_vars, rank), moves : (rank, 9)
+    where : (n,) int64
+        The genes.
+    laws : (27, BLOCK) float32
+        The nine numbers; three each of weights, thetas, ratios `mean / theta`, `log(1 + ratio)` and log weights; then two rows
+        to work in and one that is 0, or not a number if any of the nine is none.
+    """
+    raw, weight, theta, ratio, q, log_weight = laws[:9], laws[9:12], laws[12:15], laws[15:18], laws[18:21], laws[21:24]
+    total, spare, poison = laws[24], laws[25], laws[26]
+    bits = np.empty(BLOCK, np.int32)
+    for i in range(n):
+        g = where[i]
+        for p in range(9):
+            value = start[g, p]
+            for r in range(readout.shape[1]):
+                value += readout[g, r] * moves[r, p]
+            raw[p, i] = value
+    for p in range(9):
+        for i in range(n, BLOCK):
+            raw[p, i] = _ZERO
+    for i in range(BLOCK):
+        poison[i] = _ZERO
+        spare[i] = max(raw[0, i], max(raw[3, i], raw[6, i]))
+        total[i] = _ZERO
+    for p in range(9):
+        for i in range(BLOCK):
+            poison[i] += raw[p, i] * _ZERO  # not a number if one of them is not; bounds would hide it
+    for j in range(COMPONENTS):
+        for i in range(BLOCK):
+            log_weight[j, i] = raw[3 * j, i] - spare[i]
+        exp(log_weight[j], weight[j], bits)
+        for i in range(BLOCK):
+            total[i] += weight[j, i]
+    log(total, spare, bits)
+    for j in range(COMPONENTS):
+        for i in range(BLOCK):
+            weight[j, i] /= total[i]
+            log_weight[j, i] -= spare[i]
+    for j in range(COMPONENTS):
+        for i in range(BLOCK):
+            q[j, i] = min(max(raw[3 * j + 2, i], _THETA_LOW), _THETA_HIGH)
+        exp(q[j], theta[j], bits)
+        for i in range(BLOCK):
+            q[j, i] = min(max(raw[3 * j + 1, i], _MEAN_LOW), _MEAN_HIGH) - q[j, i]
+        exp(q[j], ratio[j], bits)
+        log1p(ratio[j], q[j], bits, spare)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def log_likelihoods(laws: Any, counts: Any, n: Any, part: Any, rise: Any, best: Any, log_p: Any) -> None:
+    """Write the log-probability of a count under each law, and the shares of the components in it (in `part`).
+
+    Parameters
+    ----------
+    counts : (BLOCK,) int64
+    part, rise : (3, BLOCK), best, log_p : (BLOCK,) float32
+        `rise` is theta times the derivative of `lgamma(theta + count) - lgamma(theta)`.
+    """
+    raw, theta, q, log_weight, total, spare = laws[:9], laws[12:15], laws[18:21], laws[21:24], laws[24], laws[25]
+    bits = np.empty(BLOCK, np.int32)
+    for j in range(COMPONENTS):
+        for i in range(BLOCK):
+            part[j, i] = log_weight[j, i] - theta[j, i] * q[j, i]
+            rise[j, i] = _ZERO
+    for i in range(n):
+        k = counts[i]
+        if k > 0:
+            factorial = log_factorial(k)
+            for j in range(COMPONENTS):
+                t = np.float64(theta[j, i])
+                log_ratio = np.float64(min(max(raw[3 * j + 1, i], _MEAN_LOW), _MEAN_HIGH))
+                log_ratio -= min(max(raw[3 * j + 2, i], _THETA_LOW), _THETA_HIGH)
+                # Of a large count the terms are large and cancel: in float32 hardly a digit of their sum would be right.
+                log_none = np.float64(q[j, i]) if k <= 8 else math.log1p(math.exp(log_ratio))
+                up, slope = rising(t, k)
+                part[j, i] = log_weight[j, i] + np.float32(up - factorial - (t + k) * log_none + k * log_ratio)
+                rise[j, i] = np.float32(t * slope)
+    for i in range(BLOCK):
+        best[i] = max(part[0, i], max(part[1, i], part[2, i]))
+        total[i] = _ZERO
+    for j in range(COMPONENTS):
+        for i in range(BLOCK):
+            spare[i] = part[j, i] - best[i]
+        exp(spare, part[j], bits)
+        for i in range(BLOCK):
+            total[i] += part[j, i]
+    log(total, spare, bits)
+    for i in range(BLOCK):
+        log_p[i] = best[i] + spare[i] + laws[26, i]
+    for j in range(COMPONENTS):
+        for i in range(BLOCK):
+            part[j, i] /= total[i]
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def slopes_of(laws: Any, counts: Any, part: Any, rise: Any, slope: Any) -> None:
+    """Write the derivatives of the log-probability of `counts` by the nine numbers of each law, (9, BLOCK)."""
+    raw, weight, theta, ratio, q = laws[:9], laws[9:12], laws[12:15], laws[15:18], laws[18:21]
+    for j in range(COMPONENTS):
+        for i in range(BLOCK):
+            mean = theta[j, i] * ratio[j, i]
+            pull = (np.float32(counts[i]) - mean) / (_ONE + ratio[j, i])
+            slope[3 * j, i] = part[j, i] - weight[j, i]
+            inside = (raw[3 * j + 1, i] >= _MEAN_LOW) & (raw[3 * j + 1, i] <= _MEAN_HIGH)
+            slope[3 * j + 1, i] = part[j, i] * pull if inside else _ZERO
+            inside = (raw[3 * j + 2, i] >= _THETA_LOW) & (raw[3 * j + 2, i] <= _THETA_HIGH)
+            slope[3 * j + 2, i] = part[j, i] * (rise[j, i] - theta[j, i] * q[j, i] - pull) if inside else _ZERO
+
+
+@numba.njit(cache=True, nogil=True)
+def _wanted(masked: Any, at: Any, where: Any) -> Any:
+    """Fill `where` with the next masked genes from `at` on; return how many, and where the search ended."""
+    n = 0
+    while at < masked.shape[0] and n < BLOCK:
+        where[n] = at
+        n += masked[at]
+        at += 1
+    return n, at
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _log_probs(readout: Any, start: Any, moves: Any, targets: Any, masked: Any, out: Any, slopes: Any) -> None:
+    laws, where = np.empty((27, BLOCK), np.float32), np.empty(BLOCK + 1, np.int64)
+    part, rise = np.empty((COMPONENTS, BLOCK), np.float32), np.empty((COMPONENTS, BLOCK), np.float32)
+    best, log_p, counts = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int64)
+    slope = np.empty((9, BLOCK), np.float32)
+    for b in range(masked.shape[0]):
+        out[b] = _ZERO
+        at = 0
+        while at < masked.shape[1]:
+            n, at = _wanted(masked[b], at, where)
+            fill_laws(start, readout[b], moves, where, n, laws)
+            for i in range(n):
+                counts[i] = np.int64(targets[b, where[i]])
+            log_likelihoods(laws, counts, n, part, rise, best, log_p)
+            for i in range(n, BLOCK):
+                counts[i] = 0
+            slopes_of(laws, counts, part, rise, slope)
+            for i in range(n):
+                g = where[i]
+                out[b, g] = log_p[i]
+                for p in range(9):
+                    slopes[b, g, p] = slope[p, i]
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _gradients(
+    slopes: Any, upstream: Any, masked: Any, readout: Any, moves: Any, to_readout: Any, to_start: Any, to_moves: Any
+) -> None:
+    rank, n = moves.shape
+    for b in range(masked.shape[0]):
+        for g in range(masked.shape[1]):
+            if not masked[b, g]:
+                for r in range(rank):
+                    to_readout[b, g, r] = 0.0
+                continue
+            factor = upstream[b, g]
+            for p in range(n):
+                to_start[g, p] += factor * slopes[b, g, p]
+            for r in range(rank):
+                total = np.float32(0)
+                from_cell = factor * readout[b, g, r]
+                for p in range(n):
+                    total += slopes[b, g, p] * moves[r, p]
+                    to_moves[r, p] += from_cell * slopes[b, g, p]
+                to_readout[b, g, r] = factor * total
+
+
+def log_probs(
+    readout: np.ndarray, start: np.ndarray, moves: np.ndarray, targets: np.ndarray, masked: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of counts and their derivatives by the numbers of the law.
+
+    Parameters
+    ----------
+    readout : (B, n_vars, rank) float32
+    start : (n_vars, 3, 3) float32
+    moves : (rank, 3, 3) float32
+    targets : (B, n_vars) integers >= 0
+    masked : (B, n_vars) bool
+        Where they are wanted.
+
+    Returns
+    -------
+    log_p : (B, n_vars) float32, 0 where not wanted
+    slopes : (B, n_vars, 3, 3) float32, not set where not wanted
+    """
+    check_law(readout, start, moves)
+    out = np.empty(masked.shape, np.float32)
+    slopes = np.empty((*masked.shape, COMPONENTS * 3), np.float32)
+    _log_probs(readout, start.reshape(-1, 9), moves.reshape(-1, 9), targets, masked, out, slopes)
+    return out, slopes.reshape(*masked.shape, COMPONENTS, 3)
+
+
+def gradients(
+    slopes: np.ndarray, upstream: np.ndarray, masked: np.ndarray, readout: np.ndarray, moves: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Carry the gradient of `log_probs` on to readout, start and moves, each of its own shape, float32.
+
+    Parameters
+    ----------
+    slopes, masked, readout, moves
+        Of `log_probs`.
+    upstream : (B, n_vars) float32
+    """
+    to_readout = np.empty(readout.shape, np.float32)
+    to_start = np.zeros((masked.shape[1], COMPONENTS * 3), np.float32)
+    to_moves = np.zeros((moves.shape[0], COMPONENTS * 3))
+    flat = slopes.reshape(*masked.shape, -1), upstream, masked, readout, moves.reshape(moves.shape[0], -1)
+    _gradients(*flat, to_readout, to_start, to_moves)
+    return to_readout, to_start.reshape(-1, COMPONENTS, 3), to_moves.reshape(moves.shape).astype(np.float32)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _moments(
+    readout: Any, start: Any, moves: Any, masked: Any, counts: Any, by_own: Any, scale: Any,
+    evidence: Any, first: Any, second: Any, zero: Any, log: Any,
+) -> None:  # fmt: skip
+    laws, where = np.empty((27, BLOCK), np.float32), np.empty(BLOCK + 1, np.int64)
+    part, rise = np.empty((COMPONENTS, BLOCK), np.float32), np.empty((COMPONENTS, BLOCK), np.float32)
+    best, log_p, own = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int64)
+    weight, theta, ratio = laws[9:12], laws[12:15], laws[15:18]
+    for b in range(masked.shape[0]):
+        at = 0
+        while at < masked.shape[1]:
+            n, at = _wanted(masked[b], at, where)
+            fill_laws(start, readout[b], moves, where, n, laws)
+            for i in range(n):
+                own[i] = np.int64(counts[b, where[i]]) if by_own[where[i]] else 0
+            log_likelihoods(laws, own, n, part, rise, best, log_p)
+            for i in range(n):
+                g = where[i]
+                known, k = by_own[g], own[i]
+                p = math.exp(np.float64(log_p[i]))
+                times = max(p, 1e-300) if known else 1.0
+                evidence[b, g] += times
+                if zero.shape[0] > 0 and not known:
+                    zero[b, g] += p  # `own` is 0
+                for j in range(COMPONENTS):
+                    share, t, r = np.float64(weight[j, i]), np.float64(theta[j, i]), np.float64(ratio[j, i])
+                    mean, spread = t * r, 1.0
+                    if known:  # the posterior of the rate behind the count: again a mixture of gamma laws
+                        share, mean, t, spread = np.float64(part[j, i]), (t + k) * r / (1.0 + r), t + k, 0.0
+                    share *= times
+                    first[b, g] += share * mean
+                    second[b, g] += share * mean * (mean + mean / t + spread)
+                    if log.shape[0] > 0 and share > 1e-9 * times:
+                        log[b, g] += share * mean_log1p(scale[b], mean, t)
+
+
+class Sums(NamedTuple):
+    """Running sums of expectations, each (B, n_vars) float64: of predictions of the same entries that are to be averaged.
+
+    Attributes
+    ----------
+    evidence
+        What to divide the others by: probabilities of the entries' own counts, or the number of predictions.
+    first, second
+        Of the count and its square; where the own count is given, of the rate behind it.
+    zero, log1p
+        Probability of 0, and expectation of `log1p(scale count)`; may be empty (0, 0).
+    """
+
+    evidence: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    zero: np.ndarray
+    log1p: np.ndarray
+
+    @classmethod
+    def of_zeros(cls, shape: tuple[int, ...], *, zero: bool = False, log1p: bool = False) -> Sums:
+        """Return sums to begin with."""
+        none = np.zeros((0, 0))
+        return cls(
+            np.zeros(shape),
+            np.zeros(shape),
+            np.zeros(shape),
+            np.zeros(shape) if zero else none,
+            np.zeros(shape) if log1p else none,
+        )
+
+    def add(self, others: Sums, columns: np.ndarray) -> None:
+        """Add the sums of some of the genes."""
+        for own, other in zip(self, others, strict=True):
+            if own.size:
+                own[:, columns] += other
+
+    def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each entry, 0 where nothing was added."""
+        share = 1 / np.where(self.evidence > 0, self.evidence, 1)
+        mean = self.first * share
+        return mean, np.sqrt(np.maximum(self.second * share - mean**2, 0))
+
+
+def add_moments(
+    sums: Sums,
+    readout: np.ndarray,
+    start: np.ndarray,
+    moves: np.ndarray,
+    masked: np.ndarray,
+    *,
+    counts: np.ndarray | None = None,
+    by_own: np.ndarray | None = None,
+    scale: np.ndarray | None = None,
+) -> None:
+    """Add the expectations of the masked entries to `sums`.
+
+    Parameters
+    ----------
+    sums
+        Changed in place.
+    readout, start, moves, masked
+        As in `log_probs`.
+    counts : (B, n_vars), by_own : (n_vars,) bool, optional
+        Genes whose own counts are given beside the other genes. Around a rate a count is Poisson, so the rate's posterior is,
+        for each component, a gamma law with shape `theta + count` and mean `mean (theta + count) / (theta + mean)`.
+    scale : (B,) float64, optional
+        For `log1p`.
+    """
+    check_law(readout, start, moves)
+    none = by_own is None or counts is None
+    own = np.zeros(masked.shape[1], np.bool_) if by_own is None else by_own
+    given = np.zeros((1, 1), np.float32) if none or counts is None else counts
+    scales = np.zeros(len(masked)) if scale is None else scale
+    _moments(readout, start.reshape(-1, 9), moves.reshape(-1, 9), masked, given, own, scales, *sums)
