@@ -262,12 +262,11 @@ class OptimConfig:
     num_epochs: int = 100
     """Passes over the training cells."""
     min_steps: int = 0
-    """Take at least so many steps: where the cells are few, pass over them more often than --num_epochs."""
+    """Take at least so many steps: few cells are passed over more often than --num_epochs."""
     batch_size: int | None = None
     """Cells per step and process; from --model if not given (small and medium: 32, large: 64)."""
     learning_rate: float | None = None
-    """Learning rate of AdamW after the warm-up; constant from there, so a run can be resumed at any length. From
-    --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4)."""
+    """Learning rate of AdamW, constant after the warm-up. From --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4)."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.01
