@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 from tyro.conf import Positional
 
-from sedd.config import ConversionSettings
+from sedd.config import ConversionSettings, ReadingSettings
 from sedd.errors import UserError
 from sedd.processes import is_main
 
@@ -126,11 +126,11 @@ class _OfModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cells:
-    """Which cells a model is applied to."""
+class _Cells(ReadingSettings):
+    """Which cells a model is applied to; where a flag of how they are read is not given, as the data of the training were."""
 
     data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
-    """An .h5ad or a .zarr store of counts."""
+    """A .zarr store, or an input: an .h5ad, an AnnData .zarr, an .h5mu, a 10x .h5 or matrix.mtx folder, or a .loom."""
     cells: Literal["all", "train", "val"] = "all"
     """Which cells, for the data that the model was trained on."""
     layer: str | None = None
@@ -200,7 +200,8 @@ class _Prediction(_Draws, _Cells, _Task):
             raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
         from sedd.inference.new_genes import add_genes
 
-        return add_genes(self.checkpoint, self.data, self.new_genes, self.gene_embeddings, layer=self.layer, raw=self.raw)
+        where = {name: value for name, value in given(self, add_genes).items() if name not in ("data", "gene_embeddings")}
+        return add_genes(self.checkpoint, self.data, self.new_genes, self.gene_embeddings, **where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +278,7 @@ class Embed(_Cells, _Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(_OfModel):
+class Evaluate(ReadingSettings, _OfModel):
     """Measure likelihood, imputation and generation beside baselines, and write a report."""
 
     data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]

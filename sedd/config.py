@@ -43,13 +43,9 @@ def _require(ok: bool, flag: str, value: object, expected: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputSettings:
-    """What is taken of the inputs, and under which names."""
+class ReadingSettings:
+    """How an input is read: which of several matrices, by which names of genes, and without what."""
 
-    layer: str | None = None
-    """Take counts from this layer instead of X."""
-    raw: bool = False
-    """Take counts from .raw."""
     modality: str | None = None
     """Modality of an .h5mu to take; of a 10x file the type of features (Gene Expression if not given)."""
     gene_names: str | None = None
@@ -58,22 +54,35 @@ class InputSettings:
     """Take the versions off identifiers of genes: ENSG00000141510.18 becomes ENSG00000141510."""
     round: bool = False
     """Round fractions among counts, as SoupX or EM leave them, to the nearest whole number (halves to the even one)."""
-    keys: tuple[str, ...] = ()
-    """Names of the inputs, in their order, for obs["source"]; their file names if not given."""
     drop: tuple[str, ...] = ()
     """Leave out obsm, uns, or one of their elements or columns, such as obsm/airr or obs/notes."""
-    join: Literal["inner", "outer"] = "inner"
-    """Genes of several inputs: those that all have, or those that any has."""
 
     def __post_init__(self) -> None:
-        if self.layer is not None and self.raw:
-            raise UserError("give --layer or --raw, not both.")
-        if len(set(self.keys)) < len(self.keys):
-            raise UserError(f"--keys {' '.join(self.keys)}: names the same input twice; expected a name of its own for each.")
         for name in self.drop:
             group, _, element = name.partition("/")
             if name not in ("obsm", "uns") and (group not in ("obs", "var", "obsm", "uns") or not element):
                 raise UserError(f"--drop {name!r}: expected obsm, uns, or an element of obs, var, obsm or uns, such as obsm/X_umap.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings(ReadingSettings):
+    """What is taken of the inputs, and under which names."""
+
+    layer: str | None = None
+    """Take counts from this layer instead of X."""
+    raw: bool = False
+    """Take counts from .raw."""
+    keys: tuple[str, ...] = ()
+    """Names of the inputs, in their order, for obs["source"]; their file names if not given."""
+    join: Literal["inner", "outer"] = "inner"
+    """Genes of several inputs: those that all have, or those that any has."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer is not None and self.raw:
+            raise UserError("give --layer or --raw, not both.")
+        if len(set(self.keys)) < len(self.keys):
+            raise UserError(f"--keys {' '.join(self.keys)}: names the same input twice; expected a name of its own for each.")
 
 
 @dataclass(frozen=True, kw_only=True)

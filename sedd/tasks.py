@@ -6,6 +6,7 @@ Every prediction is the model's posterior p(hidden genes | visible genes) of a c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ import scipy.sparse as sp
 import torch
 
 from sedd import __version__
+from sedd.config import ReadingSettings
 from sedd.errors import UserError
 from sedd.inference import posterior
 from sedd.inference.cells import open_cells
@@ -24,13 +26,15 @@ from sedd.inference.output_parts import open_parts
 from sedd.inference.output_place import check_output
 from sedd.inference.posterior import TaskBatch, batches, spans_of_batches
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import opened
+from sedd.inference.sources import opened, reading_of
 from sedd.io.format.json_table import unpacked_table
 from sedd.kernels.mask import exact_mask
+from sedd.options import grouped, keywords_of
 
 Data: TypeAlias = ad.AnnData | str | Path
 
 
+@keywords_of(ReadingSettings)
 def impute(
     model: Pretrained | str | Path,
     data: Data,
@@ -50,6 +54,7 @@ def impute(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    **reading: Any,
 ) -> ad.AnnData:
     """Predict unobserved entries from the observed genes of the same cell.
 
@@ -88,6 +93,9 @@ def impute(
         Replace an `output` that is there, or start an unfinished one again.
     progress
         Show a bar.
+    **reading
+        Fields of `sedd.config.ReadingSettings`: modality, names of genes, rounding, what is left out. Where one is not given the data
+        are read as those of the training were.
 
     Returns
     -------
@@ -102,7 +110,7 @@ def impute(
     UserError
         On bad input.
     """
-    arguments = dict(locals())
+    arguments = _all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
     model.check_knows_masks("Imputation")
@@ -141,6 +149,7 @@ def impute(
     return _for_each_batch("impute", model, arguments, predict_batch, details)
 
 
+@keywords_of(ReadingSettings)
 def denoise(
     model: Pretrained | str | Path,
     data: Data,
@@ -161,6 +170,7 @@ def denoise(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    **reading: Any,
 ) -> ad.AnnData:
     """Replace every count by the rate behind it, estimated from the whole cell.
 
@@ -189,7 +199,7 @@ def denoise(
         `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: standard deviation of the rate, or
         by the other genes alone that of the count. `layers["sedd_log1p"]` if asked for. With samples (by the other genes), `layers["sedd_mean"]` and `["sedd_std"]` are those of the draws. With `output`, as in `impute`.
     """
-    arguments = dict(locals())
+    arguments = _all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
@@ -310,6 +320,7 @@ def generate(
         return assemble(output, {"obs": obs, "var": var, "uns": {"sedd": done}}, parts)
 
 
+@keywords_of(ReadingSettings)
 def embed(
     model: Pretrained | str | Path,
     data: Data,
@@ -322,6 +333,7 @@ def embed(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    **reading: Any,
 ) -> ad.AnnData:
     """Put the state of the network for each cell beside it.
 
@@ -338,7 +350,7 @@ def embed(
     embedded : AnnData
         The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var, obsm and uns alone.
     """
-    arguments = dict(locals())
+    arguments = _all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
 
@@ -350,6 +362,12 @@ def embed(
             return {"X_sedd": model.model.embed(shown, model.sigma(hidden), **here.context).float().cpu().numpy()}
 
     return _for_each_batch("embed", model, arguments, embed_batch, {})
+
+
+def _all_arguments(own: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a task by name, those of how its data are read among them."""
+    (reading,) = grouped(own["reading"], ReadingSettings)
+    return {**{name: value for name, value in own.items() if name != "reading"}, **asdict(reading)}
 
 
 def _for_each_batch(
@@ -370,8 +388,8 @@ def _for_each_batch(
     """
     names = ("data", "cells", "layer", "raw", "batch_size", "output", "progress")
     data, cells, layer, raw, batch_size, output, progress = (arguments[name] for name in names)
-    with opened(data) as source:
-        chosen = open_cells(model, source, cells, layer, raw)
+    with opened(data, reading=reading_of(model, arguments)) as source:
+        chosen = open_cells(model, source, cells, layer, raw, rounding=arguments["round"])
         tables = chosen.tables()
         if output is not None and isinstance(data, ad.AnnData):
             check_tables(source.name, tables)
@@ -382,6 +400,7 @@ def _for_each_batch(
             whole = task == "embed"
             for here in batches(model, chosen, batch_size, task, progress, parts, whole=whole):
                 parts.add(here.lo, here.digest(), **make(here))
+            chosen.report_rounded()
             if whole:
                 return attach(output, data, source, None if cells == "all" else chosen.indices, parts, done)
             return assemble(output, {**tables, "uns": {**tables["uns"], "sedd": done}}, parts)

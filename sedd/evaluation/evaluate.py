@@ -16,18 +16,20 @@ import torch
 
 from sedd import tasks
 from sedd.binning import COUNT_KINDS
+from sedd.config import ReadingSettings
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
 from sedd.inference.cells import Cells, begins_as_trained_on, open_cells
 from sedd.inference.output_place import check_report
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import opened
+from sedd.inference.sources import opened, reading_of
 from sedd.io.files import write_json
 from sedd.io.outputs import only_writer_in
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
+from sedd.options import keywords_of
 from sedd.report.page import ReportData, write_report
 
 REPORT_FILES = ("metrics.json", "steps.json", "report.html")
@@ -57,6 +59,7 @@ class Evaluation:
     steps: list[dict[str, Any]] = field(default_factory=list)
 
 
+@keywords_of(ReadingSettings)
 def evaluate(
     model: Pretrained | str | Path,
     data: tasks.Data,
@@ -76,6 +79,7 @@ def evaluate(
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    **reading: Any,
 ) -> Evaluation:
     """Measure likelihood, imputation and generation on held-out cells, beside baselines learned on the training cells.
 
@@ -89,7 +93,7 @@ def evaluate(
         Directory for metrics.json, steps.json, report.html and its figures.
     cells : {"val", "all"}, optional
         Which cells to evaluate; "val" for the data of the training run, else "all".
-    layer, raw
+    layer, raw, **reading
         As in `sedd.tasks.impute`.
     imputed
         What `impute(..., hide=...)` made of the same cells; made here if not given.
@@ -118,15 +122,18 @@ def evaluate(
     check_report(output, REPORT_FILES, overwrite=overwrite)
     model = Pretrained.load(model)
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(opened(data))
+        source = stack.enter_context(opened(data, reading=reading_of(model, reading)))
+        rounding = bool(reading.get("round"))
         own = begins_as_trained_on(source.obs.index, model.state)
         part = cells or ("val" if own else "all")
-        held_out = open_cells(model, source, part, layer, raw)
+        held_out = open_cells(model, source, part, layer, raw, rounding=rounding)
         if own:
-            train = open_cells(model, source, "train", layer, raw)
+            train = open_cells(model, source, "train", layer, raw, rounding=rounding)
         else:
-            train = open_cells(model, stack.enter_context(opened(_training_data(model, source.name))), "train", None)
+            trained = opened(_training_data(model, source.name), reading=reading_of(model, {}))
+            train = open_cells(model, stack.enter_context(trained), "train", None)
         counts, train_counts = _matrix(held_out), _matrix(train)
+        held_out.report_rounded()
         name = source.name
     hidden = None
     if model.knows_masks:
@@ -180,7 +187,9 @@ def evaluate(
 
 def _training_data(model: Pretrained, name: str) -> str:
     """Return where the cells are that the model was trained on, for the baselines."""
-    path: str = model.state["args"]["data_path"]
+    # Of several inputs the cells are those of the store that was made of them.
+    paths = model.config.data.paths
+    path: str = paths[0] if len(paths) == 1 else model.state["data"]["path"]
     if not Path(path).exists():
         raise UserError(
             f"{name}: is not the data of the training run, and that ({path}) is not there any more; the baselines are "

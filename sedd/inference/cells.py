@@ -12,6 +12,7 @@ import pandas as pd
 from sedd.errors import UserError, warn_user
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import Source, as_source
+from sedd.io.conversion.genes import name_hint
 from sedd.io.files import obs_digest
 from sedd.io.format.plain import made_unique
 from sedd.io.plan import Split
@@ -35,6 +36,8 @@ class Cells:
         Which cells: None for all, or sorted indices.
     real
         Whether values may be other than whole numbers.
+    rounding
+        Whether fractions are rounded to whole numbers.
 
     Raises
     ------
@@ -51,6 +54,7 @@ class Cells:
         raw: bool = False,
         cells: np.ndarray | None = None,
         real: bool = False,
+        rounding: bool = False,
     ) -> None:
         self.source = source = as_source(data)
         self.name = source.name
@@ -58,7 +62,7 @@ class Cells:
         self.indices = np.arange(len(source.obs)) if cells is None else np.asarray(cells, np.int64)
         if len(self.indices) == 0:
             raise UserError(f"{self.name}: holds no cells; expected at least one.")
-        self._real = real
+        self._real, self._rounding, self._rounded = real, rounding, 0
         self._window: tuple[int, Any] = (0, None)
         self.obs: pd.DataFrame = rows_of(source.obs, self.indices)
         table = source.var(raw)
@@ -78,7 +82,8 @@ class Cells:
         if found < MIN_OVERLAP * len(where):
             raise UserError(
                 f"{self.name}: has {found} of the model's {len(where)} genes (its names look like {list(names[:2])}, the "
-                f"model's like {list(genes[:2])}); expected at least {MIN_OVERLAP:.0%}. Use data with the same gene names."
+                f"model's like {list(genes[:2])}); expected at least {MIN_OVERLAP:.0%}. "
+                f"{name_hint(self.name, table, source.naming, list(genes)) or 'Use data with the same gene names.'}"
             )
         if found < len(where):
             warn_user(
@@ -120,16 +125,25 @@ class Cells:
         wrong = ~np.isfinite(values) | (values < 0)
         kind = "negative or not finite"
         if not self._real and not wrong.any():
-            wrong = np.abs(values - np.rint(values)) > 1e-6
-            kind = "not a whole number"
+            fractions = np.abs(values - np.rint(values)) > 1e-6
+            if self._rounding:
+                self._rounded += int(fractions.sum())
+            else:
+                wrong, kind = fractions, "not a whole number"
         if wrong.any():
             cell, column = np.argwhere(wrong)[0]
             gene = self.var.index[~self.missing][column]
             ways = self.source.ways_out(self._place)
+            rounds = ", or --round if it is a count of which a part was taken off" if kind == "not a whole number" else ""
             raise UserError(
                 f"{self.name}: a value is {kind} ({values[cell, column]:g} at cell {self.indices[lo + cell]}, gene {gene!r}); "
-                f"the model was trained on counts. {f'Pass where they are: {ways}' if ways else 'There is no other matrix in it'}."
+                f"the model was trained on counts. {f'Pass where they are: {ways}' if ways else 'There is no other matrix in it'}{rounds}."
             )
+
+    def report_rounded(self) -> None:
+        """Say how many fractions were rounded so far."""
+        if self._rounded:
+            warn_user(f"{self.name}: {self._rounded} values that were read were fractions and were rounded.")
 
 
 def rows_of(table: Any, rows: np.ndarray) -> Any:
@@ -188,18 +202,26 @@ def cells_of_split(source: Source, part: str, state: dict[str, Any]) -> np.ndarr
     return Split(split["n_obs"], split["val_fraction"], split["seed"], part, split["limit"][part]).cells()
 
 
-def open_cells(model: Pretrained, data: Source | ad.AnnData, part: str, layer: str | None, raw: bool = False) -> Cells:
+def open_cells(
+    model: Pretrained, data: Source | ad.AnnData, part: str, layer: str | None, raw: bool = False, *, rounding: bool = False
+) -> Cells:
     """Return the cells of `part` of a source, aligned to the model's genes.
 
     Parameters
     ----------
     layer, raw
         As in `place_of_counts`.
+    rounding
+        Whether fractions are rounded, as they are too where those of the training data were.
     """
     source = as_source(data)
+    real = not model.state["data"]["is_counts"]
+    if rounding and real:
+        raise UserError("--round makes whole numbers, and the model was trained on real values; leave it out.")
     layer, raw = place_of_counts(model, source, layer, raw)
     chosen = cells_of_split(source, part, model.state)
-    return Cells(source, model.genes, layer=layer, raw=raw, cells=chosen, real=not model.state["data"]["is_counts"])
+    rounding = rounding or model.config.data.round
+    return Cells(source, model.genes, layer=layer, raw=raw, cells=chosen, real=real, rounding=rounding)
 
 
 def place_of_counts(model: Pretrained, source: Source, layer: str | None, raw: bool) -> tuple[str | None, bool]:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
 from sedd.binning import model_start
+from sedd.config import ReadingSettings
 from sedd.errors import UserError
 from sedd.inference.cells import Cells, place_of_counts
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import opened
+from sedd.inference.sources import opened, reading_of
 from sedd.nn.gene_vectors import read_gene_vectors
+from sedd.options import keywords_of
 
 
+@keywords_of(ReadingSettings)
 def add_genes(
     model: Pretrained | str | Path,
     data: ad.AnnData | str | Path,
@@ -26,6 +30,7 @@ def add_genes(
     *,
     layer: str | None = None,
     raw: bool = False,
+    **reading: Any,
 ) -> Pretrained:
     """Return the model on a panel that also holds genes it was not trained on, which it knows by pretrained vectors.
 
@@ -39,7 +44,7 @@ def add_genes(
         Names of the new genes.
     gene_embeddings
         A file of vectors as in training, which knows the new genes.
-    layer, raw
+    layer, raw, **reading
         As in `sedd.tasks.impute`.
 
     Returns
@@ -61,9 +66,10 @@ def add_genes(
     twice = [gene for gene in genes if gene in old]
     if twice or not genes:
         raise UserError(f"the new genes {twice[:3]} are in the model already; expected names of other genes.")
-    with opened(data) as source:
+    with opened(data, reading=reading_of(model, reading)) as source:
         layer, raw = place_of_counts(model, source, layer, raw)
-        cells = Cells(source, np.array(genes, object), layer=layer, raw=raw)
+        rounding = bool(reading.get("round")) or model.config.data.round
+        cells = Cells(source, np.array(genes, object), layer=layer, raw=raw, rounding=rounding)
         if cells.missing.any():
             raise UserError(
                 f"the new gene {genes[int(cells.missing.argmax())]!r} is not in the data; its counts are needed."

@@ -104,6 +104,7 @@ def attach(
         output is not None
         and chosen is None
         and not isinstance(data, ad.AnnData)
+        and source.copyable
         and _can_be_copied(Path(data), Path(output))
     ):
         _attach_to_copy(Path(data), Path(output), source, obsm, done)

@@ -23,7 +23,8 @@ import scipy.sparse as sp
 from sedd import __version__
 from sedd.errors import UserError, warn_user
 from sedd.inference.pretrained import Pretrained
-from sedd.io.files import fingerprint, new_file, obs_digest, save_arrays
+from sedd.io.files import new_file, obs_digest, save_arrays
+from sedd.io.input.opening import input_fingerprint
 from sedd.io.outputs import clear, only_writer, partial_folder
 from sedd.processes import Processes
 
@@ -312,7 +313,6 @@ def open_parts(task: str, model: Pretrained, arguments: dict[str, Any], n_obs: i
 
 
 _NO_SETTINGS = ("model", "data", "output", "resume", "overwrite", "progress")  # arguments whose value as such does not determine the result
-_METADATA = ("zarr.json", ".zmetadata", ".zgroup")  # of a store; rewritten whenever the store is
 
 
 def made_from(task: str, model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -335,8 +335,4 @@ def _data(data: ad.AnnData | str | Path | None) -> str | None:
         return None
     if isinstance(data, ad.AnnData):
         return obs_digest(data.obs_names)
-    path = Path(data)
-    if path.is_dir():  # a store, or another folder, such as that of a matrix.mtx
-        paths = [path / name for name in _METADATA if (path / name).exists()][:1] or sorted(one for one in path.iterdir() if one.is_file())
-        return _short_digest([(one.name, fingerprint(str(one))) for one in paths])
-    return None if not path.is_file() else fingerprint(str(path))
+    return input_fingerprint(str(data)) if Path(data).exists() else None

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,55 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from sedd.errors import UserError, warn_user
+from sedd.config import ReadingSettings
+from sedd.errors import SeveralPartsError, UserError, warn_user
 from sedd.inference.matrices import Rows
-from sedd.io.input.base import Input
+from sedd.inference.pretrained import Pretrained
+from sedd.io.input.base import Input, Naming, check_drop, check_names, has_names, renamed
 from sedd.io.input.matrix import Matrix
 from sedd.io.input.opening import open_input
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data are read.
+
+    Attributes
+    ----------
+    asked
+        What a user asked for.
+    trained
+        How the data of the model were read, which holds where nothing else is asked for and these data allow it.
+    """
+
+    asked: ReadingSettings = field(default_factory=ReadingSettings)
+    trained: ReadingSettings = field(default_factory=ReadingSettings)
+
+    def naming(self, name: str, table: pd.DataFrame) -> Naming:
+        """Return where names of the genes of a table come from."""
+        asked = Naming(self.asked.gene_names, self.asked.strip_version or self.trained.strip_version)
+        check_names(name, table, asked)
+        column = self.trained.gene_names
+        if asked.column is None and column is not None and has_names(table, column):
+            return asked._replace(column=column)
+        return asked
+
+    def open(self, path: str) -> Input:
+        """Open an input at the modality that is asked for."""
+        modality, trained = self.asked.modality, self.trained.modality
+        try:
+            file = open_input(path, modality=modality)
+        except SeveralPartsError as error:
+            if trained not in error.names:
+                raise
+            return open_input(path, modality=trained)
+        if modality is None and trained in file.modalities:
+            file.close()
+            return open_input(path, modality=trained)
+        return file
+
+
+AS_IT_IS = Reading()
 
 
 class Source(ABC):
@@ -35,16 +80,22 @@ class Source(ABC):
         Names of the layers.
     has_x, has_raw
         Whether there is a matrix at `X` and at `.raw`.
+    naming
+        Where the names of genes come from.
+    copyable
+        Whether a copy of the file is the same data.
     is_store
         Whether it is a store that `sedd convert` made, or an AnnData read from one: the matrix that it was made from is its X.
     """
 
     name: str
+    naming: Naming
     obs: pd.DataFrame
     layers: list[str]
     has_x: bool
     has_raw: bool
     is_store: bool
+    copyable: bool = False
 
     @abstractmethod
     def var(self, raw: bool = False) -> pd.DataFrame:
@@ -93,9 +144,16 @@ class Source(ABC):
 class AnnDataSource(Source):
     """An AnnData: in memory, backed, lazy, a view, with matrices of any kind."""
 
-    def __init__(self, adata: ad.AnnData, name: str = "the AnnData") -> None:
+    def __init__(self, adata: ad.AnnData, name: str = "the AnnData", reading: Reading = AS_IT_IS) -> None:
         self.name, self._adata = name, adata
-        self.obs = _in_memory(adata.obs)
+        if reading.asked.modality is not None:
+            raise UserError(f"{name}: has no modalities; leave --modality {reading.asked.modality} out.")
+        self.naming = reading.naming(name, _in_memory(adata.var))
+        self._drop = reading.asked.drop
+        obs = _in_memory(adata.obs)
+        there = [f"{group}/{key}" for group, of in (("obs", obs), ("var", adata.var), ("obsm", adata.obsm), ("uns", adata.uns)) for key in of]
+        check_drop(name, there, self._drop)
+        self.obs = obs.drop(columns=[column for column in obs if f"obs/{column}" in self._drop])
         self.layers = [layer for layer in adata.layers if layer is not None]  # anndata 0.13 lists X, as None
         self.has_x, self.has_raw = adata.X is not None, adata.raw is not None
         own = adata.uns.get("sedd")
@@ -103,15 +161,21 @@ class AnnDataSource(Source):
 
     def var(self, raw: bool = False) -> pd.DataFrame:
         """Return the genes' table, or that of `.raw`."""
-        return _in_memory(self._adata.raw.var if raw else self._adata.var)
+        table = _in_memory(self._adata.raw.var if raw else self._adata.var)
+        return renamed(table.drop(columns=[column for column in table if f"var/{column}" in self._drop]), self.naming)
 
     def obsm(self) -> dict[str, Any]:
         """Return obsm."""
-        return {name: _in_memory(value) for name, value in self._adata.obsm.items()}  # rows are taken of it, which copies
+        return {name: _in_memory(value) for name, value in self._adata.obsm.items() if self._kept("obsm", name)}  # rows are taken of it, which copies
 
     def uns(self) -> dict[str, Any]:
         """Return a copy of uns."""
-        return {name: copy.deepcopy(_in_memory(value)) for name, value in self._adata.uns.items() if name != "sedd"}
+        return {
+            name: copy.deepcopy(_in_memory(value)) for name, value in self._adata.uns.items() if name != "sedd" and self._kept("uns", name)
+        }
+
+    def _kept(self, group: str, name: str) -> bool:
+        return group not in self._drop and f"{group}/{name}" not in self._drop
 
     def _rows(self, layer: str | None, raw: bool) -> Rows:
         adata = self._adata
@@ -121,7 +185,12 @@ class AnnDataSource(Source):
         """Return a copy of everything, in memory."""
         adata = self._adata
         lazy = not isinstance(adata.obs, pd.DataFrame)
-        return adata.to_memory() if adata.isbacked or lazy else adata.copy()
+        whole = adata.to_memory() if adata.isbacked or lazy else adata.copy()
+        whole.obs, whole.var = self.obs, self.var()
+        for group in ("obsm", "uns"):
+            for name in [name for name in getattr(whole, group) if not self._kept(group, name)]:
+                del getattr(whole, group)[name]
+        return whole
 
 
 def _in_memory(element: Any) -> Any:
@@ -135,20 +204,25 @@ def _in_memory(element: Any) -> Any:
 class FileSource(Source):
     """An open file or store."""
 
-    def __init__(self, file: Input) -> None:
+    def __init__(self, file: Input, reading: Reading = AS_IT_IS) -> None:
         self.name, self._file = file.path, file
+        self._drop = reading.asked.drop
+        check_drop(file.path, file.elements() if any("/" in name for name in self._drop) else [], self._drop)
+        file.naming = self.naming = reading.naming(file.path, file.var())
         self.layers, self.has_x, self.has_raw = file.layers, file.has_x, file.has_raw
         root = getattr(file, "root", None)
         self.is_store = root is not None and "uns/sedd/meta" in root
+        whole = root is not None and root.name == "/"
+        self.copyable = whole and self.naming == Naming() and not self._drop
 
     @cached_property
     def obs(self) -> pd.DataFrame:  # type: ignore[override]
         """The cells' table."""
-        return self._file.obs()
+        return self._file.obs(drop=self._drop)
 
     def var(self, raw: bool = False) -> pd.DataFrame:
         """Return the genes' table, or that of `.raw`."""
-        frame, kept = self._file.var(raw), self._file.kept_genes(raw)
+        frame, kept = self._file.var(raw, self._drop), self._file.kept_genes(raw)
         return frame if kept is None else frame[kept]
 
     def obsm(self) -> dict[str, Any]:
@@ -161,6 +235,7 @@ class FileSource(Source):
 
     def _mapping(self, group: str, *drop: str) -> dict[str, Any]:
         """Read obsm or uns; an element that cannot be read is left out, and that is said: no task needs it."""
+        drop = (*drop, *self._drop)
         with contextlib.suppress(UserError):
             return self._file.mapping(group, drop)
         names = [name for name in self._file.elements() if name.startswith(f"{group}/") and name not in drop]
@@ -210,13 +285,25 @@ def _matrix(matrix: Matrix) -> Any:
     return kind((data, indices, indptr), shape=matrix.shape)
 
 
+def reading_of(model: Pretrained, arguments: Mapping[str, Any]) -> Reading:
+    """Return how the data of a task are read.
+
+    Parameters
+    ----------
+    arguments
+        Of the task; those that are fields of `ReadingSettings` are looked at.
+    """
+    names = [own.name for own in fields(ReadingSettings)]
+    return Reading(ReadingSettings(**{name: arguments[name] for name in names if name in arguments}), model.config.data)
+
+
 def as_source(data: Source | ad.AnnData, name: str = "the AnnData") -> Source:
     """Return the source that an AnnData is."""
     return data if isinstance(data, Source) else AnnDataSource(data, name)
 
 
 @contextlib.contextmanager
-def opened(data: ad.AnnData | str | Path, name: str = "the AnnData") -> Iterator[Source]:
+def opened(data: ad.AnnData | str | Path, name: str = "the AnnData", *, reading: Reading = AS_IT_IS) -> Iterator[Source]:
     """Open what a user gave; of a file the matrices stay where they are, so that it may be larger than memory.
 
     Parameters
@@ -225,6 +312,8 @@ def opened(data: ad.AnnData | str | Path, name: str = "the AnnData") -> Iterator
         An AnnData, or the path or URL of a file or store.
     name
         What messages call an AnnData.
+    reading
+        How the data are read.
 
     Raises
     ------
@@ -232,7 +321,7 @@ def opened(data: ad.AnnData | str | Path, name: str = "the AnnData") -> Iterator
         If there is no such file, or it is of no format that is read.
     """
     if isinstance(data, ad.AnnData):
-        yield as_source(data, name)
+        yield AnnDataSource(data, name, reading)
     else:
-        with open_input(str(data)) as file:
-            yield FileSource(file)
+        with reading.open(str(data)) as file:
+            yield FileSource(file, reading)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 import os
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sedd.errors import UserError, warn_user
-from sedd.io.input.base import Input, strip_versions
+from sedd.io.input.base import Input, Naming, check_names, strip_versions
+
+if TYPE_CHECKING:
+    import pandas as pd  # slow to import
 
 
 def unique_names(path: str, names: list[str], *, aloud: bool = True) -> list[str]:
@@ -69,7 +72,7 @@ def match_inputs(files: list[Input], settings: dict[str, Any], *, aloud: bool = 
     raw = settings["raw"]
     lacking = [file for file in files if not file.has_gene_names(raw)]
     if len(lacking) == len(files):
-        files[0].check_naming(raw)
+        check_names(files[0].path, files[0].var(raw), files[0].naming)
     for file in lacking if aloud else []:
         warn_user(f"{file.path}: var has no column {file.naming.column!r}; the names of its index are used.")
     names, kept = [], []
@@ -107,32 +110,38 @@ def _check_overlap(files: list[Input], names: list[list[str]], settings: dict[st
             continue
         count = f"{common} of its {len(panel)} genes" if common else "no gene"
         text = f"{file.path}: has {count} in common with the {len(panels[0])} of {files[0].path} (for example {own[0]!r} and {names[0][0]!r})"
-        hint = name_hint(file, files[0], settings["raw"]) or name_hint(files[0], file, settings["raw"])
+        raw = settings["raw"]
+        hints = [
+            name_hint(one.path, one.var(raw), one.naming, theirs, strip_both=True)
+            for one, theirs in ((file, names[0]), (files[0], own))
+        ]
+        hint = hints[0] or hints[1]
         if common < LEAST_OVERLAP * smaller:
             raise UserError(f"{text}. {hint or 'Do both use the same kind of names, symbols or Ensembl identifiers?'} If that is meant, name the genes by --genes.")
         warn_user(f"{text}. {hint}".rstrip())
 
 
-def name_hint(file: Input, other: Input | list[str], raw: bool = False) -> str:
-    """Return how the genes of `file` could be named to be like those of `other`; empty if no way helps.
+def name_hint(path: str, table: pd.DataFrame, naming: Naming, theirs: list[str], *, strip_both: bool = False) -> str:
+    """Return how genes could be named to be more like others; empty if no way helps.
 
     Parameters
     ----------
-    other : another input, or names of genes
+    path, table, naming : of the genes, and how they are named now
+    theirs : the names to be like
+    strip_both : whether versions would be taken off these too
     """
-    theirs = set(other if isinstance(other, list) else other.var_names(raw))
-    best, most = "", len(theirs & set(file.var_names(raw)))
-    if not file.naming.strip_version:
-        n = len(set(strip_versions(list(theirs))) & set(strip_versions(file.var_names(raw))))
+    known, own = set(theirs), [str(name) for name in table.index]
+    best, most = "", len(known & set(own))
+    if not naming.strip_version:
+        n = len((set(strip_versions(theirs)) if strip_both else known) & set(strip_versions(own)))
         if n > max(2 * most, 1):
             best, most = "Pass --strip_version, which leaves the versions of identifiers out.", n
-    frame = file.var(raw)
-    for column in frame.columns:
-        if frame[column].dtype.kind in "biufcmM":
+    for column in table.columns:
+        if column == naming.column or getattr(table[column].dtype, "kind", "O") in "biufcmM":
             continue
-        n = len(theirs & set(frame[column].dropna().astype(str)))
+        n = len(known & set(table[column].dropna().astype(str)))
         if n > max(2 * most, 1):
-            best, most = f"Pass --gene_names {column}, to take the names from var[{str(column)!r}] of {file.path}.", n
+            best, most = f"Pass --gene_names {column}, to take the names from var[{str(column)!r}] of {path}.", n
     return best
 
 

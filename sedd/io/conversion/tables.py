@@ -15,14 +15,13 @@ import pandas as pd
 import zarr
 
 import sedd
-from sedd.errors import UserError
 from sedd.io.conversion.genes import match_inputs, unique_names
 from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.statistics import Statistics
 from sedd.io.format.elements import write_elements
 from sedd.io.format.plain import read_element
 from sedd.io.format.shards import consolidate
-from sedd.io.input.base import Input
+from sedd.io.input.base import Input, check_drop
 from sedd.io.input.opening import opened_as
 from sedd.io.store import FORMAT
 
@@ -37,7 +36,8 @@ def write(group: zarr.Group, plan: Plan) -> list[str]:
     with ExitStack() as stack:
         files = [stack.enter_context(opened_as(path, settings)) for path in paths]
         drop = tuple(settings["drop"])
-        check_drop(files, drop)
+        if any("/" in name for name in drop):
+            check_drop(paths[0], [name for file in files for name in file.elements()], drop)
         frames = [_genes_of(file, settings["raw"], drop) for file in files]
         # What there is to say of genes was said when the plan was made.
         for file, frame in zip(files, frames, strict=True):
@@ -78,16 +78,6 @@ def label_codes(files: list[Input], column: str) -> np.ndarray:
 def _genes_of(file: Input, raw: bool, drop: tuple[str, ...]) -> pd.DataFrame:
     frame, kept = file.var(raw, drop), file.kept_genes(raw)
     return frame if kept is None else frame[kept]
-
-
-def check_drop(files: list[Input], drop: tuple[str, ...]) -> None:
-    """Refuse to leave out what no input has."""
-    for name in (name for name in drop if "/" in name):
-        there = [element for file in files for element in file.elements()]
-        if name not in there:
-            group = name.split("/")[0]
-            listed = ", ".join(dict.fromkeys(element for element in there if element.startswith(f"{group}/"))) or "nothing"
-            raise UserError(f"{files[0].path}: has no {name} (--drop); there are: {listed}.")
 
 
 def _rows(array: Any, order: np.ndarray) -> Any:

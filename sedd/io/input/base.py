@@ -36,6 +36,56 @@ def strip_versions(names: list[str]) -> list[str]:
     return [_VERSION.sub(r"\1", name) for name in names]
 
 
+def check_drop(path: str, there: list[str], drop: tuple[str, ...]) -> None:
+    """Refuse to leave out what is not there.
+
+    Parameters
+    ----------
+    there : elements of the inputs, as `Input.elements` names them
+    drop : what is to be left out
+    """
+    for name in drop:
+        if "/" in name and name not in there:
+            group = name.split("/")[0]
+            listed = ", ".join(dict.fromkeys(element for element in there if element.startswith(f"{group}/"))) or "nothing"
+            raise UserError(f"{path}: has no {name} (--drop); there are: {listed}.")
+
+
+def has_names(table: pd.DataFrame, column: str) -> bool:
+    """Whether a table of genes has a column (or an index) that names may come from."""
+    return column in table or column == table.index.name
+
+
+def check_names(path: str, table: pd.DataFrame, naming: Naming) -> None:
+    """Refuse names from a column that the genes' table does not have."""
+    if naming.column is not None and not has_names(table, naming.column):
+        listed = ", ".join(map(str, table.columns)) or "none"
+        raise UserError(f"{path}: var has no column {naming.column!r} for --gene_names; its columns are: {listed}.")
+
+
+def names_of_genes(table: pd.DataFrame, naming: Naming) -> list[str]:
+    """Return the names that are asked for; a gene without one in the column has that of the index."""
+    names = [str(name) for name in table.index]
+    column, strip = naming
+    if column is not None and column in table and column != table.index.name:
+        texts = ["" if missing else str(value).strip() for value, missing in zip(table[column], table[column].isna(), strict=True)]
+        names = [text or name for text, name in zip(texts, names, strict=True)]
+    return strip_versions(names) if strip else names
+
+
+def renamed(table: pd.DataFrame, naming: Naming) -> pd.DataFrame:
+    """Return a table of genes by the names that are asked for; those of its index stay in a column where they differ."""
+    names = names_of_genes(table, naming)
+    if naming == Naming() or names == table.index.tolist():
+        return table
+    known = set(map(str, table.columns))
+    own = [] if table.index.name is None else [str(table.index.name)]
+    column = next(name for name in (*own, "var_names", *(f"var_names_{k}" for k in range(len(known) + 1))) if name not in known)
+    table = table.assign(**{column: table.index.to_numpy()})
+    table.index = table.index.__class__(names, dtype=table.index.dtype, name=None)
+    return table
+
+
 class Input:
     """An open input; a context manager.
 
@@ -66,6 +116,11 @@ class Input:
         found: list[tuple[str, str | None, bool]] = [("X", None, False)] if self.has_x else []
         found += [(f"--layer {name}", name, False) for name in self.layers]
         return found + ([("--raw", None, True)] if self.has_raw else [])
+
+    @property
+    def modalities(self) -> list[str]:
+        """What `modality` may be where one is taken without a choice; empty where there is none to make."""
+        return []
 
     @property
     def has_x(self) -> bool:
@@ -130,39 +185,11 @@ class Input:
 
         Names of the index that others take the place of are kept in a column.
         """
-        frame = self._var(raw, drop)
-        names = self._renamed(frame)
-        if names == frame.index.tolist():
-            return frame
-        known = set(map(str, frame.columns))
-        named = [] if frame.index.name is None else [str(frame.index.name)]
-        column = next(name for name in (*named, "var_names", *(f"var_names_{k}" for k in range(len(known) + 1))) if name not in known)
-        frame = frame.assign(**{column: frame.index.to_numpy()})
-        frame.index = frame.index.__class__(names, dtype=frame.index.dtype, name=None)
-        return frame
-
-    def _renamed(self, frame: pd.DataFrame) -> list[str]:
-        names: list[str] = frame.index.tolist()
-        column, strip = self.naming
-        if column is not None and column in frame and column != frame.index.name:
-            values = frame[column].astype(object)
-            texts = ["" if missing else str(value).strip() for value, missing in zip(values, frame[column].isna(), strict=True)]
-            names = [text or name for text, name in zip(texts, names, strict=True)]
-        return strip_versions(names) if strip else names
-
-    def check_naming(self, raw: bool = False) -> None:
-        """Refuse names from a column that the genes' table does not have."""
-        if not self.has_gene_names(raw):
-            frame = self._var(raw)
-            listed = ", ".join(map(str, frame.columns)) or "none"
-            raise UserError(f"{self.path}: var has no column {self.naming.column!r} for --gene_names; its columns are: {listed}.")
+        return renamed(self._var(raw, drop), self.naming)
 
     def has_gene_names(self, raw: bool = False) -> bool:
         """Whether the genes' table has the column that names are to come from."""
-        if self.naming.column is None:
-            return True
-        frame = self._var(raw)
-        return self.naming.column in frame or self.naming.column == frame.index.name
+        return self.naming.column is None or has_names(self._var(raw), self.naming.column)
 
     def _obs(self, drop: tuple[str, ...] = ()) -> pd.DataFrame:
         raise NotImplementedError
@@ -177,7 +204,7 @@ class Input:
 
     def var_names(self, raw: bool = False) -> list[str]:
         """Names of the genes; they may repeat."""
-        return [str(name) for name in self._renamed(self._var(raw))]
+        return names_of_genes(self._var(raw), self.naming)
 
     def kept_genes(self, raw: bool = False) -> np.ndarray | None:
         """Which genes are taken where the file holds others too, (n_vars,) bool; None for all."""

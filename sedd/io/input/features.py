@@ -50,6 +50,11 @@ class _OfFeatures(Input):
         return self._features.drop(columns=[name for name in self._features if f"var/{name}" in drop])
 
     @property
+    def modalities(self) -> list[str]:
+        """Types of the features, of which one is taken."""
+        return self.types if len(self.types) > 1 else []
+
+    @property
     def types(self) -> list[str]:
         """Types of the features."""
         found: list[str] = self._features["feature_types"].unique().tolist() if "feature_types" in self._features else []
