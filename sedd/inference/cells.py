@@ -12,6 +12,7 @@ import pandas as pd
 from sedd.errors import UserError, warn_user
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import Source, as_source
+from sedd.io.conversion.explain import FRACTIONS, looks_like
 from sedd.io.conversion.genes import name_hint
 from sedd.io.files import obs_digest
 from sedd.io.format.plain import made_unique
@@ -134,7 +135,7 @@ class Cells:
             cell, column = np.argwhere(wrong)[0]
             gene = self.var.index[~self.missing][column]
             ways = self.source.ways_out(self._place)
-            rounds = ", or --round if it is a count of which a part was taken off" if kind == "not a whole number" else ""
+            rounds = f"; {FRACTIONS}: --round rounds them" if kind == "not a whole number" and looks_like(values) == FRACTIONS else ""
             raise UserError(
                 f"{self.name}: a value is {kind} ({values[cell, column]:g} at cell {self.indices[lo + cell]}, gene {gene!r}); "
                 f"the model was trained on counts. {f'Pass where they are: {ways}' if ways else 'There is no other matrix in it'}{rounds}."

@@ -186,7 +186,8 @@ class AnnDataSource(Source):
         adata = self._adata
         lazy = not isinstance(adata.obs, pd.DataFrame)
         whole = adata.to_memory() if adata.isbacked or lazy else adata.copy()
-        whole.obs, whole.var = self.obs, self.var()
+        if self.naming != Naming() or self._drop:
+            whole.obs, whole.var = self.obs, self.var()
         for group in ("obsm", "uns"):
             for name in [name for name in getattr(whole, group) if not self._kept(group, name)]:
                 del getattr(whole, group)[name]

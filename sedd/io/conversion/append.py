@@ -133,7 +133,8 @@ class Append:
             common = len(genes) - len(lacking)
             if common < LEAST_OVERLAP * min(len(genes), len(own)):
                 count = f"{common} of its {len(own)} genes" if common else "no gene"
-                hint = name_hint(file, genes, kept["raw"]) or "Do both use the same kind of names, symbols or Ensembl identifiers?"
+                table = file.var(kept["raw"])
+                hint = name_hint(path, table, file.naming, genes) or "Do both use the same kind of names, symbols or Ensembl identifiers?"
                 raise UserError(
                     f"{path}: has {count} in common with the {len(genes)} of {self.shown} (for example {names[0]!r} and {genes[0]!r}). {hint}"
                 )
@@ -259,13 +260,12 @@ class Append:
 
     def _tables(self, store: CellStore) -> _Tables:
         """Read the tables of all cells, before the matrices are touched."""
-        from sedd.io.conversion.tables import append_obs, append_uns, check_drop
+        from sedd.io.conversion.tables import append_obs, append_uns
 
         kept = self._settings(store)
         with ExitStack() as stack:
             files = [stack.enter_context(opened_as(path, kept)) for path in self.paths]
-            drop = tuple(kept["drop"])
-            check_drop(files, drop)
+            drop = tuple(kept["drop"])  # of the store; these inputs need not have it
             frames = [file.obs(kept["obs"], drop) for file in files]
             obsm, uns = ([file.mapping(name, drop) for file in files] for name in ("obsm", "uns"))
         n_left = self.asked.limit_cells or sum(map(len, frames))

@@ -59,7 +59,7 @@ FRACTIONS = "it looks like counts of which some are fractions, as SoupX or EM le
 
 def looks_like(values: np.ndarray) -> str:
     """Return a guess at what was done to counts to give these values."""
-    sample = values[:SAMPLE].astype(np.float64)
+    sample = values.reshape(-1)[:SAMPLE].astype(np.float64)
     sample = sample[np.isfinite(sample) & (sample != 0)]
     if sample.size and sample.min() < 0:
         return SCALED

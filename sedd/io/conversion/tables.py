@@ -15,6 +15,7 @@ import pandas as pd
 import zarr
 
 import sedd
+from sedd.errors import UserError
 from sedd.io.conversion.genes import match_inputs, unique_names
 from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.statistics import Statistics
