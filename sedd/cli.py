@@ -19,7 +19,8 @@ import tyro
 
 from sedd import __version__
 from sedd.commands import COMMANDS
-from sedd.config import TrainConfig, config_file_arguments, environment_arguments
+from sedd.config import TrainConfig
+from sedd.config_files import config_file_arguments, environment_arguments
 from sedd.errors import SeddWarning, UserError
 from sedd.training.stopping import EXIT_INTERRUPTED, TrainingInterrupted, follow_launcher, report_status
 

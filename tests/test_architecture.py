@@ -16,6 +16,7 @@ FLOORS = [
     ["errors", "processes"],
     ["options"],
     ["config"],
+    ["config_files"],
     ["kernels"],
     ["binning"],
     ["io.remote"],

@@ -14,7 +14,8 @@ import pytest
 from sedd import __version__
 from sedd.cli import _PURPOSES, main
 from sedd.commands import COMMANDS
-from sedd.config import ConversionSettings, setting_types
+from sedd.config import ConversionSettings
+from sedd.config_files import setting_types
 from sedd.io.convert import convert
 
 

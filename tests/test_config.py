@@ -15,9 +15,8 @@ from sedd.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    config_file_arguments,
-    environment_arguments,
 )
+from sedd.config_files import config_file_arguments, environment_arguments
 from sedd.errors import UserError
 
 
