@@ -234,13 +234,15 @@ def test_one_bad_cell_costs_no_finished_part_and_after_it_was_mended_the_rest_is
 
 
 def test_a_folder_of_files_is_known_by_all_of_them(tmp_path: Path) -> None:
-    for name in ("matrix.mtx.gz", "barcodes.tsv.gz"):
+    names = ("matrix.mtx.gz", "features.tsv.gz", "barcodes.tsv.gz")
+    for name in names:
         (tmp_path / name).write_text("a")
     seen = {output_parts._data(tmp_path)}
-    for name in ("matrix.mtx.gz", "barcodes.tsv.gz"):
+    for name in names:
         (tmp_path / name).write_text("b")
         seen.add(output_parts._data(tmp_path))
-    assert len(seen) == 3 and None not in seen
+    assert len(seen) == 4
+    assert None not in seen
 
 
 def test_a_file_that_cells_are_read_from_is_not_replaced_by_their_result(model: Pretrained, tmp_path: Path) -> None:
