@@ -2,9 +2,11 @@
 
     python benchmarks/atlas.py atlas.h5ad --cells 120000
     python benchmarks/convert.py atlas.h5ad --work /tmp/work --peer_python /path/to/venv/bin/python
+    python benchmarks/convert.py atlas.h5ad --work /tmp/work --append more.h5ad
 
 Every contender runs in a process of its own, all of them once per round, so that a noisy machine is noisy for all; only the
-ratios within a run mean something. `--peer_python` is an interpreter that has annbatch (it needs Python 3.12), which is never
+ratios within a run mean something. With `--append` there are two contenders: the cells of another file appended to a store of the
+first, and both files converted anew. `--peer_python` is an interpreter that has annbatch (it needs Python 3.12), which is never
 installed beside sedd. Results go to `benchmarks/results/`.
 """
 
@@ -63,17 +65,26 @@ PEERS = {
 }
 
 
+APPEND, ANEW = "sedd, appended", "sedd, both anew"
+
+
 def command(name: str, source: str, output: Path, args: argparse.Namespace) -> list[str]:
     """What to run for one contender."""
+    if name in (APPEND, ANEW):
+        inputs = [args.append] if name == APPEND else [source, args.append]
+        flags = ["--append"] if name == APPEND else []
+        return [sys.executable, "-m", "sedd", "convert", *inputs, str(output), "--memory_budget", args.budget, *flags]
     if name in SEDD:
         return [sys.executable, "-m", "sedd", "convert", source, str(output), "--memory_budget", args.budget, *SEDD[name]]
     return [args.peer_python if name.startswith("annbatch") else sys.executable, "-c", PEERS[name], source, str(output)]
 
 
-def run_once(words: list[str], output: Path) -> dict[str, float]:
-    """Run one contender; what it cost."""
+def run_once(words: list[str], output: Path, kept: Path | None = None) -> dict[str, float]:
+    """Run one contender; what it cost. Its output is there before if there is one that is `kept`."""
     if output.exists():
         shutil.rmtree(output)
+    if kept is not None:
+        shutil.copytree(kept, output)
     os.sync()
     start = time.perf_counter()
     pid = os.posix_spawn(words[0], words, os.environ)
@@ -86,6 +97,7 @@ def run_once(words: list[str], output: Path) -> dict[str, float]:
         "seconds": seconds,
         "processor_seconds": usage.ru_utime + usage.ru_stime,
         "peak_mb": usage.ru_maxrss / 1024,
+        "written_mb": usage.ru_oublock * 512 / 1e6,
         "disk_mb": sum(file.stat().st_size for file in files) / 1e6,
         "files": len(files),
     }
@@ -100,21 +112,28 @@ def main() -> None:
     parser.add_argument("--budget", default="1GiB")
     parser.add_argument("--peer_python", default=None)
     parser.add_argument("--only", nargs="*", default=[*SEDD, *PEERS])
+    parser.add_argument("--append", default=None)
     parser.add_argument("--output", default=None)
     args = parser.parse_args()
+    kept = Path(args.work) / "kept.zarr"
+    if args.append:
+        args.only = [APPEND, ANEW]
+        run_once(command("sedd", args.source, kept, args), kept)
     names = [name for name in args.only if name != "annbatch, shuffled" or args.peer_python]
     about = machine(("anndata", "dask", "h5py", "numba", "numcodecs", "numpy", "sedd", "zarr"))
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
             output = Path(args.work) / "out.zarr"
-            rounds[name].append(run_once(command(name, args.source, output, args), output))
+            before = kept if name == APPEND else None
+            rounds[name].append(run_once(command(name, args.source, output, args), output, before))
             print(name, {key: round(value, 1) for key, value in rounds[name][-1].items()}, flush=True)
-    shutil.rmtree(Path(args.work) / "out.zarr", ignore_errors=True)
+    for path in (Path(args.work) / "out.zarr", kept):
+        shutil.rmtree(path, ignore_errors=True)
     medians = {
         name: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for name, runs in rounds.items()
     }
-    output = Path(args.output or RESULTS / f"convert_{Path(args.source).stem}.json")
+    output = Path(args.output or RESULTS / f"{'append' if args.append else 'convert'}_{Path(args.source).stem}.json")
     result = {"source": Path(args.source).name, "source_mb": os.path.getsize(args.source) / 1e6, "budget": args.budget,
               "machine": about, "medians": medians, "rounds": rounds}  # fmt: skip
     write_result(output, result)
