@@ -42,6 +42,7 @@ class CellStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path).rstrip("/")
         self._group = _open_group(self.path)
+        self._stamp = _stamp(self.path)
         try:
             meta = json.loads(str(self._group["uns/sedd/meta"][()]))
         except (KeyError, ValueError) as error:
@@ -152,6 +153,8 @@ class CellStore:
         try:
             return read_element(self._group[name])
         except Exception as error:  # whatever a damaged store makes the readers raise
+            if _stamp(self.path) != self._stamp:
+                raise UserError(f"{self.path}: changed since it was opened, so {name} cannot be read any more. Open it again.") from error
             raise UserError(f"{self.path}: cannot read {name} ({' '.join(str(error).split())[:200]}).") from error
 
     def _read(self, name: str, lo: int, hi: int) -> np.ndarray:
@@ -240,6 +243,15 @@ def read_block(path: str, lo: int, hi: int) -> CsrBlock:
     store = CellStore(path)
     indptr, indices, data = store.read_rows(lo, hi)
     return CsrBlock((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(hi - lo, store.n_vars))
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """Return what tells a store from the one that takes its place; None of a remote one, or of none."""
+    try:
+        found = os.stat(f"{path}/zarr.json")
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _as_of(path: str, fingerprint: str) -> CellStore:

@@ -287,6 +287,39 @@ def test_what_cannot_be_appended_is_refused_and_nothing_changes(tmp_path: Path) 
     refused(tmp_path, b, "checksum is wrong, so nothing was appended")
 
 
+def test_tables_that_were_not_read_before_need_the_store_to_be_opened_again(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / f"{seed}.h5ad", counts(30, 40, seed=seed)) for seed in (1, 2))
+    read, unread = (convert(a, tmp_path / "a.zarr", progress=False, resume=again) for again in (False, True))
+    assert isinstance(read, CellStore)
+    assert isinstance(unread, CellStore)
+    before = read.obs.copy()
+    convert(b, tmp_path / "a.zarr", append=True, progress=False)
+    pd.testing.assert_frame_equal(read.obs, before)
+    with pytest.raises(UserError, match=r"changed since it was opened, so obs cannot be read any more. Open it again"):
+        _ = unread.obs
+    assert len(CellStore(unread.path).obs) == 60
+
+
+def test_a_full_disk_leaves_the_store_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (write(tmp_path / f"{seed}.h5ad", counts(30, 40, seed=seed)) for seed in (1, 2))
+    convert(a, tmp_path / "a.zarr", progress=False)
+    before = files_of(str(tmp_path / "a.zarr"))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(append, "extend_shard", full)
+        with pytest.raises(UserError, match=r"No space left on device\); it is as it was.*--append --resume"):
+            convert(b, tmp_path / "a.zarr", append=True, progress=False)
+    assert files_of(str(tmp_path / "a.zarr")) == before
+    with pytest.raises(UserError, match="exists already"):
+        convert(a, tmp_path / "a.zarr", progress=False)
+    convert(b, tmp_path / "a.zarr", append=True, resume=True, progress=False)
+    verify(tmp_path / "a.zarr", [a, b])
+    assert not (tmp_path / "a.zarr.partial").exists()
+
+
 def test_a_store_that_is_a_link_grows_where_it_is(tmp_path: Path) -> None:
     a, b = (write(tmp_path / f"{seed}.h5ad", counts(30, 40, seed=seed)) for seed in (1, 2))
     (tmp_path / "disk").mkdir()
