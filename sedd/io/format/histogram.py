@@ -149,7 +149,13 @@ def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:
         return np.sort(varying).astype(np.int64)
     x, y = np.log10(mean[varying]), np.log10(variance[varying])
     model = loess(x, y, span=0.3, degree=2)
-    model.fit()
+    try:
+        model.fit()
+    except ValueError as error:  # of few cells, most genes share a handful of means
+        raise UserError(
+            f"the {n_obs} cells are too few to choose {n_top} variable genes by: the trend of variance against mean cannot be fitted. "
+            "Give more cells, --genes all, or a list of genes."
+        ) from error
     deviation = np.sqrt(10**model.outputs.fitted_values)
     limit = deviation * np.sqrt(n_obs) + mean[varying]
     rows = hist[varying].tocoo()

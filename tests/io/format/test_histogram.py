@@ -70,3 +70,11 @@ def test_few_genes_are_all_chosen(store: CellStore) -> None:
     assert (np.diff(chosen) > 0).all()
     with pytest.raises(UserError, match="must be positive"):
         select_genes(store.gene_histogram(), store.n_obs, 0)
+
+
+@pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
+def test_too_few_cells_to_choose_genes_by_are_an_error_that_says_so(tmp_path: Path) -> None:
+    store = convert(PBMC, tmp_path / "pbmc.zarr", progress=False)
+    cells = np.sort(np.random.default_rng(0).choice(store.n_obs, 36, replace=False))
+    with pytest.raises(UserError, match="the 36 cells are too few to choose 50 variable genes by"):
+        select_genes(histogram(store, cells), 36, 50)

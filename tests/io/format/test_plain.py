@@ -139,13 +139,19 @@ def test_repeated_names_get_the_numbers_of_anndata(names: list[str]) -> None:
     assert made_unique(names) == expected
 
 
-def test_converting_the_shipped_file_and_opening_the_store_imports_neither_anndata_nor_dask(tmp_path: Path) -> None:
+def test_the_shipped_file_is_converted_described_verified_and_trained_on_without_anndata_and_dask(tmp_path: Path) -> None:
+    store, run = tmp_path / "pbmc.zarr", tmp_path / "run"
     code = f"""
 import sys
-from sedd.io import convert
-store = convert({str(PBMC)!r}, {str(tmp_path / "pbmc.zarr")!r}, progress=False)
-assert store.obs.shape[0] == store.cell_stats().shape[0] and store.var.shape[0] == store.gene_histogram().shape[0]
-print(*[name for name in ("anndata", "dask", "distributed", "torch") if name in sys.modules])
+from sedd.cli import main
+for words in (["convert", {str(PBMC)!r}, {str(store)!r}], ["info", {str(PBMC)!r}], ["info", {str(store)!r}],
+              ["verify", {str(store)!r}, "--against", {str(PBMC)!r}]):
+    assert main(words) == 0
+print("found:", *[name for name in ("anndata", "dask", "distributed", "torch") if name in sys.modules])
+size = "--genes 50 --limit_cells 400 --num_epochs 1 --hidden_dim 8 --num_layers 1 --num_heads 1".split()
+assert main(["train", "--data_path", {str(store)!r}, "--checkpoint_dir", {str(run)!r}, *size]) == 0
+print("found:", *[name for name in ("anndata", "dask", "distributed") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("found:")] == ["found:", "found:"]
