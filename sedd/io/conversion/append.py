@@ -288,6 +288,10 @@ class Append:
             store.obs, own_obsm, known, frames, obsm, self.paths,
             named=len(known) > 1 or bool(store.uns_sedd["settings"].get("keys")), keys=kept["keys"],
         )  # fmt: skip
+        unordered = [str(name) for name in store.obs if getattr(store.obs[name].dtype, "ordered", False)
+                     and not getattr(obs[name].dtype, "ordered", False)]  # fmt: skip
+        if unordered:
+            news.append(f"obs {', '.join(unordered)}: has no order of categories any more, as not all files have the same.")
         stale, more = append_uns(own_uns, obs, store.obs, uns)
         news += more
         if store.is_reordered:

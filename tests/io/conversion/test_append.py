@@ -210,6 +210,25 @@ def test_cells_come_after_those_of_a_reordered_store_and_that_is_said(how: dict[
     verify(grown.path, [a, b, c])
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_an_order_of_categories_is_kept_if_it_is_the_same_and_its_loss_is_reported(
+    same: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    paths = []
+    for seed, stages in ((1, ["late", "early"]), (2, ["late", "early"] if same else ["early", "adult"])):
+        obs = pd.DataFrame({"stage": pd.Categorical([stages[k % 2] for k in range(20)], stages, ordered=True)}, [f"{seed}_{k}" for k in range(20)])
+        ad.AnnData(counts(20, 40, seed=seed), obs=obs).write_h5ad(tmp_path / f"{seed}.h5ad")
+        paths.append(str(tmp_path / f"{seed}.h5ad"))
+    convert(paths[0], tmp_path / "a.zarr", progress=False)
+    grown = convert(paths[1], tmp_path / "a.zarr", append=True, progress=False)
+    together = convert(paths, tmp_path / "b.zarr", progress=False)
+    assert isinstance(grown, CellStore)
+    assert isinstance(together, CellStore)
+    pd.testing.assert_frame_equal(grown.obs, together.obs)
+    assert getattr(grown.obs["stage"].dtype, "ordered", False) == same
+    assert any("stage: has no order of categories any more" in str(one.message) for one in recwarn) == (not same)
+
+
 def test_genes_that_an_input_lacks_are_refused_or_by_outer_have_no_counts(tmp_path: Path) -> None:
     names = [f"gene{k}" for k in range(40)]
     a = write(tmp_path / "a.h5ad", counts(60, 40, seed=1))
