@@ -102,8 +102,10 @@ def way_out(file: Input, matrix: Matrix, look: str) -> str:
     ways = []
     if good := others_with_counts(file, matrix):
         ways.append(f"pass {' or '.join(good)}, which holds counts")
+    elif look != FRACTIONS and file.layers:
+        ways.append(f"pass --layer with the counts (layers: {', '.join(file.layers)}; none of them looks like counts)")
     elif look != FRACTIONS:
-        ways.append(f"pass --layer with the counts (layers: {', '.join(file.layers) or 'none'}; none of them looks like counts)")
+        ways.append("pass a file that holds the counts: in this one is no other matrix with them")
     if look == FRACTIONS:
         ways.append("pass --round to round them")
     if look == SCALED:

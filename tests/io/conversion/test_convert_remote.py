@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.io.h5ads import counts, write
+from tests.io.input.formats import WRITERS, cells
 
 SCRIPT = """
 import sys, warnings
@@ -46,6 +47,10 @@ assert "exists already" in refusal("s3://cells/a.h5ad", "s3://cells/a.zarr")
 convert(folder / "a.h5ad", "s3://cells/a.zarr", overwrite=True, progress=False)
 assert verify("s3://cells/a.zarr", against=folder / "a.h5ad")["cells"] == 70
 assert "s3://cells/none.h5ad: there is no such file" in refusal("s3://cells/none.h5ad", folder / "b.zarr")
+fs.put(str(folder / "plain.zarr"), "s3://cells/plain.zarr", recursive=True)
+store = convert("s3://cells/plain.zarr", folder / "c.zarr", progress=False)
+assert verify(store.path, against=folder / "plain.zarr")["cells"] == 70
+assert convert("s3://cells/plain.zarr", folder / "c.zarr", resume=True, progress=False).path == store.path
 print("done")
 """
 
@@ -55,6 +60,7 @@ def test_a_store_is_made_from_and_on_object_storage(tmp_path: Path) -> None:
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
     pytest.importorskip("s3fs")
     write(tmp_path / "a.h5ad", counts(), compression="gzip")
+    WRITERS["zarr v3"](tmp_path / "plain", cells(counts()))
     server.start()
     try:
         _, port = server.get_host_and_port()
@@ -76,4 +82,4 @@ def test_a_store_is_made_from_and_on_object_storage(tmp_path: Path) -> None:
     finally:
         server.stop()
     assert done.stdout.endswith("done\n"), done.stderr[-3000:]
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.h5ad"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.h5ad", "c.zarr", "plain.zarr"]
