@@ -78,9 +78,8 @@ def test_a_model_is_trained_on_it_and_denoises_it(written: Written, tmp_path: Pa
     flags = [*TINY_FLAGS, "--num_epochs", "1"]
     if "cell_type" in written.table:
         flags += ["--condition", "cell_type"]
-    store = convert(written.path, tmp_path / "a.zarr", progress=False)
     assert main(["train", "--data_path", str(written.path), "--checkpoint_dir", str(run), *flags]) == 0
-    assert main(["denoise", str(run), str(store.path), "-o", str(output)]) == 0
+    assert main(["denoise", str(run), str(written.path), "-o", str(output)]) == 0
     read = ad.read_h5ad(output)
     assert read.obs_names.tolist() == CELLS
     for name, expected in written.table.items():
