@@ -432,7 +432,7 @@ def test_train_py_the_script_and_the_command_are_one_function() -> None:
         done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1] == outputs[2]
-    for flag in ("--data-path", "--mask-ratio", "--resume", "--condition"):
+    for flag in ("--data_path", "--mask_ratio", "--resume", "--condition"):
         assert flag in outputs[0]
 
 
