@@ -121,7 +121,7 @@ class _OfModel:
 
     checkpoint: Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint or the directory of a run."""
-    batch_size: int = 64
+    batch_size: int = 256
     """Cells at a time."""
 
 

@@ -75,7 +75,7 @@ def evaluate(
     num_steps: int = 128,
     steps: Sequence[int] = (1, 4, 16),
     umap: bool = True,
-    batch_size: int = 64,
+    batch_size: int = 256,
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
