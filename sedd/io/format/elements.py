@@ -139,7 +139,7 @@ def writable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         elif any(free != other and (_inside(free, other) or _inside(other, free)) for other in columns):
             free = ""
         name = free or None
-    written.index.name = name
+    written.index = written.index.rename(name)  # a new one: the index is the caller's
     return written, notes
 
 

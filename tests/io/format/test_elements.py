@@ -97,3 +97,10 @@ def test_names_inside_uns_are_made_ones_a_store_can_hold(tmp_path: Path) -> None
     np.testing.assert_array_equal(read["a_b"][".._"], np.arange(3))
     assert read["kept"] == "x"
     assert len(notes) == 2
+
+
+def test_writing_changes_no_name_of_the_callers_index(tmp_path: Path) -> None:
+    table = pd.DataFrame({"barcode": ["x", "y"]}, index=pd.Index(["a", "b"], name="barcode", dtype="string"))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        assert "has no name any more" in write_elements(file, {"obs": table}, rows=None)[0]
+    assert table.index.name == "barcode"
