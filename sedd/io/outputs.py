@@ -22,6 +22,9 @@ LOCK = "lock"
 
 _ASIDE = "replaced"
 
+_OURS = {LOCK, "plan.json", "task.json"}
+"""Files by which a folder of an unfinished output is known: the two plans are older than the rule that the lock stays beside them."""
+
 _PART = re.compile(r"\..*\.[^.]*-\d+-[0-9a-f]{8}\.part$")
 
 
@@ -141,7 +144,7 @@ def check_folder(output: str) -> None:
         found = "a link" if os.path.islink(folder) else "a file"
     else:
         names = sorted(os.listdir(folder))
-        if not names or LOCK in names:
+        if not names or _OURS.intersection(names):
             return
         found = f"a folder with {', '.join(names[:3])}, which sedd did not make"
     raise UserError(

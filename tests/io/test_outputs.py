@@ -78,6 +78,17 @@ def test_a_partial_folder_that_is_not_ours_is_left_alone(kind: str, tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["lock", "plan.json", "task.json"])
+def test_a_partial_folder_that_is_ours_is_known(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a.zarr.partial"
+    folder.mkdir()
+    for own in (name, "shards.bin"):
+        (folder / own).touch()
+    with only_writer(tmp_path / "a.zarr", wait=False):
+        clear(str(folder))
+    assert not list(tmp_path.iterdir())
+
+
 def test_half_written_files_of_the_dead_are_removed_and_no_others(tmp_path: Path) -> None:
     others = [".best.pt.part", ".best.pt.node1-7-0123abcd.part.old", "best.pt", ".best.pt.node1-x-0123abcd.part"]
     for name in (*others, LEFT):
