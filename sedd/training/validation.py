@@ -42,7 +42,7 @@ class Validator:
         self._graph = graph
         self._loader = CellLoader(
             panel.store,
-            batch_size=min(max(256, config.batch_size), 16 * config.batch_size),  # without gradients many more fit
+            batch_size=min(max(64, config.batch_size), 4 * config.batch_size),  # without gradients four times as many fit
             split=panel.val_cells,
             genes=panel.genes,
             binning=panel.binning,

@@ -104,7 +104,7 @@ def test_a_file_that_is_longer_takes_little_more_memory(
         adata.write_h5ad(tmp_path / f"{n}.h5ad")
         for output in (None, tmp_path / f"{n}.zarr"):
             tracemalloc.start()
-            denoise(model, tmp_path / f"{n}.h5ad", rounds=1, folds=2, output=output, progress=False)
+            denoise(model, tmp_path / f"{n}.h5ad", rounds=1, folds=2, batch_size=64, output=output, progress=False)
             peak[n, output is None] = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
     in_memory, in_file = (peak[many, kept] - peak[few, kept] for kept in (True, False))
