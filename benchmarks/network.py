@@ -74,11 +74,13 @@ def rates(data: str, directory: str) -> Record:
         return (many - few) / (seconds[2] - seconds[1])
 
     quiet = {"progress": False}
-    found["impute, 15 % hidden"] = rate(lambda n: sedd.impute(directory, adata[:n].copy(), hide=0.15, **quiet), 100, 1100)
-    found["denoise"] = rate(lambda n: sedd.denoise(directory, adata[:n].copy(), **quiet), 50, 250)
-    found["embed"] = rate(lambda n: sedd.embed(directory, adata[:n].copy(), **quiet), 200, 2600)
-    found["generate, 128 steps"] = rate(lambda n: sedd.generate(directory, n, **quiet), 64, 320)
-    found["generate, 32 steps"] = rate(lambda n: sedd.generate(directory, n, num_steps=32, **quiet), 64, 320)
+    found["impute, 15 % hidden"] = rate(lambda n: sedd.impute(directory, adata[:n].copy(), hide=0.15, **quiet), 256, 2560)
+    found["denoise"] = rate(lambda n: sedd.denoise(directory, adata[:n].copy(), **quiet), 64, 448)
+    found["impute, the zeros"] = rate(lambda n: sedd.impute(directory, adata[:n].copy(), **quiet), 50, 450)
+    many = ad.concat([adata] * 6, index_unique="-")
+    found["embed"] = rate(lambda n: sedd.embed(directory, many[:n].copy(), **quiet), 256, 16000)
+    found["generate, 128 steps"] = rate(lambda n: sedd.generate(directory, n, **quiet), 128, 640)
+    found["generate, 32 steps"] = rate(lambda n: sedd.generate(directory, n, num_steps=32, **quiet), 128, 1152)
     return found
 
 

@@ -180,7 +180,12 @@ class LatentBackbone(nn.Module):
 
     def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Map tokens (B, n_vars) and conditioning (B, dim) to readouts (B, n_vars, rank)."""
-        return self.genes() @ self._factors(self.summary(tokens), c)
+        return self._read(self.genes(), self._factors(self.summary(tokens), c))
+
+    def _read(self, genes: Tensor, factors: Tensor) -> Tensor:
+        """Return the products of genes (n, dim) with factors (B, dim, rank), (B, n, rank), as one product of matrices, not B narrow ones."""
+        wide = genes @ factors.transpose(0, 1).reshape(self.dim, -1)
+        return wide.view(len(genes), -1, self.rank).transpose(0, 1)
 
     def readout_at(self, summary: Tensor, c: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
         """Return the readouts of single genes, (N, rank)."""
@@ -196,4 +201,4 @@ class LatentBackbone(nn.Module):
         for k, (part, here) in enumerate(zip(parts, c, strict=True)):
             others = [own for i, own in enumerate(sums) if i != k]
             shown = torch.stack(others).sum(0) if others else torch.zeros_like(sums[k])
-            yield genes[part] @ self._factors(shown, here)
+            yield self._read(genes[part], self._factors(shown, here))
