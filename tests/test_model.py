@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sedd.binning import UNBOUNDED
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph
 from sedd.loss import diffusion_loss
 from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
+from sedd.nn.backbones import Features
 from sedd.nn.heads import CHUNK_CPU, SoftmaxHead
 from sedd.noise import LogLinearNoise
 
@@ -293,3 +296,15 @@ def test_compiling_with_static_shapes_gives_the_same_and_compiles_once(attention
             got = compiled(tokens, sigma, targets=clean)
         torch.testing.assert_close(got, model(tokens, sigma, targets=clean), atol=1e-4, rtol=1e-4)
         got.sum().backward()
+
+
+def test_what_a_visible_count_tells_is_the_same_from_the_kernel_and_from_torch():
+    tokens = torch.tensor([[0, 1, 7, UNBOUNDED, 1023, 1024, 2_000_000_000]])
+    features = Features(UNBOUNDED, None)
+    counts = tokens.masked_fill(tokens == UNBOUNDED, 0).double()
+    seen = (tokens != UNBOUNDED).double()
+    want = torch.stack([seen, (counts > 0) * seen, counts.log1p() * seen], 1).float()
+    torch.testing.assert_close(features(tokens), want)
+    torch.testing.assert_close(features(tokens.to(torch.int32)), want)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # the other way, that of a GPU and of a compiler, has the same shape
+        assert Features(UNBOUNDED, None)(mode.from_tensor(tokens).to("meta")).shape == want.shape
