@@ -106,10 +106,10 @@ def table(result: dict[str, Any]) -> str:
     processor = result["machine"]["device"]
     lines += [
         "",
-        f"PBMC 3k, 2,000 genes, 270 held-out cells, 5 epochs. The whole script takes {seconds['median']:.0f} s on two cores "
+        f"PBMC 3k, 2,000 genes, 270 held-out cells, {len(result['history'])} epochs. The whole script takes "
+        f"{seconds['median']:.0f} s on two cores "
         f"({processor}; median of {len(seconds['all'])}, {min(seconds['all']):.0f} to {max(seconds['all']):.0f}), with the "
-        "environment built. Large counts share bins a few per cent wide; the numbers are of counts all the same. Made by "
-        "`benchmarks/quick.py`, kept in `benchmarks/results/quick.json`.",
+        "environment built. Made by `benchmarks/quick.py`, kept in `benchmarks/results/quick.json`.",
     ]
     return "\n".join(lines)
 
