@@ -139,6 +139,8 @@ def round_trip(folder: Path, obs: pd.DataFrame, kind: str, seed: int, suffix: st
     """Convert, shuffled; train on the store; apply each task to it: the cells' table is what it was, in the order of the store."""
     values = values_of(seed)
     adata = ad.AnnData(MATRICES[kind](values), obs=obs, var=pd.DataFrame(index=GENES))
+    if adata.obs.index.name in adata.obs.columns:
+        adata.obs.index.name = None  # anndata itself cannot write such a table
     adata.obs["donor"] = pd.Categorical(["7", "8", None] * (N // 3), categories=["9", "8", "7"])
     with warnings.catch_warnings(), ad.settings.override(allow_write_nullable_strings=True):
         warnings.simplefilter("ignore")
