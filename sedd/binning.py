@@ -99,6 +99,10 @@ class Binning:
         """
         if (hist is None) == (values is None):
             raise UserError("pass either hist= (of counts) or values= (a sample of real values) to Binning.fit")
+        if kind in ("auto", "counts") and hist is not None:  # before a table as long as the largest count is made
+            if not hist.shape[0] or not hist.sum():
+                raise UserError("there is no training value to fit a binning to; the training split is empty")
+            return cls.of_counts()
         if hist is not None:
             weight = np.asarray(hist.sum(axis=0), dtype=np.float64).reshape(-1)
             points = np.arange(weight.size, dtype=np.float64)
@@ -114,10 +118,8 @@ class Binning:
         if not (points[0] >= 0 and np.isfinite(points[-1])):
             raise UserError(f"values run from {points[0]} to {points[-1]}; expected finite numbers >= 0")
         top = float(points[-1])
-        if kind in ("auto", "counts"):
-            if hist is None:
-                raise UserError("binning 'counts' is for counts; bin real values with --binning linear, log or quantile")
-            return cls.of_counts()
+        if kind == "counts":
+            raise UserError("binning 'counts' is for counts; bin real values with --binning linear, log or quantile")
         if kind == "identity" and top >= num_bins:
             raise UserError(
                 f"the largest value is {top:.0f}, which is no token of {num_bins} bins; pass --num_bins {int(top) + 1}, or "

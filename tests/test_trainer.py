@@ -449,3 +449,22 @@ def test_resume_auto_never_starts_anew_over_a_run_it_cannot_read(
     assert "passed over" in said
     assert "found no checkpoint that can be read" in said and "--overwrite" in said
     assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_one_huge_count_takes_no_memory_of_its_size(tmp_path: Path) -> None:
+    adata = make_counts()
+    values = adata.X.toarray().astype(np.int64)
+    values[0, 0], values[5, 3] = 2_000_000_000, 7_000_000
+    adata.X = sp.csr_matrix(values)
+    adata.write_h5ad(tmp_path / "huge.h5ad")
+    run, made = tmp_path / "run", tmp_path / "made.h5ad"
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (8 << 30,) * 2); from sedd.cli import main; sys.exit(main(sys.argv[1:]))"
+    for words in (
+        ["train", "--data_path", tmp_path / "huge.h5ad", "--checkpoint_dir", run, *TINY_FLAGS, "--num_epochs", "1"],
+        ["denoise", run, tmp_path / "huge.h5ad", "-o", made],
+        ["evaluate", run, tmp_path / "huge.h5ad", "-o", run],
+    ):
+        done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-500:]
+    assert ad.read_h5ad(made).layers["counts"][0, 0] == 2_000_000_000

@@ -20,6 +20,7 @@ from sedd.metrics.counts import Matrix
 MAX_DISPERSION = 1e6  # beyond this a negative binomial is a Poisson to float precision
 _MIN_MEAN = 1e-8  # a gene never seen in training still has to give a finite score when it is seen later
 _BISECTIONS = 50
+_MOST_ENTRIES = 1 << 24
 
 
 def count_histogram(counts: Matrix, n_values: int | None = None) -> np.ndarray:
@@ -164,7 +165,8 @@ class CountBaselines:
         train : (n_cells, n_vars) training counts on the gene panel
         n_values : int, optional
             Number of distinct values of the marginals; default: the largest training count + 2, so that a larger count
-            in a test cell has a (small) probability.
+            in a test cell has a (small) probability. Where the table would have more than 2**24 entries, as of reads in the
+            millions, the largest counts share the last value, which favours this baseline.
         max_cells : int
             More cells than this are sampled down for the negative binomials, which then change in the third digit only.
         seed : int
@@ -172,7 +174,7 @@ class CountBaselines:
         """
         csr = sparse.csr_array(train)
         csr.eliminate_zeros()
-        width = int(csr.data.max(initial=0)) + 2 if n_values is None else n_values
+        width = n_values or min(int(csr.data.max(initial=0)) + 2, max(256, _MOST_ENTRIES // max(1, csr.shape[1])))
         histogram = count_histogram(csr, width)
         mean = np.asarray(csr.sum(axis=0)).ravel() / csr.shape[0]
         if csr.shape[0] > max_cells:

@@ -20,7 +20,7 @@ from sedd.errors import NegativeValuesError, NotCountsError, UserError, warn_use
 from sedd.io.conversion.genes import read_gene_list
 from sedd.io.convert import ensure_store
 from sedd.io.files import obs_digest
-from sedd.io.format.histogram import histogram, select_genes
+from sedd.io.format.histogram import histogram, rows_with, select_genes
 from sedd.io.format.json_table import packed_table
 from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch
@@ -173,7 +173,7 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
         sample = _sample_values(store, train, genes)
         binning = Binning.fit(data.binning, data.num_bins, values=sample)
         tokens = _count_tokens(config, store, train, genes, binning)
-    never = int((np.asarray(tokens[:, [int(binning.tokens(np.zeros((1, 1)))[0, 0])]].sum(1)).ravel() == train.n_cells).sum())
+    never = int((rows_with(tokens, int(binning.tokens(np.zeros((1, 1)))[0, 0])) == train.n_cells).sum())
     if never:
         warn_user(f"{never} of the {len(genes)} genes of the panel were never seen in the training cells; they are kept.")
     vectors = None if config.model.gene_embeddings is None else read_gene_vectors(config.model.gene_embeddings, genes)

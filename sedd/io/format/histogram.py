@@ -115,6 +115,13 @@ def _tally_cells(store: Store, chosen: np.ndarray, progress: bool) -> sparse.csr
     return counter.histogram(int(store.max_value))
 
 
+def rows_with(hist: sparse.csr_array, count: int) -> np.ndarray:
+    """How many cells have this count of each gene, (n_vars,) int64; scipy's own selection makes a table as long as the largest count."""
+    entries = sparse.csr_array(hist).tocoo()
+    here = entries.col == count
+    return np.bincount(entries.row[here], entries.data[here], hist.shape[0]).astype(np.int64)
+
+
 def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:
     """Return the `n_top` most variable genes, as scanpy's `highly_variable_genes(flavor="seurat_v3")` chooses them.
 
@@ -142,7 +149,7 @@ def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:
     total, squares = (np.bincount(entries.row, counts**power * entries.data, hist.shape[0]) for power in (1, 2))
     mean = total / n_obs
     variance = (squares - total * mean) / max(1, n_obs - 1)
-    seen = n_obs - np.asarray(hist[:, [0]].sum(axis=1)).reshape(-1)
+    seen = n_obs - rows_with(hist, 0)
     usable = np.flatnonzero(seen >= 3)
     varying = usable[variance[usable] > 0]
     if varying.size <= n_top:

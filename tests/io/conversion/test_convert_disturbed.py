@@ -321,7 +321,7 @@ def test_a_worker_of_a_cluster_may_die(tmp_path: Path, monkeypatch: pytest.Monke
 
     source = write(tmp_path / "a.h5ad", counts(300, 60))
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True
+        n_workers=2, threads_per_worker=1, dashboard_address=":0", processes=True
     ) as cluster:
         marker = tmp_path / "died"
         with distributed.Client(cluster) as client:

@@ -18,7 +18,7 @@ from tests.io.stores import small_store
 def client() -> Iterator[object]:
     distributed = pytest.importorskip("distributed")
     with (
-        distributed.LocalCluster(1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        distributed.LocalCluster(1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster,
         distributed.Client(cluster) as made,
     ):
         yield made
