@@ -153,11 +153,13 @@ def _host(readout: Tensor) -> np.ndarray:
 
 
 class _CountLogProb(torch.autograd.Function):
-    """`CountHead.log_prob` and its gradient in one pass over the masked genes; arrays without copies."""
+    """`CountHead.log_prob` and its gradient in one pass over the masked genes."""
 
     @staticmethod
     def forward(ctx: Any, readout: Tensor, start: Tensor, moves: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
-        arrays = (np.ascontiguousarray(x.detach().numpy()) for x in (readout, start, moves, targets, masked))
+        # Of the weights copies: FSDP frees theirs between passes, which it cannot while an array looks at them.
+        weights = (start.detach().clone(), moves.detach().clone())
+        arrays = (np.ascontiguousarray(x.detach().numpy()) for x in (readout, *weights, targets, masked))
         readout_, start_, moves_, targets_, masked_ = arrays
         log_p, slopes = count_law.log_probs(readout_, start_, moves_, targets_, masked_)
         ctx.arrays = slopes, masked_, readout_, moves_
