@@ -78,6 +78,8 @@ class Info:
     def run(self) -> int:
         """Print it."""
         path = Path(self.path)
+        if "://" not in self.path and not path.exists():
+            raise UserError(f"{path}: no such file or directory; expected cells, a store, a checkpoint, the directory of a run or of a model.")
         from sedd.io.convert import is_store
         from sedd.io.input.opening import is_input
 

@@ -104,3 +104,9 @@ def test_every_setting_of_a_conversion_is_a_keyword_of_convert() -> None:
         assert keywords[field.name].default == field.default
     with pytest.raises(TypeError, match="shufle"):
         convert("a.h5ad", "b.zarr", shufle=True)
+
+
+def test_info_about_what_is_not_there_does_not_guess_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(tmp_path / "cells.h5ad")]) == 2
+    said = capsys.readouterr().err
+    assert "no such file or directory; expected cells, a store, a checkpoint" in said and said.count("\n") == 1

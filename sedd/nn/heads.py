@@ -111,19 +111,18 @@ class CountHead(nn.Module):
         masked: Tensor,
         *,
         genes: Tensor | None = None,
-        counts: np.ndarray | None = None,
-        by_own: np.ndarray | None = None,
-        scale: np.ndarray | None = None,
+        **given: Any,
     ) -> None:
-        """Add the expectations of the masked entries to `sums`; see `sedd.kernels.count_law.add_moments`.
+        """Add the expectations of the masked entries to `sums`.
 
         Parameters
         ----------
         genes : (n,) int64, optional
             The genes of the columns of all other arrays; all genes by default.
+        **given
+            `counts`, `by_own` and `scale` of `sedd.kernels.count_law.add_moments`.
         """
         start, moves = self._host()
-        given = {"counts": counts, "by_own": by_own, "scale": scale}
         start = start if genes is None else start[genes.cpu().numpy()]
         count_law.add_moments(sums, _host(readout), start, moves, masked.cpu().numpy(), **given)
 
@@ -218,19 +217,9 @@ class SoftmaxHead(nn.Module):
         masked: Tensor,
         *,
         genes: Tensor | None = None,
-        counts: np.ndarray | None = None,
-        by_own: np.ndarray | None = None,
         scale: np.ndarray | None = None,
     ) -> None:
-        """Add the expectations of the masked entries to `sums`, each bin taken as its value.
-
-        Raises
-        ------
-        ValueError
-            If own counts are given: what a bin says of the rate behind it is not known.
-        """
-        if counts is not None or by_own is not None:
-            raise UserError("bins have no law of the rate behind them; leave the own counts out.")
+        """Add the expectations of the masked entries to `sums`, each bin taken as its value: bins know no rate behind a count."""
         cells, places = masked.nonzero(as_tuple=True)
         values = self.values.double()
         for part in chunks(len(places), values):

@@ -181,6 +181,10 @@ def match_genes(
             absent = next(name for name in wanted if name not in there)
             warn_user(f"{paths[0]}: {len(wanted) - len(kept)} of the {len(wanted)} genes asked for are not there (first: {absent!r}).")
         genes = kept
+    for path, own in zip(paths, names, strict=True) if aloud and join == "outer" else ():
+        there = set(own)
+        if lacking := [name for name in genes if name not in there]:
+            warn_user(f"{path}: lacks {len(lacking)} of the {len(genes)} genes (first: {lacking[0]!r}); its cells have no counts of them.")
     number = {name: k for k, name in enumerate(genes)}
     maps = [None if own == genes else np.array([number.get(name, -1) for name in own], np.int32) for own in names]
     return genes, maps

@@ -170,7 +170,8 @@ class Job:
         try:
             notes = self._make_shards(plan)
         except shard.UntidyError:
-            warn_user(f"{self.paths[0]}: has stored zeros, or unsorted or repeated indices: dropped, sorted and summed.")
+            zeros = "values that are stored and 0 or round to 0" if self.settings["round"] else "stored zeros"
+            warn_user(f"{self.paths[0]}: has {zeros}, or unsorted or repeated indices: dropped, sorted and summed.")
             self._clear()
             plan = self._plan(direct_allowed=False)
             notes = self._make_shards(plan)

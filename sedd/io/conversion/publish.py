@@ -108,8 +108,8 @@ def report(store: CellStore, where: str) -> None:
     rounded = store.uns_sedd["rounded"]
     if rounded:
         meant = store.uns_sedd["settings"]["round"]
-        what = f"of {store.nnz} values were fractions" if meant else f"values were within {TOLERANCE} of an integer"
-        warn_user(f"{where}: {rounded} {what} and were rounded.")
+        what = "values were fractions and were rounded; those below a half are now 0" if meant else f"values were within {TOLERANCE} of an integer and were rounded"
+        warn_user(f"{where}: {rounded} {what}.")
     empty = int((np.diff(store.indptr) == 0).sum())
     if empty:
         warn_user(f"{where}: {empty} of {store.n_obs} cells have no counts; they were kept.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -86,7 +87,7 @@ def renamed(table: pd.DataFrame, naming: Naming) -> pd.DataFrame:
     return table
 
 
-class Input:
+class Input(ABC):
     """An open input; a context manager.
 
     Attributes
@@ -101,7 +102,7 @@ class Input:
     def __init__(self, path: str, naming: Naming = Naming()) -> None:  # noqa: B008 (a tuple does not change)
         self.path, self.naming = path, naming
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (a folder holds nothing open)
         """Close the file."""
 
     def __enter__(self) -> Input:
@@ -155,8 +156,9 @@ class Input:
             )
         return matrix
 
+    @abstractmethod
     def _matrix(self, layer: str | None, raw: bool) -> Matrix:
-        raise NotImplementedError
+        """Open a matrix, or raise what `_no_matrix` returns."""
 
     def _no_matrix(self, name: str) -> UserError:
         return UserError(f"{self.path}: has no {name}; it has {', '.join(how for how, _, _ in self.places) or 'no matrix at all'}.")
@@ -191,11 +193,13 @@ class Input:
         """Whether the genes' table has the column that names are to come from."""
         return self.naming.column is None or has_names(self._var(raw), self.naming.column)
 
+    @abstractmethod
     def _obs(self, drop: tuple[str, ...] = ()) -> pd.DataFrame:
-        raise NotImplementedError
+        """Read the cells' table."""
 
+    @abstractmethod
     def _var(self, raw: bool = False, drop: tuple[str, ...] = ()) -> pd.DataFrame:
-        raise NotImplementedError
+        """Read the genes' table by the names of its index."""
 
     @property
     def obs_names(self) -> list[str]:

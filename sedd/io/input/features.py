@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -35,13 +36,15 @@ class _OfFeatures(Input):
         super().__init__(path, naming)
         self._modality = modality
 
-    @cached_property
+    @property
+    @abstractmethod
     def _cells(self) -> pd.DataFrame:
-        raise NotImplementedError
+        """The cells' table; read once."""
 
-    @cached_property
+    @property
+    @abstractmethod
     def _features(self) -> pd.DataFrame:
-        raise NotImplementedError
+        """The table of features of all types; read once."""
 
     def _obs(self, drop: tuple[str, ...] = ()) -> pd.DataFrame:
         return self._cells.drop(columns=[name for name in self._cells if f"obs/{name}" in drop])

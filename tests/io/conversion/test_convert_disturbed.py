@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing as mp
 import os
 import resource
 import signal
@@ -24,17 +23,12 @@ from sedd.io.convert import convert, ensure_store
 from sedd.io.store import CellStore
 from sedd.io.verify import verify
 from tests.io import launch
+from tests.io.conversion.test_convert_killed import processes
 from tests.io.h5ads import counts, write
 
+__all__ = ["processes"]
+
 pytestmark = pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Processes that begin with everything imported, so that a kill hits the conversion and not an import."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.io.victim"])
-    return context
 
 
 @pytest.fixture(scope="module")
