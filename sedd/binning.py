@@ -169,10 +169,6 @@ class Binning:
         """Return in words what tokens are."""
         return "counts" if self.kind == "counts" else f"{self.n_bins} bins ({self.kind})"
 
-    def clipped(self, hist: sp.csr_array) -> int:
-        """Count the entries of `hist` that are no token and share the last bin; 0 of counts."""
-        return int(hist[:, self.n_bins :].sum()) if self.kind == "identity" and hist.shape[1] > self.n_bins else 0
-
     def table(self, max_count: int) -> np.ndarray:
         """Tokens of the counts 0 .. max_count: the lookup table of the kernel, 256 to `MAX_TABLE` entries long."""
         if self.kind == "quantile":

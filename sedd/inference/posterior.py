@@ -180,9 +180,11 @@ def cross_predict(
         parts = [np.flatnonzero(fold == k) for k in range(folds)]
         parts = [part for part in parts if len(part)]
         places = [torch.from_numpy(part).to(tokens.device) for part in parts]
-        hidden = [here.missing | np.isin(np.arange(n_vars), part) for part in parts]
-        masks = [torch.from_numpy(np.broadcast_to(x, here.tokens.shape).copy()).to(tokens.device) for x in hidden]
-        readouts = model.model.readout_by_part(tokens, [model.sigma(mask) for mask in masks], places, **here.context)
+        # A part is hidden in all cells, so the noise is that of one share.
+        shares = [(here.missing.sum() + known[part].sum()) / n_vars for part in parts]
+        sigmas = [model.noise.sigma_at(torch.full((len(tokens),), share, dtype=torch.float64)).float() for share in shares]
+        sigmas = [sigma.to(tokens.device) for sigma in sigmas]
+        readouts = model.model.readout_by_part(tokens, sigmas, places, **here.context)
         for part, place, readout in zip(parts, places, readouts, strict=True):
             sums = Sums.of_zeros((len(tokens), len(part)), log1p=log1p)
             given = {name: value[part] for name, value in own.items()}

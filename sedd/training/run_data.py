@@ -168,7 +168,6 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
         if binning.kind == "counts" and config.model.graph == "uniform":
             raise UserError("--graph uniform walks among a fixed number of values, and there is no largest count; expected --binning identity.")
         tokens = binning.token_histogram(panel_hist)
-        _report_clipped(binning, panel_hist, data.num_bins)
     else:
         sample = _sample_values(store, train, genes)
         binning = Binning.fit(data.binning, data.num_bins, values=sample)
@@ -311,16 +310,6 @@ def _choose_genes(data: DataConfig, store: CellStore, hist: sp.csr_array | None,
     if len(found) < len(names):
         warn_user(f"--genes {text}: {len(names) - len(found)} of {len(names)} genes are not in the data and are left out.")
     return found
-
-
-def _report_clipped(binning: Binning, hist: sp.csr_array, num_bins: int) -> None:
-    touched = binning.clipped(hist)
-    if touched:
-        total = int(hist[:, 1:].sum())
-        warn_user(
-            f"{touched:,} of {total:,} non-zero entries ({touched / total:.3%}) are counts of {num_bins} or more and share "
-            f"the last bin; --num_bins {hist.shape[1]} would tell them apart."
-        )
 
 
 def _plain_loader(config: TrainConfig, store: CellStore, cells: Split, genes: list[str], binning: Any) -> CellLoader:

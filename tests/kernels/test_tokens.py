@@ -11,9 +11,28 @@ from sedd.binning import Binning
 from sedd.kernels.discretize import MAX_TABLE
 from sedd.kernels.gather import gather_rows, row_pointers
 from sedd.kernels.mask import exact_mask, random_mask
-from sedd.kernels.tokens import MaskRule, RowFiller, panel_columns, rows_to_tokens
+from sedd.kernels.tokens import MaskRule, RowFiller, panel_columns
 
 COUNTS = Binning("identity", 9, None, np.arange(9.0))
+
+
+def rows_to_tokens(
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    *,
+    n_vars: int,
+    binning: Binning | None,
+    rows: np.ndarray | None = None,
+    genes: np.ndarray | None = None,
+) -> np.ndarray:
+    """Fill dense rows from a CSR matrix in one call."""
+    top = int(data.max()) if data.size and data.dtype.kind in "ui" else 0
+    filler = RowFiller(n_vars, genes=genes, binning=binning, max_count=top)
+    picked = np.arange(indptr.size - 1) if rows is None else rows
+    out = np.empty((picked.size, filler.n_panel), filler.dtype)
+    filler.fill(indices, data, indptr[picked].astype(np.int64), indptr[picked + 1].astype(np.int64), out)
+    return out
 
 
 def matrix(n_obs: int, n_vars: int, seed: int, dtype: type = np.uint8, index: type = np.uint16) -> tuple:
