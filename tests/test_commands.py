@@ -39,6 +39,8 @@ def values_unlike_the_defaults(name: str, folder: Path) -> dict[str, Any]:
             values[field.name] = (f"{field.name}=one", f"{field.name}=two")
         else:
             values[field.name] = f"a_{field.name}"
+    if name == "info":  # refuses a path where nothing is
+        values["path"] = str(folder)
     return values | ({"output": str(folder / "out.h5ad")} if "output" in values else {})
 
 
