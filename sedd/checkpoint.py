@@ -25,7 +25,7 @@ from sedd.io.files import new_file
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
 _NUMBERED = re.compile(r"(epoch|step)_(\d+)\.pt$")
 
 

@@ -42,8 +42,8 @@ def score_entropy(graph: Graph, noise: Noise, log_score: Tensor, tokens: Tensor,
 
 
 def hide(tokens: Tensor, masked: Tensor, mask_token: int) -> Tensor:
-    """Return the tokens as int64 with `mask_token` where `masked`; the loader's uint8 may be too narrow for it."""
-    return tokens.long().masked_fill(masked, mask_token)
+    """Return the tokens as int32 with `mask_token` where `masked`; the loader's uint8 may be too narrow for it."""
+    return tokens.int().masked_fill(masked, mask_token)
 
 
 def diffusion_loss(

@@ -286,9 +286,14 @@ class SEDDTransformer(nn.Module):
         mean, var : (B, n_vars) float32
             A visible gene has its own value and variance 0.
         """
+        return self.expectation_of(self.readout(tokens, sigma, condition=condition, library=library), tokens)
+
+    @torch.no_grad()
+    def expectation_of(self, readout: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As `expectation`, of what `readout` returned for the same tokens."""
         masked = tokens == self.mask_token
         sums = Sums.of_zeros(tuple(tokens.shape))
-        self.head.add_moments(sums, self.readout(tokens, sigma, condition=condition, library=library), masked)
+        self.head.add_moments(sums, readout, masked)
         mean, std = (torch.from_numpy(x).to(tokens.device, torch.float32) for x in sums.mean_and_std())
         return torch.where(masked, mean, self.values_of(tokens.long().masked_fill(masked, 0))), std.square()
 
@@ -349,16 +354,15 @@ def _table(given: Any, shape: tuple[int, ...], name: str, default: Tensor | None
 
 
 def _usual_of_counts(n_vars: int, histogram: Any) -> Tensor:
-    """Mean features of each gene over the cells of a histogram, (n_vars, 3)."""
+    """How often each gene of a histogram is above 0, and the mean of its `log1p`, (n_vars, 2)."""
     if histogram is None:
-        return torch.zeros(n_vars, 3)
+        return torch.zeros(n_vars, 2)
     entries = histogram.tocoo()
     rows, counts = entries.coords
-    told = np.stack([np.ones(len(counts)), np.minimum(counts, 1), np.log1p(counts)], 1)
-    sums = np.stack([np.bincount(rows, entries.data * column, n_vars) for column in told.T], 1)
-    return torch.from_numpy(sums / np.maximum(sums[:, :1], 1)).float()
+    told = (np.ones(len(counts)), np.minimum(counts, 1), np.log1p(counts))
+    n_cells, *sums = (np.bincount(rows, entries.data * values, n_vars) for values in told)
+    return torch.from_numpy(np.stack(sums, 1) / np.maximum(n_cells, 1)[:, None]).float()
 
 
 def _usual_of_bins(log_marginals: Tensor, values: Tensor) -> Tensor:
-    told = torch.stack([torch.ones_like(values), (values > 0).float(), values.log1p()], 1)
-    return log_marginals.softmax(-1) @ told
+    return log_marginals.softmax(-1) @ torch.stack([(values > 0).float(), values.log1p()], 1)

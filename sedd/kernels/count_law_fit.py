@@ -84,14 +84,14 @@ def _entries(csr: Any, top: np.ndarray, pseudocount: float) -> tuple[list[np.nda
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _fit(counts: Any, mass: Any, pull: Any, steps: Any, law: Any) -> None:
     """Fit the laws of a block of genes in place; a weak pull to where they began keeps apart what the data do not tell apart."""
-    laws, where = np.empty((27, BLOCK), np.float32), np.arange(BLOCK)
+    laws, genes, cells = np.empty((27, BLOCK), np.float32), np.arange(BLOCK), np.zeros(BLOCK, np.int64)
     part, rise = np.empty((COMPONENTS, BLOCK), np.float32), np.empty((COMPONENTS, BLOCK), np.float32)
     best, log_p, slope = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty((9, BLOCK), np.float32)
-    nothing, none = np.zeros((BLOCK, 1), np.float32), np.zeros((1, 9), np.float32)
+    nothing, none = np.zeros((BLOCK, 1, 1), np.float32), np.zeros((1, 9), np.float32)
     anchor, speed, drift = law.copy(), np.zeros((9, BLOCK)), np.zeros((9, BLOCK))
     gradient = np.empty((9, BLOCK))
     for step in range(1, steps + 1):
-        fill_laws(law, nothing, none, where, BLOCK, laws)
+        fill_laws(law, nothing, none, genes, cells, BLOCK, laws)
         for p in range(9):
             for i in range(BLOCK):
                 gradient[p, i] = pull * (anchor[i, p] - law[i, p])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sedd.kernels.features import count_features
+from sedd.kernels.features import count_features, count_surprises
 from sedd.nn.blocks import Block, Conditioner, fourier
 
 
@@ -62,13 +62,23 @@ class Features(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, n) to features (B, 3, n)."""
-        if self.bin_values is None and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self._has_kernel(tokens):
             return torch.from_numpy(count_features(tokens.numpy(), self.mask_token))
         visible = tokens != self.mask_token
         shown = tokens.where(visible, 0)
         counts = shown.float() if self.bin_values is None else F.embedding(shown.long(), self.bin_values[:, None])[..., 0]
         seen = visible.float()
         return torch.stack([seen, (counts > 0) * seen, counts.log1p() * seen], dim=-2)
+
+    def surprises(self, tokens: Tensor, usual: Tensor) -> Tensor:
+        """Map tokens (B, n) to the last two features less what is `usual` (n, 2), 0 where hidden, (B, 2, n)."""
+        if self._has_kernel(tokens):
+            return torch.from_numpy(count_surprises(tokens.numpy(), self.mask_token, usual.numpy()))
+        told = self(tokens)
+        return told[:, 1:] - told[:, :1] * usual.T
+
+    def _has_kernel(self, tokens: Tensor) -> bool:
+        return self.bin_values is None and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class FullBackbone(nn.Module):
@@ -131,9 +141,11 @@ class LatentBackbone(nn.Module):
 
     Parameters
     ----------
-    usual : (n_vars, 3)
-        The mean features of each gene, which the learned ones start at.
+    usual : (n_vars, 2)
+        Over the training cells, how often each gene is above 0 and the mean of its `log1p`.
     """
+
+    usual: Tensor
 
     def __init__(
         self,
@@ -150,22 +162,21 @@ class LatentBackbone(nn.Module):
         super().__init__()
         self.genes, self.features = genes, features
         self.dim, self.rank, self.num_latents = dim, rank, num_latents
-        self.usual = nn.Parameter(usual.float().clone())
-        self.read = nn.Linear(3 * dim, num_latents * dim)
+        self.register_buffer("usual", usual.float().contiguous())
+        self.read = nn.Linear(2 * dim, num_latents * dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, attend=num_latents > 1) for _ in range(num_layers))
         self.write = nn.Linear(num_latents * dim, dim * rank)
         nn.init.zeros_(self.write.weight)
         nn.init.zeros_(self.write.bias)
 
     def summary(self, tokens: Tensor, part: Tensor | None = None) -> Tensor:
-        """Return the sum over the visible genes of each cell, or of those of a `part`, whose tokens alone are given, (B, 3 dim)."""
-        told = self.features(tokens)
+        """Return the sum over the visible genes of each cell, or of those of a `part`, whose tokens alone are given, (B, 2 dim)."""
         usual, genes = (self.usual, self.genes()) if part is None else (self.usual[part], self.genes()[part])
-        return ((told - told[:, :1] * usual.T) @ genes).flatten(1)
+        return (self.features.surprises(tokens, usual) @ genes).flatten(1)
 
     def unmask(self, summary: Tensor, cells: Tensor, genes: Tensor, tokens: Tensor) -> None:
         """Make the genes (N,) of the cells (N,) visible in `summary`."""
-        told = self.features(tokens[None])[0].T - self.usual[genes]
+        told = self.features.surprises(tokens[None], self.usual[genes])[0].T
         summary.index_add_(0, cells, (told.unsqueeze(2) * self.genes()[genes].unsqueeze(1)).flatten(1))
 
     def _latents(self, summary: Tensor, c: Tensor) -> Tensor:
@@ -187,8 +198,9 @@ class LatentBackbone(nn.Module):
 
     def _read(self, genes: Tensor, factors: Tensor) -> Tensor:
         """Return the products of genes (n, dim) with factors (B, dim, rank), (B, n, rank), as one product of matrices, not B narrow ones."""
-        wide = genes @ factors.transpose(0, 1).reshape(self.dim, -1)
-        return wide.view(len(genes), -1, self.rank).transpose(0, 1)
+        # The cells of a gene lie together, as the kernels of a law of counts take them.
+        wide = genes @ factors.permute(1, 2, 0).reshape(self.dim, -1)
+        return wide.view(len(genes), self.rank, -1).permute(2, 0, 1)
 
     def readout_at(self, summary: Tensor, c: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
         """Return the readouts of single genes, (N, rank)."""

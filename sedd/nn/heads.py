@@ -157,18 +157,16 @@ class _CountLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, readout: Tensor, start: Tensor, moves: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
         # Of the weights copies: FSDP frees theirs between passes, which it cannot while an array looks at them.
-        weights = (start.detach().clone(), moves.detach().clone())
-        arrays = (np.ascontiguousarray(x.detach().numpy()) for x in (readout, *weights, targets, masked))
-        readout_, start_, moves_, targets_, masked_ = arrays
-        log_p, slopes = count_law.log_probs(readout_, start_, moves_, targets_, masked_)
-        ctx.arrays = slopes, masked_, readout_, moves_
+        readout_, start_, moves_ = readout.detach().numpy(), start.detach().clone().numpy(), moves.detach().clone().numpy()
+        log_p, slopes = count_law.log_probs(
+            readout_, start_, moves_, targets.numpy(), masked.numpy(), slopes=any(ctx.needs_input_grad)
+        )
+        ctx.arrays = slopes, readout_, moves_
         return torch.from_numpy(log_p)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        slopes, masked, readout, moves = ctx.arrays
-        upstream = np.ascontiguousarray(gradient.numpy(), np.float32)
-        to_readout, to_start, to_moves = count_law.gradients(slopes, upstream, masked, readout, moves)
+        to_readout, to_start, to_moves = count_law.gradients(ctx.arrays[0], gradient.numpy(), *ctx.arrays[1:])
         return torch.from_numpy(to_readout), torch.from_numpy(to_start), torch.from_numpy(to_moves), None, None
 
 
