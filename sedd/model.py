@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sedd.binning import UNBOUNDED
 from sedd.config import MODEL_SIZES
 from sedd.errors import UserError
-from sedd.kernels.count_law import Sums
 from sedd.kernels.count_law_fit import fit
+from sedd.kernels.count_law_moments import Sums
 from sedd.nn.backbones import Features, FullBackbone, GeneEmbedding, LatentBackbone
 from sedd.nn.blocks import Conditioner
 from sedd.nn.heads import CountHead, SoftmaxHead

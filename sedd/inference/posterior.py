@@ -16,7 +16,7 @@ from sedd.errors import UserError, warn_user
 from sedd.inference.cells import Cells
 from sedd.inference.output_parts import Parts, check_batch_size
 from sedd.inference.pretrained import Pretrained
-from sedd.kernels.count_law import Sums
+from sedd.kernels.count_law_moments import Sums
 from sedd.kernels.mask import exact_mask
 from sedd.processes import is_main, launched
 from sedd.sampling import AnalyticSampler, EulerSampler

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sedd.errors import UserError
-from sedd.kernels import count_law, count_law_draws
-from sedd.kernels.count_law import Sums
+from sedd.kernels import count_law, count_law_draws, count_law_moments
 from sedd.kernels.count_law_draws import COMPONENTS, LOG_MEAN, LOG_THETA
+from sedd.kernels.count_law_moments import Sums
 
 # (position, bin) pairs whose probabilities exist at a time: what stays in a core's cache, what keeps a GPU busy.
 CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
@@ -120,11 +120,11 @@ class CountHead(nn.Module):
         genes : (n,) int64, optional
             The genes of the columns of all other arrays; all genes by default.
         **given
-            `counts`, `by_own` and `scale` of `sedd.kernels.count_law.add_moments`.
+            `counts`, `by_own` and `scale` of `sedd.kernels.count_law_moments.add_moments`.
         """
         start, moves = self._host()
         start = start if genes is None else start[genes.cpu().numpy()]
-        count_law.add_moments(sums, _host(readout), start, moves, masked.cpu().numpy(), **given)
+        count_law_moments.add_moments(sums, _host(readout), start, moves, masked.cpu().numpy(), **given)
 
     def draw(self, readout: Tensor, genes: Tensor, u: Tensor) -> Tensor:
         """Draw counts, (N,) int64, by inversion of (N,) float64 uniform numbers."""

@@ -14,9 +14,10 @@ from scipy.stats import chisquare, gamma, nbinom, poisson
 
 from sedd.errors import UserError
 from sedd.kernels import count_law, count_law_draws
-from sedd.kernels.count_law import Sums, add_moments, gradients, log_probs
+from sedd.kernels.count_law import gradients, log_probs
 from sedd.kernels.count_law_draws import LARGEST, LOG_THETA
 from sedd.kernels.count_law_fit import fit
+from sedd.kernels.count_law_moments import Sums, add_moments
 from sedd.kernels.vector_math import BLOCK, exp, log, log1p
 from sedd.nn.heads import CountHead
 
