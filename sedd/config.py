@@ -229,7 +229,7 @@ class ModelConfig:
     mask_ratio: float = 0.15
     """Share of a cell's genes hidden in the `masked` objective and in validation's recovery metric."""
     condition: tuple[str, ...] = ()
-    """Categorical obs columns to condition on, such as cell_type or donor."""
+    """Categorical obs columns to condition on, such as cell_type or donor; a label that is missing or hidden is predicted."""
     condition_library_size: bool = False
     """Condition on the log of a cell's total count over the panel."""
     condition_dropout: float = 0.1
@@ -257,6 +257,11 @@ class ModelConfig:
         _require(0 <= self.condition_dropout < 1, "condition_dropout", self.condition_dropout, "a probability below 1")
         _require(self.num_latents >= 1, "num_latents", self.num_latents, "at least 1")
         _require(len(set(self.condition)) == len(self.condition), "condition", self.condition, "each column once")
+
+    @property
+    def answers_labels(self) -> bool:
+        """Whether labels are hidden and predicted as genes are; the uniform graph hides nothing."""
+        return bool(self.condition) and self.graph == "absorbing"
 
 
 @dataclass(frozen=True, kw_only=True)

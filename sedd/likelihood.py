@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import log_ndtr, stdtrit
 from torch import Tensor, nn
 
@@ -41,6 +42,10 @@ class CellBatch(NamedTuple):
         What names the cells: equal numbers get equal masks, in whatever batch. Their place in the sequence if not given.
     missing : (n_vars,) bool, optional
         Genes that the data lack. They are always masked, and the likelihood is of the others; their tokens are not looked at.
+    labels : (B, columns) int64, optional
+        The cells' labels, coded as in `condition`. The likelihood is then that of genes and labels together: a label is hidden as a
+        gene is, and what is not hidden of them is what the model is shown in place of `condition`. 0 is unknown, so hidden
+        throughout and of no part in it.
     """
 
     tokens: Tensor
@@ -48,12 +53,18 @@ class CellBatch(NamedTuple):
     library: Tensor | None = None
     cell: Tensor | None = None
     missing: Tensor | None = None
+    labels: Tensor | None = None
 
     @property
     def n_known(self) -> int:
         """Genes that the cells have counts of."""
         n_vars = self.tokens.shape[1]
         return n_vars if self.missing is None else n_vars - int(self.missing.sum())
+
+    @property
+    def n_labels(self) -> int:
+        """Labels of a cell that the likelihood is of."""
+        return 0 if self.labels is None else self.labels.shape[1]
 
     def sum_known(self, nats: Tensor) -> Tensor:
         """Return the sum over the genes that are known, (B,), of (B, n_vars)."""
@@ -218,6 +229,8 @@ def nelbo(
             check_states(batch.tokens, graph.n_bins - 1)
             if batch.missing is not None and not isinstance(graph, AbsorbingGraph):
                 raise UserError("genes are missing, and the uniform graph masks none; expected cells with all genes of the model.")
+            if batch.labels is not None and not isinstance(graph, AbsorbingGraph):
+                raise UserError("the uniform graph hides no labels; expected labels that are given, as the condition.")
             n_vars = batch.n_known
             if not n_vars:
                 raise UserError("all genes of the model are missing from the cells; expected some of them.")
@@ -253,24 +266,33 @@ def _strata(batch: CellBatch, n_masks: int, seed: int) -> Tensor:
     return (torch.arange(n_masks, device=batch.cell.device) + shift[:, None]) / n_masks
 
 
-def _log_mu_of(model: nn.Module, batch: CellBatch, masked: Tensor, sigma: Tensor, mask_token: int) -> Tensor:
-    hidden = hide(batch.tokens, masked if batch.missing is None else masked | batch.missing, mask_token)
+def _known_nats(model: nn.Module, batch: CellBatch, masked: Tensor, sigma: Tensor, mask_token: int) -> Tensor:
+    """Return the negative log-probability of what is masked and known, (B,) float64: of genes and, in columns behind them, labels."""
+    n_vars = batch.tokens.shape[1]
+    of_genes = masked[:, :n_vars]
+    hidden = hide(batch.tokens, of_genes if batch.missing is None else of_genes | batch.missing, mask_token)
     given: dict[str, Any] = {"condition": batch.condition, "library": batch.library}
-    return model(hidden, sigma.float(), targets=batch.tokens, **given).double()
+    if batch.labels is None:
+        return -batch.sum_known(model(hidden, sigma.float(), targets=batch.tokens, **given).double())
+    given["condition"] = batch.labels.masked_fill(masked[:, n_vars:], 0)
+    log_mu, log_nu = model(hidden, sigma.float(), targets=batch.tokens, labels=batch.labels, **given)
+    return -batch.sum_known(log_mu.double()) - log_nu.double().sum(1)
 
 
 def _time_free(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, n_masks: int, seed: int) -> Tensor:
     assert batch.cell is not None
-    n_vars, n_known = batch.tokens.shape[1], batch.n_known
-    known = None if batch.missing is None else ~batch.missing
-    sizes = torch.ceil(_strata(batch, n_masks, seed) * n_known).long().clamp(1, n_known)
+    n_vars, n_labels = batch.tokens.shape[1], batch.n_labels
+    # A label that is unknown has its turn as well, and adds nothing: the order of the others is as random without it.
+    n_turns = batch.n_known + n_labels
+    known = None if batch.missing is None else F.pad(~batch.missing, (0, n_labels), value=True)
+    sizes = torch.ceil(_strata(batch, n_masks, seed) * n_turns).long().clamp(1, n_turns)
     total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
     for m in range(n_masks):
         k = sizes[:, m]
-        masked = random_subsets(seed, _MASKS + m, batch.cell, n_vars, k, known)
-        share = (k + (n_vars - n_known)) / n_vars
-        log_mu = _log_mu_of(model, batch, masked, noise.sigma_at(share), graph.mask_token)
-        total -= batch.sum_known(log_mu) * n_known / k
+        masked = random_subsets(seed, _MASKS + m, batch.cell, n_vars + n_labels, k, known)
+        of_genes = masked[:, :n_vars].sum(1) if n_labels else k
+        sigma = noise.sigma_at((of_genes + (n_vars - batch.n_known)) / n_vars)
+        total += _known_nats(model, batch, masked, sigma, graph.mask_token) * n_turns / k
     return total / n_masks
 
 
@@ -293,8 +315,7 @@ def _rate_at(
     """Return the score entropy of each cell at times t, (B,) float64."""
     sigma = noise.sigma(t)
     if isinstance(graph, AbsorbingGraph):
-        masked = _noised(graph, batch, sigma, seed, stream) == graph.mask_token
-        return -batch.sum_known(_log_mu_of(model, batch, masked, sigma, graph.mask_token)) * noise.unmask_rate(t)
+        return _known_nats(model, batch, _moved(batch, sigma, seed, stream), sigma, graph.mask_token) * noise.unmask_rate(t)
     noised = _noised(graph, batch, sigma, seed, stream)
     log_mu = model(noised, sigma.float(), everywhere=True, condition=batch.condition, library=batch.library).double()
     return score_entropy(graph, noise, graph.log_score(log_mu, noised, sigma), noised, batch.tokens.long(), t).sum(1)
@@ -303,20 +324,22 @@ def _rate_at(
 def _reconstruction(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, seed: int) -> Tensor:
     """Return `-log p(clean | noised)` at the schedule's smallest noise, genes taken as independent, (B,) float64."""
     sigma = noise.sigma(torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device))
-    noised = _noised(graph, batch, sigma, seed, _START)
     if isinstance(graph, AbsorbingGraph):
-        return -batch.sum_known(_log_mu_of(model, batch, noised == graph.mask_token, sigma, graph.mask_token))
+        return _known_nats(model, batch, _moved(batch, sigma, seed, _START), sigma, graph.mask_token)
+    noised = _noised(graph, batch, sigma, seed, _START)
     log_mu = model(noised, sigma.float(), everywhere=True, condition=batch.condition, library=batch.library).double()
     p = graph.posterior(log_mu, noised, sigma, torch.zeros_like(sigma))
     return -p.gather(-1, batch.tokens.long()[..., None]).log().sum((1, 2))
 
 
-def _noised(graph: Graph, batch: CellBatch, sigma: Tensor, seed: int, stream: int) -> Tensor:
-    """Apply the forward process with draws that belong to the cells."""
+def _moved(batch: CellBatch, sigma: Tensor, seed: int, stream: int) -> Tensor:
+    """Return what the forward process has reached, (B, n_vars + n_labels) bool, with draws that belong to the cells."""
     assert batch.cell is not None
-    n_vars = batch.tokens.shape[1]
-    moved = uniforms(seed, stream, batch.cell, n_vars) < -torch.expm1(-sigma)[:, None]
-    if isinstance(graph, AbsorbingGraph):
-        return hide(batch.tokens, moved, graph.mask_token)
-    other = (uniforms(seed, stream + 1, batch.cell, n_vars) * graph.n_bins).long()
-    return torch.where(moved, other, batch.tokens.long())
+    return uniforms(seed, stream, batch.cell, batch.tokens.shape[1] + batch.n_labels) < -torch.expm1(-sigma)[:, None]
+
+
+def _noised(graph: Graph, batch: CellBatch, sigma: Tensor, seed: int, stream: int) -> Tensor:
+    """Apply the forward process of the uniform graph."""
+    assert batch.cell is not None
+    other = (uniforms(seed, stream + 1, batch.cell, batch.tokens.shape[1]) * graph.n_bins).long()
+    return torch.where(_moved(batch, sigma, seed, stream), other, batch.tokens.long())

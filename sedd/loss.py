@@ -56,6 +56,8 @@ def diffusion_loss(
     *,
     condition: Tensor | None = None,
     library: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: Tensor | None = None,
     objective: str = "score_entropy",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -74,6 +76,9 @@ def diffusion_loss(
         Of no use to the objective "masked".
     condition, library
         As in `SEDDTransformer.forward`.
+    labels, label_weight : (B, columns) int64 and float, optional
+        The true labels of cells, and one over the probability that each is hidden. Where `condition` hides a label that is known,
+        its negative log-probability is part of the loss as that of a hidden gene is. Needs the absorbing graph.
     objective
         "score_entropy" or "masked".
     generator
@@ -112,6 +117,10 @@ def diffusion_loss(
         else:
             sigma, weight = noise.sigma(t.double()), noise.unmask_rate(t.double())
         hidden = hide(tokens, masked, graph.mask_token)
-        log_mu = model(hidden, sigma.float(), targets=tokens, **given)
-        per_cell = -log_mu.float().sum(1) * weight.float()
+        if labels is None:
+            per_cell = -model(hidden, sigma.float(), targets=tokens, **given).float().sum(1) * weight.float()
+        else:
+            log_mu, log_nu = model(hidden, sigma.float(), targets=tokens, labels=labels, **given)
+            weighted = log_nu if label_weight is None else log_nu * label_weight
+            per_cell = -log_mu.float().sum(1) * weight.float() - weighted.sum(1)
     return per_cell.mean() / tokens.shape[1], per_cell.detach()

@@ -21,7 +21,7 @@ from sedd.kernels.count_law_fit import fit
 from sedd.kernels.count_law_moments import Sums
 from sedd.nn.backbones import Features, FullBackbone, GeneEmbedding, LatentBackbone
 from sedd.nn.blocks import Conditioner
-from sedd.nn.heads import CountHead, SoftmaxHead
+from sedd.nn.heads import CountHead, LabelHeads, SoftmaxHead
 
 # What a model holds for each gene besides its vector: where its output starts, and what is usual for it.
 PER_GENE = {"head.start", "head.bias", "backbone.usual"}
@@ -52,6 +52,10 @@ class SEDDTransformer(nn.Module):
         Number of categories of each condition column.
     condition_library
         Whether the log total count of a cell can be given.
+    answer_labels
+        Whether a label that is hidden is answered as a hidden gene is.
+    label_shares : sequence of (size,), optional
+        For each condition column the shares of its labels among the training cells, where their laws start. Equal when left out.
     gene_embeddings : (n_vars, p), optional
         Pretrained gene vectors to project instead of learning one per gene.
     gene_embedding_dim
@@ -80,6 +84,8 @@ class SEDDTransformer(nn.Module):
         bin_values: Any = None,
         condition_sizes: Sequence[int] = (),
         condition_library: bool = False,
+        answer_labels: bool = False,
+        label_shares: Sequence[Any] | None = None,
         gene_embeddings: Any = None,
         gene_embedding_dim: int | None = None,
     ) -> None:
@@ -96,6 +102,7 @@ class SEDDTransformer(nn.Module):
             "rank": int(rank),
             "condition_sizes": [int(size) for size in condition_sizes],
             "condition_library": bool(condition_library),
+            "answer_labels": bool(answer_labels),
         }
         if gene_embeddings is not None:
             gene_embeddings = _table(gene_embeddings, (n_vars, gene_embedding_dim or -1), "gene_embeddings", None)
@@ -118,6 +125,11 @@ class SEDDTransformer(nn.Module):
         size = (genes, hidden_dim, num_layers, num_heads, dropout, Features(self.mask_token, values), rank)
         self.backbone: FullBackbone | LatentBackbone
         self.backbone = FullBackbone(*size) if attention == "full" else LatentBackbone(*size, usual, num_latents)
+        self.labels: LabelHeads | None = None
+        if answer_labels:  # last, so that all other weights start as they would without
+            shares = [np.ones(n) / n for n in condition_sizes] if label_shares is None else label_shares
+            logs = [_table(np.log(own), (n,), "label_shares", None) for own, n in zip(shares, condition_sizes, strict=True)]
+            self.labels = LabelHeads(hidden_dim if attention == "full" else num_latents * hidden_dim, logs)
 
     def forward(
         self,
@@ -128,7 +140,8 @@ class SEDDTransformer(nn.Module):
         library: Tensor | None = None,
         targets: Tensor | None = None,
         everywhere: bool = False,
-    ) -> Tensor:
+        labels: Tensor | None = None,
+    ) -> Any:
         """Log-probabilities of `targets`, or of all bins `everywhere`, or log scores of all states.
 
         Parameters
@@ -143,6 +156,8 @@ class SEDDTransformer(nn.Module):
             The clean tokens. Training calls the module with them, so that wrappers of `forward` see every call.
         everywhere
             Whether every gene is asked for, masked or not, as a process without masks needs it.
+        labels : (B, columns) int64, optional
+            The true labels, with `targets`: of a model that answers labels, those that `condition` hides are asked for too.
 
         Returns
         -------
@@ -151,6 +166,8 @@ class SEDDTransformer(nn.Module):
             0 for its own token and -inf for any other.
         log_mu : (B, n_vars) float32, when `targets` are given
             At the masked genes, 0 elsewhere.
+        log_mu, log_nu : (B, n_vars), (B, columns) float32, when `labels` are given as well
+            `log_nu` of the labels that are known and hidden, 0 elsewhere.
         log_mu : (B, n_vars, n_bins) float32, when `everywhere`
 
         Raises
@@ -158,8 +175,13 @@ class SEDDTransformer(nn.Module):
         UserError
             If a table of all states is asked for and there are as many as counts.
         """
-        readout = self.readout(tokens, sigma, condition=condition, library=library)
         masked = tokens == self.mask_token
+        if labels is not None and targets is not None:
+            states = self.backbone.trunk(tokens, self.conditioner(sigma, condition, library))
+            asked = labels != 0 if condition is None else (labels != 0) & (condition == 0)
+            log_nu = self._heads().log_prob(self.backbone.of_cell(states), labels, asked)
+            return self._at_masked(self.backbone.readouts(states), targets, masked), log_nu
+        readout = self.readout(tokens, sigma, condition=condition, library=library)
         if targets is not None:
             return self._at_masked(readout, targets, masked)
         if isinstance(self.head, CountHead):
@@ -175,6 +197,24 @@ class SEDDTransformer(nn.Module):
 
     def _at_masked(self, readout: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
         return self.head.log_prob(readout, targets, masked)
+
+    def _heads(self) -> LabelHeads:
+        if self.labels is None:
+            raise UserError("this model gives no labels; expected one that was trained with answer_labels.")
+        return self.labels
+
+    def label_laws(
+        self, tokens: Tensor, sigma: Tensor, *, condition: Tensor | None = None, library: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return the log-probabilities of all labels of each condition column, (B, size) float32, given what is visible.
+
+        Raises
+        ------
+        UserError
+            If the model does not answer labels.
+        """
+        heads = self._heads()
+        return heads.log_tables(self.backbone.of_cell(self.backbone.trunk(tokens, self.conditioner(sigma, condition, library))))
 
     def readout(
         self, tokens: Tensor, sigma: Tensor, *, condition: Tensor | None = None, library: Tensor | None = None

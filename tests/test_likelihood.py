@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -94,6 +95,60 @@ def test_masks_belong_to_cells_and_not_to_batches() -> None:
     named = [CellBatch(cells[part], cell=part) for part in order.split(11)]
     assert np.array_equal(nelbo(model, GRAPH, NOISE, named).per_cell, whole[order.numpy()])
     assert not np.array_equal(nelbo(model, GRAPH, NOISE, [cells], seed=1).per_cell, whole)
+
+
+def labelled(n: int) -> tuple[ExactModel, torch.Tensor, torch.Tensor, np.ndarray, float]:
+    """A model of genes and a label with three values, cells, their labels, each cell's own -log p(genes, label), and the entropy."""
+    joints = [Joint.random(3, 4, seed=s) for s in range(3)]
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(3, (n,), generator=generator)
+    cells = torch.stack([joint.sample(n, seed=7 + k) for k, joint in enumerate(joints)])[labels, torch.arange(n)]
+    state = (cells * 4 ** torch.arange(2, -1, -1)).sum(1)
+    table = torch.stack([joint.p.flatten() for joint in joints]) / 3
+    entropy = -float((table * table.log()).sum())
+    return ExactModel(*joints), cells, labels[:, None] + 1, -table.log()[labels, state].numpy(), entropy
+
+
+def test_the_bound_over_all_masks_of_genes_and_label_is_their_joint_entropy() -> None:
+    model = labelled(1)[0]
+    joint, total = model.tables[1:].flatten(1) / 3, 0.0
+    states = model.joint.states
+    for hidden in itertools.product([False, True], repeat=4):
+        k = sum(hidden)
+        if not k:
+            continue
+        for label, p in enumerate(joint):
+            tokens = hide(states, torch.tensor(hidden[:3]).expand(len(states), -1), 4)
+            true = torch.full((len(states), 1), label + 1)
+            given = {"targets": states, "labels": true, "condition": true * (not hidden[3])}
+            log_mu, log_nu = model(tokens, NOISE.sigma_at(torch.full((len(states),), sum(hidden[:3]) / 3)), **given)
+            total -= float((p * (log_mu.sum(1) + log_nu.sum(1))).sum()) / math.comb(4, k) / k
+    assert total == pytest.approx(labelled(1)[-1], abs=1e-12)
+
+
+@pytest.mark.parametrize("form", ["time_free", "time_integral"])
+def test_the_bound_of_genes_and_labels_is_unbiased_and_without_a_label_that_of_the_genes(form: str) -> None:
+    model, cells, labels, own, entropy = labelled(20_000)
+    noise = LogLinearNoise(1e-6)
+    found = nelbo(model, GRAPH, noise, [CellBatch(cells, labels=labels)], form=form, n_masks=8).per_cell - own
+    error = float(found.std(ddof=1)) / math.sqrt(len(found))
+    assert abs(float(found.mean())) < 4 * error < 0.08
+    assert own.mean() == pytest.approx(entropy, abs=0.05)
+    unknown = nelbo(model, GRAPH, noise, [CellBatch(cells, labels=torch.zeros_like(labels))], form=form, n_masks=8).per_cell
+    state = (cells * 4 ** torch.arange(2, -1, -1)).sum(1)
+    off = unknown + model.tables[0].flatten().log()[state].numpy()
+    assert abs(float(off.mean())) < 4 * float(off.std(ddof=1)) / math.sqrt(len(off)) < 0.08
+
+
+def test_labels_go_with_missing_genes_and_not_with_the_uniform_graph() -> None:
+    model, cells, labels, _, _ = labelled(20_000)
+    missing = torch.tensor([False, True, False])
+    found = nelbo(model, GRAPH, NOISE, [CellBatch(cells, labels=labels, missing=missing)]).per_cell
+    table = model.tables[1:].sum(2) / 3
+    off = found + table.log()[labels[:, 0] - 1, cells[:, 0], cells[:, 2]].numpy()
+    assert abs(float(off.mean())) < 4 * float(off.std(ddof=1)) / math.sqrt(len(off)) < 0.08
+    with pytest.raises(UserError, match="uniform graph hides no labels"):
+        nelbo(model, UniformGraph(4), NOISE, [CellBatch(cells, labels=labels)])
 
 
 class Listening(ExactModel):

@@ -308,3 +308,61 @@ def test_what_a_visible_count_tells_is_the_same_from_the_kernel_and_from_torch()
     torch.testing.assert_close(features(tokens.to(torch.int32)), want)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # the other way, that of a GPU and of a compiler, has the same shape
         assert Features(UNBOUNDED, None)(mode.from_tensor(tokens).to("meta")).shape == want.shape
+
+
+@DESIGNS
+def test_labels_that_are_hidden_are_answered_and_shown_ones_are_not(attention, num_latents):
+    model = build(attention=attention, num_latents=num_latents, condition_sizes=(3, 4), answer_labels=True)
+    clean, tokens, sigma = cells()
+    labels = torch.tensor([[1, 4], [3, 0], [2, 2], [0, 1], [3, 3]])
+    condition = torch.tensor([[0, 4], [0, 0], [2, 2], [0, 0], [3, 0]])
+    log_mu, log_nu = model(tokens, sigma, targets=clean, condition=condition, labels=labels)
+    assert torch.equal(log_mu, model(tokens, sigma, targets=clean, condition=condition))
+    laws = model.label_laws(tokens, sigma, condition=condition)
+    for law, size in zip(laws, (3, 4), strict=True):
+        assert law.shape == (CELLS, size)
+        torch.testing.assert_close(law.exp().sum(1), torch.ones(CELLS))
+    asked = [(0, 0), (1, 0), (3, 1), (4, 1)]  # known and hidden
+    want = torch.zeros(CELLS, 2)
+    for cell, column in asked:
+        want[cell, column] = laws[column][cell, labels[cell, column] - 1]
+    assert torch.equal(log_nu, want)
+    nothing = model(tokens, sigma, targets=clean, labels=labels)[1]
+    assert torch.equal(nothing != 0, labels != 0)
+    given_other = model.label_laws(tokens, sigma, condition=torch.tensor([[0, 1]] * CELLS))[0]
+    assert not torch.allclose(given_other, model.label_laws(tokens, sigma)[0])
+
+
+@DESIGNS
+def test_a_model_that_answers_labels_is_otherwise_the_same_bit_for_bit(attention, num_latents):
+    given = {"attention": attention, "num_latents": num_latents, "condition_sizes": (3,)}
+    without, answering = build(0.0, **given), build(0.0, **given, answer_labels=True)
+    extra = {name for name in answering.state_dict() if name not in without.state_dict()}
+    assert extra == {"labels.columns.0.weight", "labels.columns.0.bias"}
+    for name, value in without.state_dict().items():
+        assert torch.equal(value, answering.state_dict()[name]), name
+    torch.testing.assert_close(answering.label_laws(*cells()[1:])[0].exp(), torch.full((CELLS, 3), 1 / 3))
+    shares = build(0.0, **given, answer_labels=True, label_shares=[[0.5, 0.3, 0.2]])
+    torch.testing.assert_close(shares.label_laws(*cells()[1:])[0].exp(), torch.tensor([[0.5, 0.3, 0.2]] * CELLS))
+    with pytest.raises(UserError, match="this model gives no labels"):
+        without.label_laws(*cells()[1:])
+
+
+@pytest.mark.parametrize("attention", ["latent", "full"])
+def test_training_learns_labels_from_the_genes_that_are_visible(attention):
+    model = build(0.0, attention=attention, num_layers=1, condition_sizes=(2,), answer_labels=True).train()
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(1, 3, (64, 1), generator=generator)
+    clean = torch.randint(0, 3, (64, N_VARS), generator=generator) + 3 * (labels - 1)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        masked = torch.rand(clean.shape, generator=generator) < 0.5
+        given = {"labels": labels, "label_weight": torch.ones(64, 1)}
+        loss, _ = diffusion_loss(model, AbsorbingGraph(N_BINS), LogLinearNoise(), clean, masked, torch.full((64,), 0.5), **given)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    few = clean.masked_fill(torch.rand(clean.shape, generator=generator) < 0.8, N_BINS)
+    law = model.eval().label_laws(few, torch.full((64,), 1.6))[0]
+    seen = (few != N_BINS).any(1)
+    assert (law.argmax(1) + 1 == labels[:, 0])[seen].double().mean() > 0.9

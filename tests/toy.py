@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -100,6 +101,8 @@ class TableHead(SoftmaxHead):
 class ExactModel(nn.Module):
     """The true conditionals of a joint; with several joints, the condition c - 1 chooses and 0 mixes them evenly.
 
+    Asked for labels it says which of the joints the visible genes are from, all having been as probable before.
+
     Parameters
     ----------
     joints
@@ -164,17 +167,34 @@ class ExactModel(nn.Module):
         library: Tensor | None = None,
         targets: Tensor | None = None,
         everywhere: bool = False,
-    ) -> Tensor:
-        """Return log scores, `log_mu` of the targets at masked genes, or `log_mu` everywhere."""
+        labels: Tensor | None = None,
+    ) -> Any:
+        """Return log scores, `log_mu` of the targets at masked genes, with that of hidden labels, or `log_mu` everywhere."""
         log_mu = self.readout(tokens, sigma, condition=condition, library=library).log()
         if everywhere:
             return log_mu
         if targets is not None:
             picked = log_mu.gather(-1, targets.long()[..., None]).squeeze(-1)
-            return torch.where(tokens == self.n_bins, picked, 0.0)
+            of_genes = torch.where(tokens == self.n_bins, picked, 0.0)
+            if labels is None:
+                return of_genes
+            assert condition is not None
+            law = self.label_law(tokens)
+            of_labels = law.log().gather(1, (labels - 1).clamp(min=0))
+            return of_genes, torch.where((condition == 0) & (labels != 0), of_labels, 0.0)
         score = nn.functional.pad(log_mu - torch.expm1(sigma.double()).log()[:, None, None], (0, 1))
         settled = torch.full_like(score, -torch.inf).scatter_(-1, tokens.long()[..., None], 0.0)
         return torch.where((tokens == self.n_bins)[..., None], score, settled)
+
+
+    def label_law(self, tokens: Tensor) -> Tensor:
+        """Return the probability of each joint given the visible genes, (B, joints)."""
+        visible = nn.functional.one_hot(tokens.long(), self.n_bins + 1)[..., : self.n_bins].double()
+        seen = torch.where((tokens != self.n_bins)[..., None], visible, 1.0)
+        letters = "abcdefgh"[: self.n_vars]
+        equation = f"y{letters}," + ",".join(f"z{letter}" for letter in letters) + "->zy"
+        p = torch.einsum(equation, self.tables[1:], *[seen[:, j] for j in range(self.n_vars)])
+        return p / p.sum(1, keepdim=True)
 
 
 class ExactNetwork(SEDDTransformer):

@@ -111,7 +111,15 @@ class FullBackbone(nn.Module):
 
     def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Map tokens (B, n_vars) and conditioning (B, dim) to readouts (B, n_vars, rank)."""
-        return self.readout(self.trunk(tokens, c))
+        return self.readouts(self.trunk(tokens, c))
+
+    def readouts(self, states: Tensor) -> Tensor:
+        """Map what `trunk` returns to readouts (B, n_vars, rank)."""
+        return self.readout(states)
+
+    def of_cell(self, states: Tensor) -> Tensor:
+        """Return of what `trunk` returns the part that is about the cell as a whole, (B, dim)."""
+        return states.mean(1)
 
     def summary(self, tokens: Tensor) -> Tensor:
         """Return what `readout_at` needs to know of cells: here all their tokens."""
@@ -185,8 +193,8 @@ class LatentBackbone(nn.Module):
             x = block(x, c)
         return F.layer_norm(x, x.shape[-1:])
 
-    def _factors(self, summary: Tensor, c: Tensor) -> Tensor:
-        return self.write(self._latents(summary, c).flatten(1)).view(-1, self.dim, self.rank)
+    def _factors(self, latents: Tensor) -> Tensor:
+        return self.write(latents.flatten(1)).view(-1, self.dim, self.rank)
 
     def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Map tokens (B, n_vars) and conditioning (B, dim) to latents (B, num_latents, dim)."""
@@ -194,7 +202,15 @@ class LatentBackbone(nn.Module):
 
     def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Map tokens (B, n_vars) and conditioning (B, dim) to readouts (B, n_vars, rank)."""
-        return self._read(self.genes(), self._factors(self.summary(tokens), c))
+        return self.readouts(self.trunk(tokens, c))
+
+    def readouts(self, latents: Tensor) -> Tensor:
+        """Map what `trunk` returns to readouts (B, n_vars, rank)."""
+        return self._read(self.genes(), self._factors(latents))
+
+    def of_cell(self, latents: Tensor) -> Tensor:
+        """Return of what `trunk` returns the part that is about the cell as a whole: all of it, (B, num_latents dim)."""
+        return latents.flatten(1)
 
     def _read(self, genes: Tensor, factors: Tensor) -> Tensor:
         """Return the products of genes (n, dim) with factors (B, dim, rank), (B, n, rank), as one product of matrices, not B narrow ones."""
@@ -204,7 +220,7 @@ class LatentBackbone(nn.Module):
 
     def readout_at(self, summary: Tensor, c: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
         """Return the readouts of single genes, (N, rank)."""
-        return torch.einsum("nd,ndr->nr", self.genes()[genes], self._factors(summary, c)[cells])
+        return torch.einsum("nd,ndr->nr", self.genes()[genes], self._factors(self._latents(summary, c))[cells])
 
     def readout_by_part(self, tokens: Tensor, c: Sequence[Tensor], parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """Hide one part of the genes after the other and return the readouts of that part, (B, n, rank) each.
@@ -216,4 +232,4 @@ class LatentBackbone(nn.Module):
         for k, (part, here) in enumerate(zip(parts, c, strict=True)):
             others = [own for i, own in enumerate(sums) if i != k]
             shown = torch.stack(others).sum(0) if others else torch.zeros_like(sums[k])
-            yield self._read(genes[part], self._factors(shown, here))
+            yield self._read(genes[part], self._factors(self._latents(shown, here)))

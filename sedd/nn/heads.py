@@ -1,12 +1,12 @@
 """From a gene's readout to a law of its values: of all counts (`CountHead`), or of the bins of binned data (`SoftmaxHead`).
 
-Both answer the same questions. Whole cells are given as `readout` (B, n_vars, rank) with a mask of where answers are wanted;
+`LabelHeads` are of the cell as a whole. The other two answer the same questions. Whole cells are given as `readout` (B, n_vars, rank) with a mask of where answers are wanted;
 single positions as `readout` (N, rank) and `genes` (N,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -283,3 +283,35 @@ class _LogSoftmaxOf(torch.autograd.Function):
             to_basis.addmm_(readout[part].T, delta)
             to_bias.index_add_(0, genes[part], delta)
         return to_readout, to_basis, to_bias, None, None
+
+
+class LabelHeads(nn.Module):
+    """The laws of a cell's labels, one head for each condition column, which start at how frequent the labels are.
+
+    Parameters
+    ----------
+    width
+        Of the state of a cell.
+    log_shares
+        For each column the logarithms of the shares of its labels, (size,).
+    """
+
+    def __init__(self, width: int, log_shares: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.columns = nn.ModuleList()
+        for shares in log_shares:
+            head = nn.Linear(width, len(shares))
+            nn.init.zeros_(head.weight)
+            head.bias.data.copy_(shares)
+            self.columns.append(head)
+
+    def log_tables(self, state: Tensor) -> list[Tensor]:
+        """Map states (B, width) to the log-probabilities of all labels of each column, (B, size) float32."""
+        with torch.autocast(state.device.type, enabled=False):
+            return [head(state.float()).log_softmax(-1) for head in self.columns]
+
+    def log_prob(self, state: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
+        """Return log-probabilities of labels, (B, columns) float32, 0 where not asked; label k of a column is k + 1."""
+        at = (labels - 1).clamp(min=0)
+        picked = [table.gather(1, at[:, k, None]) for k, table in enumerate(self.log_tables(state))]
+        return torch.cat(picked, 1).masked_fill(~asked, 0)

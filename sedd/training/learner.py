@@ -19,7 +19,7 @@ from sedd.model import PER_GENE, SEDDTransformer
 from sedd.noise import make_noise
 from sedd.training.ema import EMA
 from sedd.training.failures import check_finite, largest_batch
-from sedd.training.masking import device_masks, drop_conditions
+from sedd.training.masking import device_masks, drop_conditions, hide_labels
 from sedd.training.parallel import divide_like, divide_optimizer_state, whole
 from sedd.training.resuming import check_same_vectors
 from sedd.training.run_data import Panel
@@ -133,8 +133,13 @@ class Learner:
     def _loss(self, batch: Batch, module: torch.nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         config, device = self._config.model, self._accelerator.device
         condition, library = self._panel.conditions(batch, config, device)
+        labels = condition if self.model.config["answer_labels"] else None
         if config.condition_dropout:
             condition, library = drop_conditions(condition, library, config.condition_dropout)
+        weight = None
+        if labels is not None and condition is not None:
+            share = config.mask_ratio if config.objective == "masked" else self.noise.mask_probability(batch.t.double())
+            condition, weight = hide_labels(condition, torch.as_tensor(share, device=device).expand(len(condition)))
         masked = self.masks.of(batch, epoch, device) if self.masks else batch.masked
         with self._accelerator.autocast():  # which accelerate leaves to its own casts where weights are divided
             return diffusion_loss(
@@ -146,6 +151,8 @@ class Learner:
                 batch.t.to(device, non_blocking=True),
                 condition=condition,
                 library=library,
+                labels=labels,
+                label_weight=weight,
                 objective=config.objective,
             )
 

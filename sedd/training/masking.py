@@ -1,4 +1,4 @@
-"""What a training step hides: genes, by the loader's threads or on the GPU with the same bits, and what a model is conditioned on."""
+"""What a training step hides: genes, by the loader's threads or on the GPU with the same bits, labels and totals."""
 
 from __future__ import annotations
 
@@ -78,3 +78,28 @@ def drop_conditions(condition: Tensor | None, library: Tensor | None, share: flo
         None if condition is None else condition.masked_fill(labels[:, None], 0),
         None if library is None else library.masked_fill(total, math.nan),
     )
+
+
+def hide_labels(condition: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
+    """Hide labels of half of the cells, at random, as genes are hidden; the others keep theirs.
+
+    So a model learns of all that it is asked for: a cell given all labels (the other half), a cell given none (those that
+    `drop_conditions` hid from), and label after label and gene after gene in any order, which is the bound on their joint law.
+
+    Parameters
+    ----------
+    condition : (B, columns) int64, 0 for unknown
+    probability : (B,) with which the genes of each cell are hidden
+
+    Returns
+    -------
+    shown : (B, columns) int64
+        With 0 where a label is hidden.
+    weight : (B, columns) float32
+        One over the probability with which it was hidden, where it was; 1 elsewhere. A label has then the same weight in
+        expectation at every time, whatever hid it.
+    """
+    in_turn = torch.rand(len(condition), 1, device=condition.device) < 0.5
+    probability = probability.float()[:, None]
+    hidden = in_turn & (torch.rand(condition.shape, device=condition.device) < probability) & (condition != 0)
+    return condition.masked_fill(hidden, 0), torch.where(hidden, 1 / probability, 1.0)

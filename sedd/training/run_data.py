@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ class Panel:
         Quantiles of the training cells' totals over the panel; empty unless the model is conditioned on them.
     gene_vectors : (n_vars, d) float32 or None
         Pretrained gene vectors.
+    label_shares
+        Of the labels of each condition column among the training cells that have one, smoothed by a pseudo-count each; none of a
+        resumed run, whose model knows them.
     """
 
     store: CellStore
@@ -67,6 +70,7 @@ class Panel:
     categories: dict[str, list[str]]
     libraries: np.ndarray
     gene_vectors: np.ndarray | None = None
+    label_shares: dict[str, np.ndarray] = field(default_factory=dict)
 
     def build_model(self, config: ModelConfig) -> SEDDTransformer:
         """Return a new model for this panel, its output started at the training marginals."""
@@ -85,6 +89,8 @@ class Panel:
             **model_start(self.binning, self.histogram),
             condition_sizes=tuple(len(labels) for labels in self.categories.values()),
             condition_library=config.condition_library_size,
+            answer_labels=config.answers_labels,
+            label_shares=list(self.label_shares.values()) or None,
             gene_embeddings=None if self.gene_vectors is None else torch.from_numpy(self.gene_vectors),
         )
 
@@ -176,6 +182,7 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
     if never:
         warn_user(f"{never} of the {len(genes)} genes of the panel were never seen in the training cells; they are kept.")
     vectors = None if config.model.gene_embeddings is None else read_gene_vectors(config.model.gene_embeddings, genes)
+    categories = {column: _categories(store, column) for column in config.model.condition}
     return Panel(
         store=store,
         train_cells=train,
@@ -183,9 +190,10 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
         genes=genes,
         binning=binning,
         histogram=tokens,
-        categories={column: _categories(store, column) for column in config.model.condition},
+        categories=categories,
         libraries=_libraries(config, store, train, genes, binning),
         gene_vectors=vectors,
+        label_shares={column: _shares(store, train, column) for column in categories},
     )
 
 
@@ -365,6 +373,13 @@ def _categories(store: CellStore, column: str) -> list[str]:
             f"--condition {column}: has {len(labels)} different labels; expected between 2 and {_MAX_CATEGORIES} to tell cells apart."
         )
     return labels
+
+
+def _shares(store: CellStore, train: Split, column: str) -> np.ndarray:
+    codes, labels = encode_label(store, column)
+    here = np.asarray(codes)[train.cells()]
+    counted = np.bincount(here[here >= 0], minlength=len(labels)) + 1.0
+    return np.asarray(counted / counted.sum())
 
 
 def _libraries(

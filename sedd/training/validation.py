@@ -62,9 +62,10 @@ class Validator:
 
     @torch.no_grad()
     def run(self, model: SEDDTransformer, *, stop: Callable[[], bool]) -> torch.Tensor:
-        """Return the sums over this rank's cells: cells, nats, nats squared, hidden entries, their negative log score, their error.
+        """Return sums over this rank's cells.
 
-        Only the absorbing graph hides entries.
+        They are: cells, nats, nats squared, hidden entries, their negative log score, their error, labels that are asked for, their
+        negative log score, how many are right. Only the absorbing graph hides entries. Labels are asked for given all genes, and given no other label.
 
         Parameters
         ----------
@@ -74,7 +75,7 @@ class Validator:
             Asked between batches; when true the rest is left out.
         """
         seed = self._config.run.seed
-        sums = torch.zeros(6, dtype=torch.float64)
+        sums = torch.zeros(9, dtype=torch.float64)
         training = model.training
         model.eval()
         try:
@@ -85,7 +86,7 @@ class Validator:
                     nats = nelbo(model, self._graph, self._noise, [batch], n_masks=N_MASKS, seed=seed).per_cell
                 mine = [len(nats), float(nats.sum()), float((nats**2).sum())]
                 recovered = self._recovery(model, batch) if isinstance(self._graph, AbsorbingGraph) else [0, 0, 0]
-                sums += torch.tensor([*mine, *recovered], dtype=torch.float64)
+                sums += torch.tensor([*mine, *recovered, *self._labels(model, batch)], dtype=torch.float64)
         finally:
             model.train(training)
         return sums
@@ -106,6 +107,21 @@ class Validator:
         error = (mean - model.values_of(batch.tokens)).abs()[masked]
         return [float(x) for x in (masked.sum(), -log_prob[masked].sum(), error.sum())]
 
+    def _labels(self, model: SEDDTransformer, batch: CellBatch) -> list[float]:
+        """How many labels are known, the sum of their negative log scores, how many are the most probable."""
+        if not model.config["answer_labels"] or batch.condition is None:
+            return [0, 0, 0]
+        sigma = self._noise.sigma_at(torch.zeros(len(batch.tokens), device=batch.tokens.device)).float()
+        with self._accelerator.autocast():
+            laws = model.label_laws(batch.tokens, sigma)
+        found = torch.zeros(3, dtype=torch.float64)
+        for law, labels in zip(laws, batch.condition.T, strict=True):
+            rows = labels.nonzero()[:, 0]
+            law, true = law[rows], labels[rows] - 1
+            score = law.gather(1, true[:, None]).sum()
+            found += torch.tensor([len(rows), -float(score), float((law.argmax(1) == true).sum())])
+        return [float(x) for x in found]
+
     def _batches(self) -> Iterator[CellBatch]:
         device = self._accelerator.device
         self._loader.set_epoch(0)
@@ -118,10 +134,11 @@ class Validator:
 
         Returns
         -------
-        dict with val_nelbo (nats per cell), val_nelbo_se (its standard error), val_nelbo_per_gene, val_nll (nats per hidden
-        entry) and val_mae (mean absolute error of hidden entries, counts); the last two only where entries are hidden
+        dict with val_nelbo (nats per cell, given its labels and total if the model takes them), val_nelbo_se (its standard error),
+        val_nelbo_per_gene; where entries are hidden val_nll (nats per hidden entry) and val_mae (mean absolute error of hidden
+        entries, counts); where labels are answered val_label_nll (nats per label, given all genes) and val_label_accuracy
         """
-        cells, nats, squares, entries, nll, error = ranks.total(sums).tolist()
+        cells, nats, squares, entries, nll, error, labels, label_nll, right = ranks.total(sums).tolist()
         mean = nats / cells
         variance = max(squares / cells - mean**2, 0.0)
         found = {
@@ -129,4 +146,6 @@ class Validator:
             "val_nelbo_se": (variance / max(cells - 1, 1)) ** 0.5,
             "val_nelbo_per_gene": mean / len(self._panel.genes),
         }
-        return {**found, "val_nll": nll / entries, "val_mae": error / entries} if entries else found
+        if entries:
+            found |= {"val_nll": nll / entries, "val_mae": error / entries}
+        return found | {"val_label_nll": label_nll / labels, "val_label_accuracy": right / labels} if labels else found

@@ -18,7 +18,7 @@ from sedd.io.loading.batch import Batch
 from sedd.io.store import CellStore
 from sedd.kernels.mask import thresholds
 from sedd.noise import make_noise
-from sedd.training.masking import DeviceMasks, drop_conditions
+from sedd.training.masking import DeviceMasks, drop_conditions, hide_labels
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
@@ -125,3 +125,18 @@ def test_a_single_condition_is_hidden_to_its_share(known: str) -> None:
     assert (labels is None) == (known == "total")
     assert float(hidden.mean()) == pytest.approx(0.3, abs=0.01)
     assert drop_conditions(None, None, 0.3) == (None, None)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 1.0])
+def test_labels_are_hidden_as_genes_are_in_half_of_the_cells_and_asked_for_as_much_at_any_time(probability: float) -> None:
+    torch.manual_seed(0)
+    condition = torch.tensor([1, 2, 0]).repeat(400_000, 1)
+    shown, weight = hide_labels(condition, torch.full((400_000,), probability, dtype=torch.float64))
+    hidden = (shown == 0) & (condition != 0)
+    assert torch.equal(shown[~hidden], condition[~hidden])
+    assert not hidden[:, 2].any()
+    assert (weight[~hidden] == 1).all()
+    np.testing.assert_allclose(hidden.double().mean(0)[:2], probability / 2, rtol=0.05)
+    np.testing.assert_allclose((hidden * weight).double().mean(0)[:2], 0.5, rtol=0.05)
+    both = hidden[:, :2].all(1).double().mean()
+    assert float(both) == pytest.approx(probability**2 / 2, rel=0.1)  # each label by itself, in the same half of the cells

@@ -94,7 +94,7 @@ def test_validation_equals_the_bound_and_plain_numbers_on_the_same_cells_and_mas
     assert found["val_nelbo_se"] == pytest.approx(nats.std(ddof=1) / len(nats) ** 0.5, rel=1e-4)
     assert found["val_nelbo_per_gene"] == pytest.approx(nats.mean() / tokens.shape[1], rel=1e-5)
     if config.model.graph == "uniform":
-        assert not {"val_nll", "val_mae"} & found.keys()
+        assert not {"val_nll", "val_mae", "val_label_nll"} & found.keys()
         return
 
     hidden = naive.exact_mask(SEED, 0, cells, tokens.shape[1], round(RATIO * tokens.shape[1]))
@@ -107,3 +107,9 @@ def test_validation_equals_the_bound_and_plain_numbers_on_the_same_cells_and_mas
     truth, values = tokens.numpy()[hidden], np.asarray(panel.binning.values, np.float64)
     assert found["val_nll"] == pytest.approx(-np.log(p[np.arange(len(truth)), truth]).mean(), rel=1e-5)
     assert found["val_mae"] == pytest.approx(np.abs(p @ values - values[truth]).mean(), rel=1e-5)
+
+    laws = model.label_laws(tokens, torch.zeros(len(cells)))[0].double().detach().numpy()
+    known = label[:, 0].numpy() != 0
+    true = label[known, 0].numpy() - 1
+    assert found["val_label_nll"] == pytest.approx(-laws[known, true].mean(), rel=1e-5)
+    assert found["val_label_accuracy"] == pytest.approx((laws[known].argmax(1) == true).mean())
