@@ -28,6 +28,7 @@ _HOME = {
     "TrainConfig": "sedd.config",
     "UniformGraph": "sedd.graph",
     "UserError": "sedd.errors",
+    "annotate": "sedd.inference.annotation",
     "convert": "sedd.io.convert",
     "denoise": "sedd.tasks",
     "embed": "sedd.tasks",

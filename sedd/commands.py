@@ -280,6 +280,16 @@ class Embed(_Cells, _Task):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Annotate(_Cells, _Task):
+    """Give cells the labels that a model was trained with, with their probabilities."""
+
+    given: tuple[str, ...] = ()
+    """Condition columns whose labels in the data the model is shown; the others are predicted. None by default."""
+
+    calls: ClassVar[str] = "sedd.inference.annotation:annotate"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate(ReadingSettings, _OfModel):
     """Measure likelihood, imputation and generation beside baselines, and write a report."""
 
@@ -371,6 +381,7 @@ COMMANDS: dict[str, Any] = {
     "denoise": Denoise,
     "generate": Generate,
     "embed": Embed,
+    "annotate": Annotate,
     "evaluate": Evaluate,
     "runs": Runs,
     "export": Export,

@@ -5,10 +5,9 @@ Every prediction is the model's posterior p(hidden genes | visible genes) of a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -16,22 +15,18 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from sedd import __version__
 from sedd.config import ReadingSettings
 from sedd.errors import UserError
 from sedd.inference import posterior
-from sedd.inference.cells import open_cells
-from sedd.inference.output_file import assemble, attach, check_tables
+from sedd.inference.applying import Data, all_arguments, described, for_each_batch, in_obsm
+from sedd.inference.output_file import assemble
 from sedd.inference.output_parts import open_parts
 from sedd.inference.output_place import check_output
-from sedd.inference.posterior import TaskBatch, batches, spans_of_batches
+from sedd.inference.posterior import TaskBatch, spans_of_batches
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import opened, reading_of
 from sedd.io.format.json_table import unpacked_table
 from sedd.kernels.mask import exact_mask
-from sedd.options import grouped, keywords_of
-
-Data: TypeAlias = ad.AnnData | str | Path
+from sedd.options import keywords_of
 
 
 @keywords_of(ReadingSettings)
@@ -110,7 +105,7 @@ def impute(
     UserError
         On bad input.
     """
-    arguments = _all_arguments(locals())
+    arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
     model.check_knows_masks("Imputation")
@@ -146,7 +141,7 @@ def impute(
 
     what = "zeros" if zeros else f"{hide:.0%} of the genes" if count else "chosen genes"
     details = {"hidden": what, "hide": hide, "num_samples": num_samples, "seed": seed}
-    return _for_each_batch("impute", model, arguments, predict_batch, details)
+    return for_each_batch("impute", model, arguments, predict_batch, details)
 
 
 @keywords_of(ReadingSettings)
@@ -199,7 +194,7 @@ def denoise(
         `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: standard deviation of the rate, or
         by the other genes alone that of the count. `layers["sedd_log1p"]` if asked for. With samples (by the other genes), `layers["sedd_mean"]` and `["sedd_std"]` are those of the draws. With `output`, as in `impute`.
     """
-    arguments = _all_arguments(locals())
+    arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
@@ -217,7 +212,7 @@ def denoise(
         return {"X": mean.astype(np.float32), "counts": here.counts, **layers, **posterior.spread_of(draws)}
 
     details = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
-    return _for_each_batch("denoise", model, arguments, predict_batch, details)
+    return for_each_batch("denoise", model, arguments, predict_batch, details)
 
 
 def generate(
@@ -316,7 +311,7 @@ def generate(
             start = torch.full((hi - lo, n_vars), mask, device=model.device)
             tokens = reverse.sample(start, seed=seed, cells=np.arange(lo, hi), **context)
             parts.add(lo, X=sp.csr_matrix(model.binning.decode(tokens.cpu().numpy()).astype(np.float32)))
-        done = _described(model, "generate", {**details, "seed": seed})
+        done = described(model, "generate", {**details, "seed": seed})
         return assemble(output, {"obs": obs, "var": var, "uns": {"sedd": done}}, parts)
 
 
@@ -350,7 +345,7 @@ def embed(
     embedded : AnnData
         The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var, obsm and uns alone.
     """
-    arguments = _all_arguments(locals())
+    arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
 
@@ -361,49 +356,7 @@ def embed(
         with torch.no_grad():
             return {"X_sedd": model.model.embed(shown, model.sigma(hidden), **here.context).float().cpu().numpy()}
 
-    return _for_each_batch("embed", model, arguments, embed_batch, {})
-
-
-def _all_arguments(own: dict[str, Any]) -> dict[str, Any]:
-    """Return all arguments of a task by name, those of how its data are read among them."""
-    (reading,) = grouped(own["reading"], ReadingSettings)
-    return {**{name: value for name, value in own.items() if name != "reading"}, **asdict(reading)}
-
-
-def _for_each_batch(
-    task: str,
-    model: Pretrained,
-    arguments: dict[str, Any],
-    make: Callable[[TaskBatch], dict[str, np.ndarray]],
-    details: dict[str, Any],
-) -> ad.AnnData:
-    """Return what `make` gives for each batch of cells, put together; `embed` puts it beside its input, other tasks make a new table.
-
-    Parameters
-    ----------
-    arguments
-        All arguments of the task.
-    details
-        What the result's uns records of how it was made, beside which genes were missing.
-    """
-    names = ("data", "cells", "layer", "raw", "batch_size", "output", "progress")
-    data, cells, layer, raw, batch_size, output, progress = (arguments[name] for name in names)
-    with opened(data, reading=reading_of(model, arguments)) as source:
-        chosen = open_cells(model, source, cells, layer, raw, rounding=arguments["round"])
-        tables = chosen.tables()
-        if output is not None and isinstance(data, ad.AnnData):
-            check_tables(source.name, tables)
-        if chosen.missing.any():
-            details = {**details, "missing_genes": np.asarray(model.genes[chosen.missing], dtype=object)}
-        done = _described(model, task, details)
-        with open_parts(task, model, arguments, len(chosen)) as parts:
-            whole = task == "embed"
-            for here in batches(model, chosen, batch_size, task, progress, parts, whole=whole):
-                parts.add(here.lo, here.digest(), **make(here))
-            chosen.report_rounded()
-            if whole:
-                return attach(output, data, source, None if cells == "all" else chosen.indices, parts, done)
-            return assemble(output, {**tables, "uns": {**tables["uns"], "sedd": done}}, parts)
+    return for_each_batch("embed", model, arguments, embed_batch, {}, beside=in_obsm)
 
 
 def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
@@ -413,9 +366,3 @@ def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
             f"--predict: the model does not know {unknown[:3]}; its {len(model.genes)} genes are in `sedd info`."
         )
     return np.isin(model.genes.astype(str), list(names))
-
-
-def _described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:
-    """Return what `uns["sedd"]` of a result records of how it was made."""
-    done = {"task": task, "version": __version__, "checkpoint": str(model.path), "epoch": int(model.state["epoch"])}
-    return {**done, "binning": model.binning.kind, **details}

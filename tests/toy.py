@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,24 @@ def exact(joint: Joint, values: np.ndarray | None = None) -> Pretrained:
         libraries=np.ones(1, np.float32),
         state={"args": TrainConfig(data=DataConfig(data_path="toy.h5ad")).to_flat(), "data": {"is_counts": True}, "epoch": 0, "var": {}},
     )
+
+
+class ExactNetworkWithLabels(ExactNetwork):
+    """An `ExactNetwork` of several joints, all as probable before, that answers which one a cell is from."""
+
+    def __init__(self, *joints: Joint) -> None:
+        super().__init__(joints[0])
+        self.config |= {"answer_labels": True, "condition_sizes": [len(joints)]}
+        self.exact = ExactModel(*joints)
+
+    def label_laws(self, tokens: Tensor, sigma: Tensor, **given: Tensor | None) -> list[Tensor]:
+        """Return the probability of each joint given the visible genes."""
+        return [self.exact.label_law(tokens).log()]
+
+
+def exact_with_labels(*joints: Joint) -> Pretrained:
+    """Return a model that knows joints, whose names are a, b, ... of the condition column `kind`."""
+    return replace(exact(joints[0]), model=ExactNetworkWithLabels(*joints).eval(), categories={"kind": list("abcdefgh"[: len(joints)])})
 
 
 class FreeModel(nn.Module):

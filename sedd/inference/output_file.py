@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import zarr
 
@@ -67,6 +69,22 @@ def assemble(output: str | Path | None, tables: dict[str, Any], parts: Parts) ->
     return ad.AnnData(layers.pop("X"), layers=layers, **tables)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What is put beside cells, by its names there.
+
+    Attributes
+    ----------
+    obsm
+        Arrays, (n_obs, m).
+    obs
+        Columns, (n_obs,).
+    """
+
+    obsm: dict[str, np.ndarray] = field(default_factory=dict)
+    obs: dict[str, Any] = field(default_factory=dict)
+
+
 def attach(
     output: str | Path | None,
     data: ad.AnnData | str | Path,
@@ -74,8 +92,9 @@ def attach(
     chosen: np.ndarray | None,
     parts: Parts,
     done: dict[str, Any],
+    beside: Callable[[dict[str, np.ndarray]], Beside],
 ) -> ad.AnnData:
-    """Put what was made of each cell into the obsm of a copy of the data.
+    """Put what was made of each cell beside it, in a copy of the data.
 
     Parameters
     ----------
@@ -88,9 +107,11 @@ def attach(
     chosen
         Which cells; all if None.
     parts
-        Blocks of arrays for obsm by name.
+        Blocks of arrays by name.
     done
         What `uns["sedd"]` says of it.
+    beside
+        Makes of the whole arrays what is put beside the cells.
     """
     parts.complete()
     if not parts.writes:
@@ -99,7 +120,7 @@ def attach(
     for block in parts.all():
         for name, part in block.items():
             whole.setdefault(name, []).append(part.toarray() if sp.issparse(part) else part)
-    obsm = {name: np.concatenate(parts) for name, parts in whole.items()}
+    new = beside({name: np.concatenate(parts) for name, parts in whole.items()})
     if (
         output is not None
         and chosen is None
@@ -107,13 +128,14 @@ def attach(
         and source.copyable
         and _can_be_copied(Path(data), Path(output))
     ):
-        _attach_to_copy(Path(data), Path(output), source, obsm, done)
-        return ad.AnnData(
-            obs=source.obs, var=source.var(), obsm=source.obsm() | obsm, uns=source.uns() | {"sedd": done}
-        )
+        obs = source.obs.assign(**new.obs)
+        _attach_to_copy(Path(data), Path(output), source, new, obs, done)
+        return ad.AnnData(obs=obs, var=source.var(), obsm=source.obsm() | new.obsm, uns=source.uns() | {"sedd": done})
     with ad.settings.override(remove_unused_categories=False):
         result = source.whole() if chosen is None else source.whole()[chosen].copy()
-    result.obsm.update(obsm)
+    result.obsm.update(new.obsm)
+    if new.obs:
+        result.obs = result.obs.assign(**new.obs)
     result.uns["sedd"] = done
     if output is None:
         return result
@@ -157,12 +179,12 @@ def _can_be_copied(data: Path, output: Path) -> bool:
     if data.is_dir() != (output.suffix == ".zarr"):
         return False
     with _opened(data, "r") as root:
-        groups = [root.get(name) for name in ("obsm", "uns")]
+        groups = [root.get(name) for name in ("obs", "obsm", "uns")]
         return root.attrs.get("encoding-type") == "anndata" and not any(hasattr(group, "shape") for group in groups)
 
 
 def _attach_to_copy(
-    data: Path, output: Path, source: Source, obsm: dict[str, np.ndarray], done: dict[str, Any]
+    data: Path, output: Path, source: Source, new: Beside, obs: pd.DataFrame, done: dict[str, Any]
 ) -> None:
     part = Path(partial_folder(output), output.name)
     if data.is_dir():
@@ -173,7 +195,10 @@ def _attach_to_copy(
         for name in ("obsm", "uns"):
             if name not in root:
                 _write(root, {name: {}}, str(output))
-        _write(root["obsm"], obsm, str(output))
+        _write(root["obsm"], new.obsm, str(output))
+        if new.obs:
+            del root["obs"]
+            _write(root, {"obs": obs}, str(output))
         if source.is_store:  # what makes it one stays
             _write(root["uns/sedd"], done, str(output))
         else:

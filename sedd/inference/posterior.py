@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,11 +100,12 @@ def batches(
     parts: Parts | None = None,
     *,
     whole: bool = False,
+    labels: Collection[str] | None = None,
 ) -> Iterator[TaskBatch]:
     """Successive cells, those that `parts` lack, or all.
 
     A model that takes totals is given them only if cells are seen `whole`: where entries are hidden, the total would give
-    their sum away.
+    their sum away. Of the labels in the data it is given those of the columns `labels`, or of all if None.
     """
     warned = False
 
@@ -122,7 +123,7 @@ def batches(
         if model.categories:
             columns = [
                 model.condition_codes(name, source.obs[name].to_numpy(object)[lo:hi])
-                if name in source.obs
+                if name in source.obs and (labels is None or name in labels)
                 else np.zeros(hi - lo, np.int64)
                 for name in model.categories
             ]

@@ -17,6 +17,7 @@ from toy import ExactModel, Joint
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation import evaluate
 from sedd.graph import AbsorbingGraph
+from sedd.inference.annotation import annotate
 from sedd.inference.pretrained import Pretrained
 from sedd.likelihood import CellBatch, nelbo
 from sedd.noise import LogLinearNoise
@@ -71,10 +72,11 @@ def test_the_values_that_a_missing_gene_had_do_not_matter(model: Pretrained, cel
     dense = other.X.toarray()
     dense[:, missing] = 7
     other = ad.AnnData(sp.csr_matrix(dense), obs=whole.obs, var=whole.var)
-    for task in (denoise, impute, embed):
+    for task in (denoise, impute, embed, annotate):
         a, b = (task(model, without(data, missing), progress=False) for data in (whole, other))
-        if task is embed:
-            np.testing.assert_array_equal(a.obsm["X_sedd"], b.obsm["X_sedd"])
+        if task in (embed, annotate):
+            key = "X_sedd" if task is embed else "sedd_cell_type_probability"
+            np.testing.assert_array_equal(a.obsm[key], b.obsm[key])
         else:
             np.testing.assert_array_equal(a.X, b.X)
 

@@ -19,11 +19,13 @@ import scipy.sparse as sp
 from conftest import ROOT, make_counts
 from launching import CONFIGS, environment, wait_until
 
+import sedd
 from sedd import tasks
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation import evaluate
-from sedd.inference import output_parts
+from sedd.inference import applying, output_parts
+from sedd.inference.annotation import annotate
 from sedd.inference.output_parts import PartsInFolder, made_from
 from sedd.inference.pretrained import Pretrained
 from sedd.processes import Processes
@@ -53,6 +55,7 @@ TASKS: dict[str, Callable[..., ad.AnnData]] = {
     "denoise": lambda model, data, **rest: denoise(model, data, rounds=1, folds=2, **rest),
     "generate": lambda model, data, **rest: generate(model, 90, num_steps=2, **rest),
     "embed": embed,
+    "annotate": annotate,
 }
 
 
@@ -87,7 +90,7 @@ def test_an_interrupted_task_is_resumed_to_the_result_of_an_undisturbed_run(
         again.append(path)
 
     monkeypatch.setattr(output_parts, "save_arrays", save_and_note)
-    if task != "embed":
+    if task not in ("embed", "annotate"):
         with pytest.raises(UserError, match="made with other --seed. Repeat"):
             TASKS[task](model, data, output=stopped, resume=True, seed=1, **settings)
     assert kept == {path: os.stat(path).st_mtime_ns for path in saved}
@@ -173,13 +176,14 @@ def test_every_setting_of_a_task_is_compared_before_it_is_resumed(
         seen.append(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tasks, "open_parts", stop)
+    for module in (tasks, applying):
+        monkeypatch.setattr(module, "open_parts", stop)
     output = tmp_path / "out.h5ad"
     with pytest.raises(KeyboardInterrupt):
         TASKS[task](model, make_counts(20), output=output)
     (arguments,) = seen
     before = made_from(task, model, arguments)
-    for name in inspect.signature(getattr(tasks, task)).parameters.keys() - {"model", "data"}:
+    for name in inspect.signature(getattr(sedd, task)).parameters.keys() - {"model", "data"}:
         after = made_from(task, model, arguments | {name: "another value"})
         changed = [key for key in before if before[key] != after[key]]
         assert changed == ([] if name in ("output", "resume", "overwrite", "progress") else [f"--{name}"])

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from sedd.cli import main
 from sedd.errors import UserError
+from sedd.inference.annotation import annotate
 from sedd.inference.pretrained import Pretrained
 from sedd.io.convert import convert
 from sedd.io.format.elements import free_names
@@ -39,7 +40,15 @@ TASKS = {
     "impute": lambda model, data, **where: impute(model, data, hide=0.2, progress=False, **where),
     "denoise": lambda model, data, **where: denoise(model, data, rounds=1, folds=2, progress=False, **where),
     "embed": lambda model, data, **where: embed(model, data, progress=False, **where),
+    "annotate": lambda model, data, **where: annotate(model, data, progress=False, **where),
 }
+BESIDE = ("embed", "annotate")
+"""Tasks that put what they make beside the input."""
+
+
+def own(made: pd.DataFrame) -> pd.DataFrame:
+    """Columns of obs that a task did not make."""
+    return made.iloc[:, [not str(name).startswith("sedd_") or name == "sedd_cell" for name in made.columns]]
 
 
 def twice_in_uint8(values: np.ndarray) -> sp.csr_matrix:
@@ -89,14 +98,14 @@ def check(path: Path, kind: str, given: tuple[pd.DataFrame, pd.DataFrame], seed:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         read = ad.read_zarr(path / f"r{suffix}") if suffix == ".zarr" else ad.read_h5ad(path / f"r{suffix}")
-    pd.testing.assert_frame_equal(made.obs, obs, check_column_type=False, check_names=False)
+    pd.testing.assert_frame_equal(own(made.obs), obs, check_column_type=False, check_names=False)
     pd.testing.assert_frame_equal(made.var, var, check_column_type=False, check_names=False)
-    same_in_file(read.obs, obs)
+    same_in_file(own(read.obs), obs)
     same_in_file(read.var, var)
     for result in (made, read):
-        counts = result.X if task == "embed" else result.layers["counts"]
+        counts = result.X if task in BESIDE else result.layers["counts"]
         counts = counts.compute() if hasattr(counts, "compute") else counts
-        if not (task == "embed" and kind == "stored twice in uint8"):  # which anndata hands back in uint8
+        if not (task in BESIDE and kind == "stored twice in uint8"):  # which anndata hands back in uint8
             assert np.array_equal(dense(counts), values)
         assert np.array_equal(result.obsm["X_pca"], adata.obsm["X_pca"])
         assert list(result.uns["leiden_colors"]) == ["red", "blue"]
@@ -156,10 +165,10 @@ def round_trip(folder: Path, obs: pd.DataFrame, kind: str, seed: int, suffix: st
         output = folder / f"{task}{suffix}"
         run(model, store.path, output=output)
         read = ad.read_zarr(output) if suffix == ".zarr" else ad.read_h5ad(output)
-        same_columns(read.obs, expected.iloc[order].assign(sedd_cell=order))
+        same_columns(own(read.obs), expected.iloc[order].assign(sedd_cell=order))
         assert read.obs_names.tolist() == [CELLS[k] for k in order]
-        assert np.array_equal(dense(read.X if task == "embed" else read.layers["counts"]), values[order])
-        if task == "embed" and suffix == ".zarr":
+        assert np.array_equal(dense(read.X if task in BESIDE else read.layers["counts"]), values[order])
+        if task in BESIDE and suffix == ".zarr":
             assert verify(str(output))["cells"] == N
 
 
@@ -196,7 +205,7 @@ def test_unused_categories_and_their_colours_are_kept_where_cells_are_chosen(mod
         task(model, adata, cells="val", output=output, overwrite=True)
         for result in (made, ad.read_zarr(output) if suffix == ".zarr" else ad.read_h5ad(output)):
             chosen = [adata.obs_names.get_loc(name) for name in result.obs_names]
-            pd.testing.assert_frame_equal(result.obs, adata.obs.iloc[chosen])
+            pd.testing.assert_frame_equal(own(result.obs), adata.obs.iloc[chosen])
             assert result.n_obs == 24
             assert list(result.uns["cell_type_colors"]) == adata.uns["cell_type_colors"]
             assert result.obsm["X_pca"][:, 0].tolist() == chosen
@@ -215,7 +224,7 @@ def test_dates_and_mixed_values_are_written_as_text_and_missing_ones_as_missing(
         output = tmp_path / f"{name}{suffix}"
         made = task(model, adata, output=output)
         read = ad.read_zarr(output) if suffix == ".zarr" else ad.read_h5ad(output)
-        pd.testing.assert_frame_equal(made.obs, adata.obs)  # in memory nothing needs to be text
+        pd.testing.assert_frame_equal(own(made.obs), adata.obs)  # in memory nothing needs to be text
         assert read.obs["date"].tolist()[0].startswith("2020-01-01")
         assert [value if isinstance(value, str) else None for value in read.obs["mixed"]] == ["1", "a", None] * 10
         assert [value if isinstance(value, str) else None for value in read.obs["text"]] == ["a", None, None] * 10
@@ -227,28 +236,29 @@ def test_dates_and_mixed_values_are_written_as_text_and_missing_ones_as_missing(
 def test_what_no_file_can_hold_is_said_before_any_work(model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adata = make_counts(30)
     adata.uns["thing"] = {"inside": {1, 2}}
-    monkeypatch.setattr("sedd.tasks.batches", None)
+    monkeypatch.setattr("sedd.inference.applying.batches", None)
     for task in TASKS.values():
         with pytest.raises(UserError, match=r"uns\['thing'\] is or holds .* Delete it"):
             task(model, adata, output=tmp_path / "r.h5ad")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_embedding_of_a_store_is_a_store(tiny_run: Path, tiny_h5ad: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", BESIDE)
+def test_what_is_put_beside_a_store_makes_a_store(task: str, tiny_run: Path, tiny_h5ad: Path, tmp_path: Path) -> None:
     store = convert(tiny_h5ad, tmp_path / "s.zarr", progress=False)
     once, again = str(tmp_path / "once.zarr"), str(tmp_path / "again.zarr")
-    assert main(["embed", str(tiny_run), store.path, "-o", once]) == 0
-    assert main(["embed", str(tiny_run), once, "-o", again]) == 0
+    assert main([task, str(tiny_run), store.path, "-o", once]) == 0
+    assert main([task, str(tiny_run), once, "-o", again]) == 0
     for path in (once, again):
         verify(path, against=[str(tiny_h5ad)])
         copy = CellStore(path)
         assert copy.fingerprint == store.fingerprint
-        assert copy.obs.equals(store.obs)
+        assert own(copy.obs).equals(store.obs)
         read = ad.read_zarr(path)
-        assert read.uns["sedd"]["task"] == "embed"
-        assert read.obsm["X_sedd"].shape == (240, 16)
+        assert read.uns["sedd"]["task"] == task
+        assert read.obsm[{"embed": "X_sedd", "annotate": "sedd_cell_type_probability"}[task]].shape == (240, {"embed": 16, "annotate": 3}[task])
     assert main(["train", "--data_path", again, "--checkpoint_dir", str(tmp_path / "run"), *TINY_FLAGS]) == 0
-    assert main(["embed", str(tiny_run), store.path, "-o", str(tmp_path / "few.zarr"), "--cells", "val"]) == 0
+    assert main([task, str(tiny_run), store.path, "-o", str(tmp_path / "few.zarr"), "--cells", "val"]) == 0
     with pytest.raises(UserError, match="sedd did not make it"):
         CellStore(tmp_path / "few.zarr")  # it has other cells
 

@@ -1,0 +1,88 @@
+"""A model goes over cells batch by batch, and what it makes of them becomes a new AnnData or is put beside the cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import anndata as ad
+import numpy as np
+
+from sedd import __version__
+from sedd.config import ReadingSettings
+from sedd.errors import UserError
+from sedd.inference.cells import Cells, open_cells
+from sedd.inference.output_file import Beside, assemble, attach, check_tables
+from sedd.inference.output_parts import open_parts
+from sedd.inference.posterior import TaskBatch, batches
+from sedd.inference.pretrained import Pretrained
+from sedd.inference.sources import opened, reading_of
+from sedd.options import grouped
+
+Data: TypeAlias = ad.AnnData | str | Path
+
+
+def all_arguments(own: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a task by name, those of how its data are read among them."""
+    (reading,) = grouped(own["reading"], ReadingSettings)
+    return {**{name: value for name, value in own.items() if name != "reading"}, **asdict(reading)}
+
+
+def in_obsm(made: dict[str, np.ndarray], chosen: Cells) -> Beside:
+    """Put all that was made into obsm, under its names."""
+    return Beside(obsm=made)
+
+
+def for_each_batch(
+    task: str,
+    model: Pretrained,
+    arguments: dict[str, Any],
+    make: Callable[[TaskBatch], dict[str, np.ndarray]],
+    details: dict[str, Any],
+    *,
+    beside: Callable[[dict[str, np.ndarray], Cells], Beside] | None = None,
+) -> ad.AnnData:
+    """Return what `make` gives for each batch of cells, put together.
+
+    Parameters
+    ----------
+    arguments
+        All arguments of the task. Of the labels in the data the model is given those of the columns `given`, if there is such an
+        argument, else all that it knows.
+    details
+        What the result's uns records of how it was made, beside which genes were missing.
+    beside
+        Where what was made of the cells is to be put beside them: gives its places, from all of it and the cells, which are then
+        seen whole. Else it is a new table.
+    """
+    names = ("data", "cells", "layer", "raw", "batch_size", "output", "progress")
+    data, cells, layer, raw, batch_size, output, progress = (arguments[name] for name in names)
+    with opened(data, reading=reading_of(model, arguments)) as source:
+        chosen = open_cells(model, source, cells, layer, raw, rounding=arguments["round"])
+        for column in arguments.get("given") or ():
+            if column not in chosen.obs:
+                there = ", ".join(map(str, chosen.obs.columns)) or "none"
+                raise UserError(f"--given {column}: {source.name} has no such obs column; there are: {there}.")
+        tables = chosen.tables()
+        if output is not None and isinstance(data, ad.AnnData):
+            check_tables(source.name, tables)
+        if chosen.missing.any():
+            details = {**details, "missing_genes": np.asarray(model.genes[chosen.missing], dtype=object)}
+        done = described(model, task, details)
+        with open_parts(task, model, arguments, len(chosen)) as parts:
+            whole, labels = beside is not None, arguments.get("given")
+            for here in batches(model, chosen, batch_size, task, progress, parts, whole=whole, labels=labels):
+                parts.add(here.lo, here.digest(), **make(here))
+            chosen.report_rounded()
+            if beside is None:
+                return assemble(output, {**tables, "uns": {**tables["uns"], "sedd": done}}, parts)
+            which = None if cells == "all" else chosen.indices
+            return attach(output, data, source, which, parts, done, lambda made: beside(made, chosen))
+
+
+def described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:
+    """Return what `uns["sedd"]` of a result records of how it was made."""
+    done = {"task": task, "version": __version__, "checkpoint": str(model.path), "epoch": int(model.state["epoch"])}
+    return {**done, "binning": model.binning.kind, **details}
