@@ -29,6 +29,7 @@ _HOME = {
     "UniformGraph": "sedd.graph",
     "UserError": "sedd.errors",
     "annotate": "sedd.inference.annotation",
+    "score": "sedd.inference.scoring",
     "convert": "sedd.io.convert",
     "denoise": "sedd.tasks",
     "embed": "sedd.tasks",

@@ -1,4 +1,4 @@
-"""The command line: `sedd convert | info | verify | train | impute | denoise | generate | embed | annotate | evaluate | runs | export`.
+"""The command line: `sedd convert | info | verify | train | impute | denoise | generate | embed | annotate | score | evaluate | runs | export`.
 
 Each command is a dataclass (its fields are the flags) with a `run` method. The modules that do the work are imported by
 the command that needs them, so `sedd --help` answers at once.
@@ -29,7 +29,7 @@ _TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.
 _PURPOSES = {
     "Prepare data": ("convert", "verify"),
     "Train a model": ("train", "runs"),
-    "Use a model": ("impute", "denoise", "generate", "embed", "annotate"),
+    "Use a model": ("impute", "denoise", "generate", "embed", "annotate", "score"),
     "Judge it and hand it on": ("evaluate", "export"),
     "Look at any of these": ("info",),
 }

@@ -290,6 +290,22 @@ class Annotate(_Cells, _Task):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Score(_Cells, _Task):
+    """Tell how improbable each cell is, in nats and among held-out cells of the same depth."""
+
+    reference: str | None = None
+    """Cells to compare with; the validation cells of the training run if not given."""
+    given: tuple[str, ...] = ()
+    """Condition columns whose labels the model is given; none by default."""
+    n_masks: int = 16
+    """Masks per cell of the likelihood bound."""
+    seed: int = 0
+    """Seed of the masks."""
+
+    calls: ClassVar[str] = "sedd.inference.scoring:score"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate(ReadingSettings, _OfModel):
     """Measure likelihood, imputation and generation beside baselines, and write a report."""
 
@@ -382,6 +398,7 @@ COMMANDS: dict[str, Any] = {
     "generate": Generate,
     "embed": Embed,
     "annotate": Annotate,
+    "score": Score,
     "evaluate": Evaluate,
     "runs": Runs,
     "export": Export,

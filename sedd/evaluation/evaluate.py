@@ -19,7 +19,7 @@ from sedd.binning import COUNT_KINDS
 from sedd.config import ReadingSettings
 from sedd.errors import UserError
 from sedd.evaluation.step_curve import step_curve
-from sedd.inference.cells import Cells, begins_as_trained_on, open_cells
+from sedd.inference.cells import Cells, begins_as_trained_on, open_cells, training_data
 from sedd.inference.output_place import check_report
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
@@ -130,7 +130,7 @@ def evaluate(
         if own:
             train = open_cells(model, source, "train", layer, raw, rounding=rounding)
         else:
-            trained = opened(_training_data(model, source.name), reading=reading_of(model, {}))
+            trained = opened(training_data(model, source.name, "the baselines are learned on its training cells"), reading=reading_of(model, {}))
             train = open_cells(model, stack.enter_context(trained), "train", None)
         counts, train_counts = _matrix(held_out), _matrix(train)
         held_out.report_rounded()
@@ -183,19 +183,6 @@ def evaluate(
     return replace(
         found, report=_write(model, found, (counts, fake, train_counts), held_out, made, name, umap, Path(output))
     )
-
-
-def _training_data(model: Pretrained, name: str) -> str:
-    """Return where the cells are that the model was trained on, for the baselines."""
-    # Of several inputs the cells are those of the store that was made of them.
-    paths = model.config.data.paths
-    path: str = paths[0] if len(paths) == 1 else model.state["data"]["path"]
-    if not Path(path).exists():
-        raise UserError(
-            f"{name}: is not the data of the training run, and that ({path}) is not there any more; the baselines are "
-            "learned on its training cells. Put it back, or evaluate on the data of the training run."
-        )
-    return path
 
 
 def _matrix(cells: Cells) -> sp.csr_matrix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -100,6 +101,11 @@ class Cells:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def keep(self, which: np.ndarray) -> None:
+        """Go on with some of the cells alone, by their sorted places among them."""
+        self.indices, self.obs = self.indices[which], rows_of(self.obs, which)
+        self._window = 0, None
+
     def counts(self, lo: int, hi: int) -> np.ndarray:
         """Values of the cells lo..hi-1 over the panel, (hi - lo, n_vars) float32; 0 at missing genes.
 
@@ -174,6 +180,32 @@ def begins_as_trained_on(names: pd.Index, state: dict[str, Any]) -> bool:
     """Whether cells of these names are those that a model was trained on, or these with more appended."""
     trained_on = state["data"]
     return obs_digest(names[: trained_on["n_obs"]]) == str(trained_on["obs_digest"])
+
+
+def training_data(model: Pretrained, name: str, why: str) -> str:
+    """Return where the cells are that a model was trained on.
+
+    Parameters
+    ----------
+    name
+        The data that the model is applied to.
+    why
+        What they are needed for.
+
+    Raises
+    ------
+    UserError
+        If they are not there any more.
+    """
+    # Of several inputs the cells are those of the store that was made of them.
+    paths = model.config.data.paths
+    path: str = paths[0] if len(paths) == 1 else model.state["data"]["path"]
+    if not Path(path).exists():
+        raise UserError(
+            f"{name}: is not the data of the training run, and that ({path}) is not there any more; {why}. Put it back, or use the data of "
+            "the training run."
+        )
+    return path
 
 
 def cells_of_split(source: Source, part: str, state: dict[str, Any]) -> np.ndarray | None:

@@ -312,7 +312,8 @@ def open_parts(task: str, model: Pretrained, arguments: dict[str, Any], n_obs: i
     )
 
 
-_NO_SETTINGS = ("model", "data", "output", "resume", "overwrite", "progress")  # arguments whose value as such does not determine the result
+# Arguments whose value as such does not determine the parts: what cells are compared with is looked at when all parts are there.
+_NO_SETTINGS = ("model", "data", "reference", "output", "resume", "overwrite", "progress")
 
 
 def made_from(task: str, model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from sedd.inference import applying, output_parts
 from sedd.inference.annotation import annotate
 from sedd.inference.output_parts import PartsInFolder, made_from
 from sedd.inference.pretrained import Pretrained
+from sedd.inference.scoring import score
 from sedd.processes import Processes
 from sedd.tasks import denoise, embed, generate, impute
 
@@ -56,6 +57,7 @@ TASKS: dict[str, Callable[..., ad.AnnData]] = {
     "generate": lambda model, data, **rest: generate(model, 90, num_steps=2, **rest),
     "embed": embed,
     "annotate": annotate,
+    "score": lambda model, data, **rest: score(model, data, reference=make_counts(40, seed=1), n_masks=2, **rest),
 }
 
 
@@ -186,7 +188,7 @@ def test_every_setting_of_a_task_is_compared_before_it_is_resumed(
     for name in inspect.signature(getattr(sedd, task)).parameters.keys() - {"model", "data"}:
         after = made_from(task, model, arguments | {name: "another value"})
         changed = [key for key in before if before[key] != after[key]]
-        assert changed == ([] if name in ("output", "resume", "overwrite", "progress") else [f"--{name}"])
+        assert changed == ([] if name in ("reference", "output", "resume", "overwrite", "progress") else [f"--{name}"])
 
 
 def save_and_note(monkeypatch: pytest.MonkeyPatch) -> list[str]:

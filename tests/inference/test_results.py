@@ -21,6 +21,7 @@ from sedd.cli import main
 from sedd.errors import UserError
 from sedd.inference.annotation import annotate
 from sedd.inference.pretrained import Pretrained
+from sedd.inference.scoring import score
 from sedd.io.convert import convert
 from sedd.io.format.elements import free_names
 from sedd.io.store import CellStore
@@ -41,8 +42,9 @@ TASKS = {
     "denoise": lambda model, data, **where: denoise(model, data, rounds=1, folds=2, progress=False, **where),
     "embed": lambda model, data, **where: embed(model, data, progress=False, **where),
     "annotate": lambda model, data, **where: annotate(model, data, progress=False, **where),
+    "score": lambda model, data, **where: score(model, data, reference=make_counts(40, seed=1), n_masks=2, progress=False, **where),
 }
-BESIDE = ("embed", "annotate")
+BESIDE = ("embed", "annotate", "score")
 """Tasks that put what they make beside the input."""
 
 
@@ -256,7 +258,12 @@ def test_what_is_put_beside_a_store_makes_a_store(task: str, tiny_run: Path, tin
         assert own(copy.obs).equals(store.obs)
         read = ad.read_zarr(path)
         assert read.uns["sedd"]["task"] == task
-        assert read.obsm[{"embed": "X_sedd", "annotate": "sedd_cell_type_probability"}[task]].shape == (240, {"embed": 16, "annotate": 3}[task])
+        if task == "embed":
+            assert read.obsm["X_sedd"].shape == (240, 16)
+        elif task == "annotate":
+            assert read.obsm["sedd_cell_type_probability"].shape == (240, 3)
+        else:
+            assert read.obs["sedd_surprise"].between(0, 1).all()
     assert main(["train", "--data_path", again, "--checkpoint_dir", str(tmp_path / "run"), *TINY_FLAGS]) == 0
     assert main([task, str(tiny_run), store.path, "-o", str(tmp_path / "few.zarr"), "--cells", "val"]) == 0
     with pytest.raises(UserError, match="sedd did not make it"):

@@ -1,0 +1,160 @@
+"""How probable cells are to a model, and how surprising among held-out cells of the same depth."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import torch
+
+from sedd.config import ReadingSettings
+from sedd.errors import UserError
+from sedd.inference.applying import Data, all_arguments, for_each_batch
+from sedd.inference.cells import Cells, begins_as_trained_on, open_cells, training_data
+from sedd.inference.output_file import Beside
+from sedd.inference.output_place import check_output
+from sedd.inference.posterior import TaskBatch, batches
+from sedd.inference.pretrained import Pretrained
+from sedd.inference.sources import Source, opened, reading_of
+from sedd.likelihood import CellBatch, nelbo
+from sedd.metrics.surprise import MIN_REFERENCE, surprise
+from sedd.options import keywords_of
+
+MAX_REFERENCE = 2000
+"""Cells to compare with, at most: evenly spaced ones of those that there are."""
+
+
+@keywords_of(ReadingSettings)
+def score(
+    model: Pretrained | str | Path,
+    data: Data,
+    *,
+    reference: Data | None = None,
+    given: Sequence[str] = (),
+    n_masks: int = 16,
+    cells: str = "all",
+    layer: str | None = None,
+    raw: bool = False,
+    batch_size: int = 256,
+    seed: int = 0,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    **reading: Any,
+) -> ad.AnnData:
+    """Tell how improbable each cell is to the model, and how it stands among held-out cells of the same depth.
+
+    A cell of a type that was not there in training, a doublet or one with counts of others costs more nats than a cell of its
+    depth should. Nothing is drawn and no label is looked at, but those of `given`.
+
+    Parameters
+    ----------
+    model, data, cells, layer, raw, batch_size, seed, resume, overwrite, progress, **reading
+        As in `sedd.impute`.
+    reference
+        Cells to compare with, read as `data` are; of more than 2,000 evenly spaced ones. The validation cells of the training run
+        if not given. Genes that `data` lack are hidden in them as well, so that like is compared with like.
+    given
+        Condition columns whose labels in `data`, and in the reference, the model is given: is a cell improbable as one of its type?
+    n_masks
+        Masks per cell of the bound, of sizes spread from one gene to all.
+    output
+        As in `sedd.embed`.
+
+    Returns
+    -------
+    scored : AnnData
+        The input with `obs["sedd_nats"]`, a bound on -log p of the cell's counts of the genes that are there, and
+        `obs["sedd_surprise"]`, which share of the reference cells of about the same total count costs less, in (0, 1). With
+        `output`, its obs, var, obsm and uns alone.
+
+    Raises
+    ------
+    UserError
+        If there are no cells to compare with, or the model was never without what it would have to do without; and on bad input.
+    """
+    arguments = all_arguments(locals())
+    check_output(output, overwrite=overwrite, resume=resume, data=data)
+    model = Pretrained.load(model)
+    _check(model, given, n_masks)
+    with contextlib.ExitStack() as stack:
+        settings = reading_of(model, arguments)
+        source = stack.enter_context(opened(data, reading=settings))
+        asked = open_cells(model, source, cells, layer, raw, rounding=arguments["round"])
+        own = reference is None and begins_as_trained_on(source.obs.index, model.state)
+        others: Source
+        if reference is not None:
+            others = stack.enter_context(opened(reference, "the reference", reading=settings))
+            known = open_cells(model, others, "all", layer, raw, rounding=arguments["round"])
+        elif own:
+            known = open_cells(model, source, "val", layer, raw, rounding=arguments["round"])
+        else:
+            path = training_data(model, source.name, "cells are compared with its validation cells, or with those of --reference FILE")
+            others = stack.enter_context(opened(path, reading=reading_of(model, {})))
+            known = open_cells(model, others, "val", None)
+        _check_reference(known, asked, given)
+        if len(known) > MAX_REFERENCE:
+            known.keep(np.linspace(0, len(known) - 1, MAX_REFERENCE).round().astype(np.int64))
+
+        def nats_of(here: TaskBatch) -> np.ndarray:
+            names, missing = torch.from_numpy(here.cells), torch.from_numpy(here.missing | asked.missing)
+            # Not the total: what follows from it is no evidence of what a cell is.
+            batch = CellBatch(here.tokens, here.context["condition"], None, names, missing)
+            return nelbo(model.model, model.graph, model.noise, [batch], n_masks=n_masks, seed=seed).per_cell
+
+        def totals_of(here: TaskBatch) -> np.ndarray:
+            return here.counts[:, ~(here.missing | asked.missing)].sum(1, dtype=np.float64)
+
+        def score_batch(here: TaskBatch) -> dict[str, np.ndarray]:
+            return {"nats": nats_of(here)[:, None], "totals": totals_of(here)[:, None]}
+
+        def beside(made: dict[str, np.ndarray], chosen: Cells) -> Beside:
+            found = [score_batch(here) for here in batches(model, known, batch_size, "reference", progress, labels=given)]
+            nats, totals = (np.concatenate([part[name] for part in found])[:, 0] for name in ("nats", "totals"))
+            itself = None
+            if own:
+                at = np.searchsorted(known.indices, chosen.indices).clip(max=len(known) - 1)
+                itself = np.where(known.indices[at] == chosen.indices, at, -1)
+            share = surprise(made["nats"][:, 0], made["totals"][:, 0], nats, totals, itself)
+            return Beside(obs={"sedd_nats": made["nats"][:, 0], "sedd_surprise": share})
+
+        details = {"n_masks": n_masks, "seed": seed, "given": np.asarray(list(given), dtype=object), "n_reference": len(known)}
+        return for_each_batch("score", model, arguments, score_batch, details, beside=beside)
+
+
+def _check(model: Pretrained, given: Sequence[str], n_masks: int) -> None:
+    if n_masks < 1:
+        raise UserError(f"--n_masks is {n_masks}; expected at least 1, such as 16.")
+    for column in given:
+        if column not in model.categories:
+            there = ", ".join(model.categories) or "none (train with --condition COLUMN)"
+            raise UserError(f"--given {column}: the model knows no such labels; its condition columns are: {there}.")
+    size = model.model.config
+    never_hidden = [column for column in model.categories if column not in given and not size["answer_labels"]]
+    never_hidden += ["total"] * size["condition_library"]
+    if never_hidden and not model.config.model.condition_dropout:
+        raise UserError(
+            f"{model.path}: was always given a cell's {', '.join(never_hidden)} in training, and is asked here to do without; expected a "
+            "model trained with --condition_dropout above 0."
+        )
+
+
+def _check_reference(known: Cells, asked: Cells, given: Sequence[str]) -> None:
+    if len(known) < MIN_REFERENCE:
+        raise UserError(
+            f"{known.name}: has {len(known)} cells to compare with; expected at least {MIN_REFERENCE}. Pass more with --reference FILE."
+        )
+    lacking = known.var.index[known.missing & ~asked.missing]
+    if len(lacking):
+        raise UserError(
+            f"{known.name}: lacks {len(lacking)} genes of the model that {asked.name} has (first: {lacking[0]!r}), so the two do not "
+            "compare; expected cells with these genes. Leave them out of the data, or pass another --reference."
+        )
+    for column in given:
+        if column not in known.obs:
+            raise UserError(f"--given {column}: {known.name}, whose cells are compared with, has no such obs column.")
