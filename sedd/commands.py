@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -37,6 +37,17 @@ def given(command: Any, function: Callable[..., Any]) -> dict[str, Any]:
     """Return the fields of a command that are parameters of `function`, by name."""
     taken = inspect.signature(function).parameters
     return {field.name: getattr(command, field.name) for field in dataclasses.fields(command) if field.name in taken}
+
+
+def labels_by_column(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    """Return what a flag gives as COLUMN=LABEL, by column."""
+    labels = {}
+    for text in texts:
+        column, separator, label = text.partition("=")
+        if not separator:
+            raise UserError(f'--{flag} {text!r}: expected COLUMN=LABEL, such as cell_type="B cell".')
+        labels[column] = label
+    return labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +243,14 @@ class Denoise(_Prediction):
     """Whether a count has a say in its own denoised value; --no_own_counts leaves it to the other genes."""
     log1p: bool = False
     """Also give the expected log1p(CP10k), in the layer sedd_log1p."""
+    as_if: tuple[str, ...] = ()
+    """Labels that all cells are given instead of their own, as COLUMN=LABEL, or COLUMN=average for the mean over all labels."""
 
     calls: ClassVar[str] = "sedd.tasks:denoise"
+
+    def settings(self) -> dict[str, Any]:
+        """Keywords for `denoise`, with the labels by column."""
+        return {**super().settings(), "as_if": labels_by_column("as_if", self.as_if)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,18 +280,15 @@ class Generate(_Task):
 
     def settings(self) -> dict[str, Any]:
         """Keywords for `generate`, with the labels by column."""
-        where = {}
-        for text in self.where:
-            column, separator, label = text.partition("=")
-            if not separator:
-                raise UserError(f'--where {text!r}: expected COLUMN=LABEL, such as cell_type="B cell".')
-            where[column] = label
-        return {**super().settings(), "where": where}
+        return {**super().settings(), "where": labels_by_column("where", self.where)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(_Cells, _Task):
     """Put the network's state for each cell into obsm["X_sedd"]."""
+
+    without: tuple[str, ...] = ()
+    """Condition columns, such as batch, that the embedding is to be without."""
 
     calls: ClassVar[str] = "sedd.tasks:embed"
 

@@ -341,11 +341,39 @@ class SEDDTransformer(nn.Module):
         """Return the values that visible tokens stand for, float32."""
         return tokens.float() if isinstance(self.head, CountHead) else self.head.values[tokens.long()]
 
+    @torch.no_grad()
+    def embedding_basis(self) -> Tensor | None:
+        """Return what makes an embedding of the latents, (num_latents hidden_dim, hidden_dim); None with full attention.
+
+        Distances between latents times the basis are those between the `log1p(CP10k)` that genes are expected to have, to first order
+        around the usual law of each: what moves no gene, or all alike, is no distance. Columns are the principal directions
+        of this map, the strongest first; their signs are those of their largest entries.
+        """
+        if not isinstance(self.backbone, LatentBackbone):
+            return None
+        mean, by_readout = self.head.usual_means()
+        share = mean / mean.sum().clamp(min=1e-12)
+        slopes = self.backbone.slopes(by_readout)
+        slopes = (slopes - share @ slopes) * (1e4 * share / (1 + 1e4 * share)).unsqueeze(-1)
+        strength, directions = torch.linalg.eigh(slopes.T @ slopes)
+        first = torch.arange(len(strength) - 1, len(strength) - 1 - self.config["hidden_dim"], -1, device=strength.device)
+        directions, strength = directions[:, first], strength[first].clamp(min=0).sqrt()
+        largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+        return (directions * largest.sign() * strength).float()
+
     def embed(
-        self, tokens: Tensor, sigma: Tensor, *, condition: Tensor | None = None, library: Tensor | None = None
+        self, tokens: Tensor, sigma: Tensor, *, condition: Tensor | None = None, library: Tensor | None = None, basis: Tensor | None = None
     ) -> Tensor:
-        """State of the trunk, averaged over its tokens, (B, hidden_dim)."""
-        return self.backbone.trunk(tokens, self.conditioner(sigma, condition, library)).mean(1)
+        """State of a cell, (B, hidden_dim): its latents times `embedding_basis`, or with full attention the mean over its genes.
+
+        Parameters
+        ----------
+        basis
+            What `embedding_basis` returned, for who embeds many batches.
+        """
+        state = self.backbone.of_cell(self.backbone.trunk(tokens, self.conditioner(sigma, condition, library)))
+        basis = self.embedding_basis() if basis is None else basis
+        return state if basis is None else state.float() @ basis
 
 
 class SEDDTransformerSmall(SEDDTransformer):

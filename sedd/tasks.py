@@ -5,7 +5,7 @@ Every prediction is the model's posterior p(hidden genes | visible genes) of a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sedd.inference.applying import Data, all_arguments, described, for_each_bat
 from sedd.inference.output_file import assemble
 from sedd.inference.output_parts import open_parts
 from sedd.inference.output_place import check_output
-from sedd.inference.posterior import TaskBatch, spans_of_batches
+from sedd.inference.posterior import AVERAGE, TaskBatch, labels_as_if, spans_of_batches
 from sedd.inference.pretrained import Pretrained
 from sedd.io.format.json_table import unpacked_table
 from sedd.kernels.mask import exact_mask
@@ -156,6 +156,7 @@ def denoise(
     folds: int = 4,
     own_counts: bool = True,
     log1p: bool = False,
+    as_if: Mapping[str, str] | None = None,
     num_samples: int = 0,
     num_steps: int = 64,
     sampler: str = "analytic",
@@ -185,6 +186,10 @@ def denoise(
     log1p
         Also give the posterior predictive mean of `log1p(CP10k)`: what to compare cells by on that scale, where
         the logarithm of a mean is too large. Like `X` it is by the count too, unless `own_counts` is off.
+    as_if
+        Labels of condition columns, such as {"batch": "b1"}: every count as it would be expected had the cell that label and were all else
+        that is seen of it as it is. "average" in place of a label averages over all labels of the column. An entry's own count was
+        measured under the label that the cell has, so it has then no say in it.
     num_samples
         Also draw every entry this many times, the parts of a partition jointly; mean and spread of the draws are reported.
 
@@ -199,19 +204,26 @@ def denoise(
     model = Pretrained.load(model)
     model.check_knows_masks("Denoising")
     posterior.check_draws(folds, num_samples, rounds)
-    own_counts = own_counts and model.binning.kind == "counts"
+    given = labels_as_if(model, as_if or {})
+    own_counts = own_counts and model.binning.kind == "counts" and not as_if
+    if num_samples and len(given) > 1:
+        raise UserError("--num_samples draws cells under one label, and --as_if asks for the average over several; name one label, or leave draws out.")
     reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
 
     def predict_batch(here: TaskBatch) -> dict[str, np.ndarray]:
-        given = {"own_counts": own_counts, "log1p": log1p}
-        mean, std, log = posterior.cross_predict(model, here, folds, rounds, seed, **given)
+        how = {"own_counts": own_counts, "log1p": log1p}
+        found = (posterior.cross_predict(model, here.under(codes), folds, rounds, seed, **how) for codes in given)
+        mean, std, log = posterior.averaged(found)
         layers = {"sedd_std": std.astype(np.float32)}
         if log is not None:
             layers["sedd_log1p"] = log.astype(np.float32)
-        draws = (posterior.cross_draw(model, reverse, here, folds, k, seed) for k in range(num_samples))
+        drawn = here.under(given[0])
+        draws = (posterior.cross_draw(model, reverse, drawn, folds, k, seed) for k in range(num_samples))
         return {"X": mean.astype(np.float32), "counts": here.counts, **layers, **posterior.spread_of(draws)}
 
-    details = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
+    details: dict[str, Any] = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
+    if as_if:
+        details["as_if"] = dict(as_if)
     return for_each_batch("denoise", model, arguments, predict_batch, details)
 
 
@@ -323,6 +335,7 @@ def embed(
     cells: str = "all",
     layer: str | None = None,
     raw: bool = False,
+    without: Sequence[str] = (),
     batch_size: int = 256,
     output: str | Path | None = None,
     resume: bool = False,
@@ -332,10 +345,16 @@ def embed(
 ) -> ad.AnnData:
     """Put the state of the network for each cell beside it.
 
+    The distance of two cells is that of the log1p(CP10k) that the model expects their genes to have, to first order; with full attention it
+    is of the plain state.
+
     Parameters
     ----------
     model, data, cells, layer, raw, batch_size, resume, overwrite, progress
         As in `impute`.
+    without
+        Condition columns, such as a batch, that the embedding is to be without: it is the mean over all labels of them. What the genes
+        themselves say of them stays.
     output
         An .h5ad or .zarr: with `cells="all"` and data of the same kind a copy of the file (of a store, a store), of which no more
         than a window of cells is in memory; else the cells are held in memory.
@@ -348,15 +367,18 @@ def embed(
     arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
+    as_if = arguments["as_if"] = dict.fromkeys(without, AVERAGE)
+    given, basis = labels_as_if(model, as_if), model.model.embedding_basis()
 
     def embed_batch(here: TaskBatch) -> dict[str, np.ndarray]:
         if here.missing.any():
             model.check_knows_masks("Embedding cells that lack genes of the model")
         shown, hidden = here.hide(np.zeros(here.counts.shape, bool), model.binning.n_bins)
         with torch.no_grad():
-            return {"X_sedd": model.model.embed(shown, model.sigma(hidden), **here.context).float().cpu().numpy()}
+            states = [model.model.embed(shown, model.sigma(hidden), **here.under(codes).context, basis=basis) for codes in given]
+        return {"X_sedd": torch.stack(states).float().mean(0).cpu().numpy()}
 
-    return for_each_batch("embed", model, arguments, embed_batch, {}, beside=in_obsm)
+    return for_each_batch("embed", model, arguments, embed_batch, {"without": np.asarray(list(without), dtype=object)} if without else {}, beside=in_obsm)
 
 
 def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:

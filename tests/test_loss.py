@@ -11,7 +11,7 @@ from toy import ExactModel, FreeModel, Joint
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, UniformGraph, _exp_minus_line, make_graph
 from sedd.likelihood import nelbo
-from sedd.loss import diffusion_loss, hide, score_entropy
+from sedd.loss import LABEL_EMPHASIS, diffusion_loss, hide, score_entropy
 from sedd.model import SEDDTransformer
 from sedd.noise import GeometricNoise, LogLinearNoise, Noise, stratified_times
 
@@ -277,3 +277,18 @@ def test_bad_objectives_are_errors() -> None:
         diffusion_loss(ExactModel(joint), UniformGraph(3), NOISE, tokens, None, t, objective="masked")
     with pytest.raises(UserError, match="found masked=None"):
         diffusion_loss(ExactModel(joint), AbsorbingGraph(3), NOISE, tokens, None, t)
+
+
+def test_labels_count_more_in_the_gradient_and_as_they_are_in_what_is_reported() -> None:
+    torch.manual_seed(0)
+    model = SEDDTransformer(3, 4, hidden_dim=8, num_layers=1, num_heads=1, condition_sizes=(2, 3), answer_labels=True).eval()
+    tokens, t = torch.randint(4, (6, 3)), torch.full((6,), 0.5)
+    masked, labels = torch.rand(6, 3) < 0.5, torch.tensor([[1, 3], [2, 0]]).repeat(3, 1)
+    shown, weight = labels * torch.tensor([0, 1]), torch.full((6, 2), 2.0)
+    given = (model, AbsorbingGraph(4), NOISE, tokens, masked, t)
+    loss, per_cell = diffusion_loss(*given, condition=shown, labels=labels, label_weight=weight)
+    alone, genes = diffusion_loss(*given, condition=shown)
+    torch.testing.assert_close(per_cell, genes + 2 * np.log(2))  # of an untrained model both labels of the first column are as probable
+    torch.testing.assert_close(loss, alone + LABEL_EMPHASIS * 2 * np.log(2) / 3)
+    plain = diffusion_loss(*given, condition=shown, labels=labels)[1]
+    torch.testing.assert_close(plain, genes + np.log(2))

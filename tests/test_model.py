@@ -366,3 +366,58 @@ def test_training_learns_labels_from_the_genes_that_are_visible(attention):
     law = model.eval().label_laws(few, torch.full((64,), 1.6))[0]
     seen = (few != N_BINS).any(1)
     assert (law.argmax(1) + 1 == labels[:, 0])[seen].double().mean() > 0.9
+
+
+def law_means(model, readout):
+    """The mean of each gene's law at a readout, (n_vars, rank), by its own table."""
+    genes = torch.arange(N_VARS)
+    if isinstance(model.head, SoftmaxHead):
+        return model.head.log_table(readout.float(), genes).double().exp() @ model.head.values.double()
+    raw = model.head.start.double() + torch.einsum("gr,rjc->gjc", readout, model.head.moves.double())
+    return (raw[..., 0].softmax(-1) * raw[..., 1].exp()).sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["counts", "bins"])
+def test_usual_means_and_their_slopes_are_those_of_the_laws(kind):
+    model = build(0.3) if kind == "bins" else SEDDTransformer(N_VARS, UNBOUNDED, hidden_dim=16, num_layers=1, rank=4)
+    with torch.no_grad():
+        for weight in model.head.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+        mean, slopes = model.head.usual_means()
+        torch.testing.assert_close(mean, law_means(model, torch.zeros(N_VARS, 4).double()), rtol=1e-5, atol=1e-7)
+        for r in range(4):
+            step = torch.zeros(N_VARS, 4).double()
+            step[:, r] = 1e-2
+            change = (law_means(model, step).log() - law_means(model, -step).log()) / 2e-2
+            torch.testing.assert_close(slopes[:, r], change, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("num_latents", [1, 3])
+def test_distances_of_embeddings_are_those_of_expected_logarithms_to_first_order(num_latents):
+    torch.manual_seed(0)
+    model = SEDDTransformer(N_VARS, UNBOUNDED, hidden_dim=16, num_layers=1, num_latents=num_latents, rank=3).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+        basis = model.embedding_basis()
+        assert basis.shape == (16 * num_latents, 16)
+        base = model.backbone.readouts(torch.zeros(1, num_latents, 16))
+
+        def log1p_cp10k(latents):
+            readout = (model.backbone.readouts(latents) - base)[0].double()
+            mean = law_means(model, readout)
+            return (1e4 * mean / mean.sum()).log1p()
+
+        for k in range(5):
+            step = 1e-3 * torch.randn(1, num_latents, 16, generator=torch.Generator().manual_seed(k))
+            moved = log1p_cp10k(step) - log1p_cp10k(-step)
+            if num_latents == 1:  # else what the last directions hold is left out
+                assert float((2 * step.flatten() @ basis).norm()) == pytest.approx(float(moved.norm()), rel=1e-2)
+            else:
+                assert 0.3 * float(moved.norm()) < float((2 * step.flatten() @ basis).norm()) < 1.01 * float(moved.norm())
+        lengths = basis.norm(dim=0)
+        assert (lengths[:-1] >= lengths[1:] - 1e-5).all()
+        assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) >= 0).all()
+        clean, sigma = torch.randint(0, 9, (CELLS, N_VARS)), torch.full((CELLS,), 0.1)
+        state = model.backbone.of_cell(model.backbone.trunk(clean, model.conditioner(sigma, None, None)))
+        torch.testing.assert_close(model.embed(clean, sigma), state @ basis)

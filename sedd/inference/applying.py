@@ -50,7 +50,7 @@ def for_each_batch(
     ----------
     arguments
         All arguments of the task. Of the labels in the data the model is given those of the columns `given`, if there is such an
-        argument, else all that it knows.
+        argument, else all that it knows, but those of `as_if`.
     details
         What the result's uns records of how it was made, beside which genes were missing.
     beside
@@ -73,6 +73,8 @@ def for_each_batch(
         done = described(model, task, details)
         with open_parts(task, model, arguments, len(chosen)) as parts:
             whole, labels = beside is not None, arguments.get("given")
+            if labels is None:  # those that are replaced by others need not be known
+                labels = [column for column in model.categories if column not in (arguments.get("as_if") or ())]
             for here in batches(model, chosen, batch_size, task, progress, parts, whole=whole, labels=labels):
                 parts.add(here.lo, here.digest(), **make(here))
             chosen.report_rounded()

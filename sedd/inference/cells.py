@@ -20,7 +20,7 @@ from sedd.io.format.plain import made_unique
 from sedd.io.plan import Split
 
 WINDOW = 2048  # cells that are read together: a store has many in a chunk
-MIN_OVERLAP = 0.5  # below this share of the panel the prediction is mostly the training mean
+MIN_OVERLAP = 0.25  # below this share of the panel it is more often other names than other genes; docs/missing-genes.md has what is lost
 
 
 class Cells:

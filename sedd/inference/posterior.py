@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,39 @@ def spans_of_batches(
                 bar.update(hi - lo)
 
 
+AVERAGE, MAX_LABELS = "average", 32
+"""In place of a label: all labels in turn, or of more than 32 as many that are evenly spaced."""
+
+
+def labels_as_if(model: Pretrained, as_if: Mapping[str, str]) -> list[dict[int, int]]:
+    """Return the labels that all cells are given in turn, whose results are averaged: the column's number and the label's code.
+
+    Parameters
+    ----------
+    as_if
+        A label, or "average", of some condition columns. With two averages each label of one meets as many of the other.
+
+    Raises
+    ------
+    UserError
+        If a column or a label is not known to the model.
+    """
+    given: list[dict[int, int]] = [{}]
+    for column, label in as_if.items():
+        if column not in model.categories:
+            there = ", ".join(model.categories) or "none (train with --condition COLUMN)"
+            raise UserError(f"the model is not conditioned on {column!r}; its condition columns are: {there}.")
+        known = model.categories[column]
+        if label == AVERAGE and label not in known:
+            codes = np.unique(np.linspace(1, len(known), min(MAX_LABELS, len(known))).round().astype(int)).tolist()
+        else:
+            codes = model.condition_codes(column, np.array([label], object)).tolist()
+        number = list(model.categories).index(column)
+        given = [{**one, number: code} for one in given for code in codes]
+    every = -(-len(given) // MAX_LABELS)
+    return given[::every]
+
+
 @dataclass(frozen=True)
 class TaskBatch:
     """Cells that go through the network together.
@@ -84,6 +117,15 @@ class TaskBatch:
         for array in (self.counts, self.cells, self.missing, *tensors):
             found.update(np.ascontiguousarray(array).data)
         return found.digest()
+
+    def under(self, codes: Mapping[int, int]) -> TaskBatch:
+        """Return the same cells with other labels: condition columns by number, and the code that all cells get."""
+        if not codes:
+            return self
+        condition = self.context["condition"].clone()
+        for column, code in codes.items():
+            condition[:, column] = code
+        return replace(self, context={**self.context, "condition": condition})
 
     def hide(self, hidden: np.ndarray, mask_token: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens with the hidden and the missing ones masked, and the mask, (B, n_vars) each."""
@@ -196,6 +238,18 @@ def cross_predict(
             total.add(sums, part)
     mean, std = total.mean_and_std()
     return mean, std, total.log1p / total.evidence if log1p else None
+
+
+def averaged(
+    found: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return mean, standard deviation and expected logarithm of an even mixture of laws of which these are given."""
+    means, stds, logs = zip(*found, strict=True)
+    if len(means) == 1:
+        return means[0], stds[0], logs[0]
+    mean = np.mean(means, 0)
+    std = np.sqrt(np.mean([s**2 + (m - mean) ** 2 for m, s in zip(means, stds, strict=True)], 0))
+    return mean, std, None if logs[0] is None else np.mean(logs, 0)
 
 
 def draw_hidden(

@@ -212,6 +212,12 @@ class LatentBackbone(nn.Module):
         """Return of what `trunk` returns the part that is about the cell as a whole: all of it, (B, num_latents dim)."""
         return latents.flatten(1)
 
+    def slopes(self, by_readout: Tensor) -> Tensor:
+        """Return the change by a latent, (n_vars, num_latents dim), of what changes by a gene's readout, (n_vars, rank), float64."""
+        write = self.write.weight.detach().double().view(self.dim, self.rank, -1)
+        genes = self.genes().detach().double()
+        return torch.stack([(genes @ write[:, r]) * by_readout[:, r, None] for r in range(self.rank)]).sum(0)
+
     def _read(self, genes: Tensor, factors: Tensor) -> Tensor:
         """Return the products of genes (n, dim) with factors (B, dim, rank), (B, n, rank), as one product of matrices, not B narrow ones."""
         # The cells of a gene lie together, as the kernels of a law of counts take them.

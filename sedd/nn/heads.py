@@ -131,6 +131,16 @@ class CountHead(nn.Module):
         drawn = count_law_draws.draw(_host(readout), *self._host(), genes.cpu().numpy(), u.cpu().numpy())
         return torch.from_numpy(drawn).to(readout.device)
 
+    def usual_means(self) -> tuple[Tensor, Tensor]:
+        """Each gene's mean where its law starts, (n_vars,), and the change of its logarithm by a readout, (n_vars, rank), float64."""
+        start, moves = self.start.detach().double(), self.moves.detach().double()
+        log_weight = start[..., 0].log_softmax(-1)
+        log_part = log_weight + start[..., 1].clamp(*LOG_MEAN)  # what each component adds to the mean
+        # A logit moves its own weight, and all weights by their sum staying 1.
+        of_weight = moves[None, ..., 0] - (log_weight.exp() @ moves[..., 0].T).unsqueeze(-1)
+        slopes = (log_part.softmax(-1).unsqueeze(1) * (of_weight + moves[None, ..., 1])).sum(-1)
+        return log_part.logsumexp(-1).exp(), slopes
+
     def n_states(self, readout: Tensor, genes: Tensor, rest: float = 1e-9) -> int:
         """How many counts, from 0 on, leave less than `rest` of every law."""
         return count_law_draws.reach(_host(readout), *self._host(), genes.cpu().numpy(), rest)
@@ -191,6 +201,13 @@ class SoftmaxHead(nn.Module):
         # The cosines of a DCT: smooth functions of log(1 + count), from slow to fast.
         waves = torch.cos(torch.pi * place * torch.arange(1, rank + 1).unsqueeze(1))
         self.basis = nn.Parameter(waves)
+
+    def usual_means(self) -> tuple[Tensor, Tensor]:
+        """Each gene's mean where its law starts, (n_vars,), and the change of its logarithm by a readout, (n_vars, rank), float64."""
+        p, basis, values = self.bias.detach().double().softmax(-1), self.basis.detach().double(), self.values.double()
+        mean = p @ values
+        slopes = (p * values) @ basis.T - mean.unsqueeze(-1) * (p @ basis.T)
+        return mean, slopes / mean.clamp(min=1e-12).unsqueeze(-1)
 
     def n_states(self, readout: Tensor, genes: Tensor, rest: float = 0.0) -> int:
         """Return the number of bins."""

@@ -1,0 +1,305 @@
+"""Labels and surprise on held-out cells: how right, how well calibrated, with how many genes missing, beside what else there is.
+
+    python benchmarks/annotate.py --data data/baron_mouse.h5ad --label cell_type1 --leave_out alpha ductal
+    python benchmarks/annotate.py --tables
+
+A fifth of the cells is the test part and looked at once. Of the others sedd holds 15 % out as its validation cells; the peers are trained
+on the same training cells and panel (2,000 variable genes of the training cells), and each one's setting is chosen by its likelihood on
+the same validation cells: logistic regression (strength 5), kNN in 50 principal components (neighbours 4). sedd has one setting,
+its best epoch chosen by the bound. Each of the shares of the panel is missing in three random ways; the genes missing are 0 to the
+peers. A fixed tenth of the panel is hidden always, to see how well counts of genes that are not there are predicted.
+
+With `--test_where COLUMN=VALUE` the test part is these cells instead; with `--labelled N` only N cells of each label have theirs.
+
+For surprise a type is left out of training (the model is trained again), and two test cells are added up, or added and thinned to
+half of the counts, or a cell's counts drawn anew from half its own profile and half the mean of all ("ambient"). AUROC of each
+score against the test cells of the training's types. Writes `benchmarks/results/annotate.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import torch
+from common import RESULTS, machine, with_record, write_result
+from scipy import sparse
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor
+
+import sedd
+from sedd import metrics as m
+from sedd.cli import main as command
+from sedd.errors import SeddWarning
+from sedd.metrics.baselines import CountBaselines
+
+RESULT = RESULTS / "annotate.json"
+SHARES, WAYS, ALWAYS_HIDDEN, BINS = (0.0, 0.1, 0.3, 0.5, 0.7), 3, 0.1, 15
+FLAGS = ["--val_fraction", "0.15", "--batch_size", "16", "--learning_rate", "1e-3", "--ema_decay", "0.995", "--warmup_steps", "50"]
+FLAGS += ["--hidden_dim", "128", "--num_layers", "3", "--num_heads", "4", "--num_latents", "1", "--num_threads", "1", "--log_with", "none"]
+STRENGTHS, NEIGHBOURS, COMPONENTS = (0.003, 0.01, 0.03, 0.1, 0.3), (5, 10, 20, 40), 50
+
+
+def calibration_error(p: np.ndarray, true: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error: the mean distance of confidence from accuracy over bins of confidence of equal width."""
+    confidence, right = p.max(1), p.argmax(1) == true
+    at = np.minimum((confidence * bins).astype(int), bins - 1)
+    return float(sum(abs(right[at == k].sum() - confidence[at == k].sum()) for k in range(bins)) / len(true))
+
+
+def nats(p: np.ndarray, true: np.ndarray) -> float:
+    """Mean negative log-probability of the true labels; no probability counts as less than 1e-6."""
+    return float(-np.log(np.maximum(p[np.arange(len(true)), true], 1e-6)).mean())
+
+
+def counts_of(adata: ad.AnnData, genes: np.ndarray) -> np.ndarray:
+    """Counts of the panel, (n, genes) float64."""
+    return np.asarray(sparse.csr_array(adata[:, genes].X).todense(), np.float64)
+
+
+def log_cp10k(counts: np.ndarray) -> np.ndarray:
+    """Natural logarithms of one plus counts per ten thousand of the cell."""
+    return np.log1p(counts / np.maximum(counts.sum(1, keepdims=True), 1) * 1e4)
+
+
+class Peers:
+    """Logistic regression and kNN on log CP10k, settings chosen on validation cells."""
+
+    def __init__(self, train: np.ndarray, y: np.ndarray, val: np.ndarray, y_val: np.ndarray, n_labels: int, everything: np.ndarray) -> None:
+        self.n = n_labels
+        train, val = log_cp10k(train), log_cp10k(val)
+        self.pca = PCA(min(COMPONENTS, len(train) - 1), random_state=0).fit(log_cp10k(everything))
+        scale = train.std(0) + 0.1
+        def regression(strength: float) -> Callable[[np.ndarray], np.ndarray]:
+            model = LogisticRegression(C=strength, max_iter=300).fit(train / scale, y)
+            return lambda x: self._all(model, x / scale)
+        def neighbours(k: int) -> Callable[[np.ndarray], np.ndarray]:
+            model = KNeighborsClassifier(min(k, len(train))).fit(self.pca.transform(train), y)
+            return lambda x: self._all(model, self.pca.transform(x))
+        def best(make: Callable[[Any], Callable[[np.ndarray], np.ndarray]], settings: tuple[Any, ...]) -> tuple[Any, Any]:
+            made = {setting: make(setting) for setting in settings}
+            chosen = min(made, key=lambda setting: nats(made[setting](val), y_val))
+            return chosen, made[chosen]
+        found = {"logistic regression": best(regression, STRENGTHS), "kNN": best(neighbours, NEIGHBOURS)}
+        self.chosen = {name: setting for name, (setting, _) in found.items()}
+        self.models = {name: model for name, (_, model) in found.items()}
+
+    def _all(self, model: Any, x: np.ndarray) -> np.ndarray:
+        p = np.zeros((len(x), self.n))
+        p[:, model.classes_] = model.predict_proba(x)
+        return p
+
+
+def train(adata: ad.AnnData, label: list[str], steps: int, seed: int, folder: Path) -> sedd.Pretrained:
+    """Train on cells with the labels of some columns."""
+    folder.mkdir()
+    adata.write_h5ad(folder / "train.h5ad")
+    flags = ["--condition", *label] if label else []
+    flags += ["--genes", "2000", "--num_epochs", "1", "--min_steps", str(steps), "--seed", str(seed), "--checkpoint_dir", str(folder / "run")]
+    if command(["train", "--data_path", str(folder / "train.h5ad"), *FLAGS, *flags]):
+        raise SystemExit("training failed")
+    return sedd.Pretrained.load(folder / "run")
+
+
+def parts_of(model: sedd.Pretrained, adata: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
+    """The cells that the model was trained on and those that it was validated on."""
+    names = (sedd.embed(model, adata, cells=part, progress=False).obs_names for part in ("train", "val"))
+    first, second = (adata[list(some)] for some in names)
+    return first, second
+
+
+def labels_with_genes_missing(model: sedd.Pretrained, own: ad.AnnData, test: ad.AnnData, column: str, seed: int) -> dict[str, Any]:
+    """Accuracy, calibration and nats of labels, and nats of hidden counts, by the share of the panel that is missing."""
+    genes, names = model.genes, model.categories[column]
+    code = {name: k for k, name in enumerate(names)}
+    fit, val = parts_of(model, own)
+    known = [part[part.obs[column].notna().to_numpy()] for part in (fit, val)]
+    (x, y), (x_val, y_val) = ((counts_of(part, genes), np.array([code[v] for v in part.obs[column].astype(str)])) for part in known)
+    peers = Peers(x, y, x_val, y_val, len(names), counts_of(fit, genes))
+    counts, true = counts_of(test, genes), np.array([code[v] for v in test.obs[column].astype(str)])
+    rng, rows = np.random.default_rng(seed), []
+    always = rng.permutation(len(genes))[: round(ALWAYS_HIDDEN * len(genes))]
+    others = np.setdiff1d(np.arange(len(genes)), always)
+    fitted = CountBaselines.fit(sparse.csr_matrix(counts_of(fit, genes)))
+    for share in SHARES:
+        for _ in range(WAYS if share else 1):
+            gone = rng.choice(others, round(share * len(genes)), replace=False)
+            there = np.ones(len(genes), bool)
+            there[gone] = False
+            p = {"sedd": sedd.annotate(model, test[:, genes[there]].copy(), progress=False).obsm[f"sedd_{column}_probability"]}
+            p |= {name: predict(log_cp10k(counts * there)) for name, predict in peers.models.items()}
+            for name, probabilities in p.items():
+                right = float((probabilities.argmax(1) == true).mean())
+                found = {"accuracy": right, "ece": calibration_error(probabilities, true), "nats": nats(probabilities, true)}
+                rows.append({"missing": share, "method": name, **found})
+            shown = there.copy()
+            shown[always] = False
+            rows += [{"missing": share, "method": k, "hidden_nats": v} for k, v in hidden_counts(model, fitted, counts, shown, always).items()]
+    return {"rows": rows, "chosen": peers.chosen, "n_train": len(y), "n_test": len(true), "n_labels": len(names)}
+
+
+def hidden_counts(
+    model: sedd.Pretrained, fitted: CountBaselines, counts: np.ndarray, shown: np.ndarray, asked: np.ndarray
+) -> dict[str, float]:
+    """Nats per count of the genes `asked` (of which none is shown): of the model, and of an NB of each gene's mean times the library."""
+    tokens = torch.from_numpy(model.binning.tokens(counts).astype(np.int64))
+    tokens[:, ~shown] = model.binning.n_bins
+    cells, genes = (torch.from_numpy(x.ravel()) for x in np.meshgrid(np.arange(len(counts)), asked, indexing="ij"))
+    true = counts[:, asked].astype(np.int64)
+    with torch.no_grad():
+        readout = model.model.readout(tokens, model.sigma(tokens == model.binning.n_bins))[cells, genes]
+    log_p = model.model.head.distribution(readout, genes, torch.from_numpy(true.ravel()))[0]
+    hidden = np.broadcast_to(~shown, counts.shape)
+    library = m.visible_library(sparse.csr_matrix(counts), hidden, fitted.share)
+    naive = fitted.log_probs(asked[None, :], true, library[:, None])["NB, library-scaled"]
+    return {"sedd": float(-log_p.mean()), "NB, library-scaled": float(-naive.mean())}
+
+
+class Scores:
+    """What tells an unusual cell, each larger for a more unusual one."""
+
+    def __init__(self, model: sedd.Pretrained, own: ad.AnnData) -> None:
+        self.model, genes = model, model.genes
+        self.fit, self.val = parts_of(model, own)
+        x = log_cp10k(counts_of(self.fit, genes))
+        self.pca = PCA(COMPONENTS, random_state=0).fit(x)
+        places = self.pca.transform(x)
+        self.outlier = LocalOutlierFactor(n_neighbors=20, novelty=True).fit(places)
+        self.neighbours = KNeighborsClassifier(20).fit(places, np.zeros(len(x)))
+
+    def of(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Score cells, (n, genes) counts of the panel."""
+        genes = self.model.genes
+        adata = ad.AnnData(sparse.csr_matrix(counts.astype(np.float32)))
+        adata.var_names = genes
+        obs = sedd.score(self.model, adata, reference=self.val[:, genes].copy(), progress=False).obs
+        places = self.pca.transform(log_cp10k(counts))
+        return {
+            "sedd surprise": obs["sedd_surprise"].to_numpy(),
+            "sedd nats": obs["sedd_nats"].to_numpy(),
+            "library": counts.sum(1),
+            "LOF in PCA": -self.outlier.score_samples(places),
+            "kNN distance in PCA": self.neighbours.kneighbors(places)[0].mean(1),
+        }
+
+
+def unusual(scores: Scores, test: np.ndarray, left_out: dict[str, np.ndarray], seed: int) -> list[dict[str, Any]]:
+    """AUROC of each score for made cells and for cells of types left out, against test cells."""
+    rng = np.random.default_rng(seed)
+    usual = scores.of(test)
+    pairs = rng.permuted(np.tile(np.arange(len(test)), (2, 1)), axis=1)
+    doublets = test[pairs[0]] + test[pairs[1]]
+    profile = test.sum(0) / test.sum()
+    mixed = np.stack([rng.multinomial(int(n), 0.5 * cell / max(n, 1) + 0.5 * profile) for cell, n in zip(test, test.sum(1), strict=True)])
+    kinds = {"doublets": doublets, "doublets of usual depth": rng.binomial(doublets.astype(int), 0.5), "half ambient": mixed, **left_out}
+    rows = []
+    for kind, cells in kinds.items():
+        found = scores.of(cells.astype(np.float64))
+        true = np.repeat([0, 1], [len(test), len(cells)])
+        for name, score in found.items():
+            auroc = float(roc_auc_score(true, np.concatenate([usual[name], score])))
+            # Which way the library goes nobody knows before: the better one.
+            auroc = max(auroc, 1 - auroc) if name == "library" else auroc
+            rows.append({"kind": kind, "method": name, "auroc": auroc, "n": len(cells)})
+    return rows
+
+
+def split(adata: ad.AnnData, where: str | None) -> tuple[ad.AnnData, ad.AnnData]:
+    """Training and test part: a fifth at random, or the cells of one value of a column."""
+    if where is not None:
+        column, _, value = where.partition("=")
+        test = (adata.obs[column].astype(str) == value).to_numpy()
+    else:
+        test = np.zeros(adata.n_obs, bool)
+        test[np.random.default_rng(0).permutation(adata.n_obs)[round(0.8 * adata.n_obs) :]] = True
+    return adata[~test].copy(), adata[test].copy()
+
+
+def tables(records: list[dict[str, Any]]) -> str:
+    """The tables of the page, Markdown."""
+    lines = []
+    by = lambda rows, *keys: {key: [r for r in rows if tuple(r[k] for k in keys) == key] for key in dict.fromkeys(tuple(r[k] for k in keys) for r in rows)}  # noqa: E731
+    for (task,), some in by([r for r in records if r["kind"] == "labels"], "name").items():
+        rows = [row for record in some for row in record["rows"]]
+        n = ", ".join(dict.fromkeys(f"{r['n_train']} labelled training cells, {r['n_test']} test cells" for r in some))
+        lines += [f"**{task}**: {n}, {some[0]['n_labels']} labels, {len(some)} seeds", ""]
+        lines += ["| share of the panel missing | " + " | ".join(f"{s:.0%}" for s in SHARES) + " |", "|---|" + "---|" * len(SHARES)]
+        for metric, words in (("accuracy", "accuracy"), ("ece", "calibration error"), ("nats", "nats per label"), ("hidden_nats", "nats per hidden count")):
+            for (method,), own in by([r for r in rows if metric in r], "method").items():
+                means = [np.mean([r[metric] for r in own if r["missing"] == s]) for s in SHARES]
+                lines.append(f"| {words}: {method} | " + " | ".join(f"{v:.3f}" for v in means) + " |")
+        lines.append("")
+    for (name,), some in by([r for r in records if r["kind"] == "unusual"], "name").items():
+        rows = [row for record in some for row in record["rows"]]
+        methods = list(dict.fromkeys(r["method"] for r in rows))
+        lines += [f"**{name}**: AUROC, {len({r['seed'] for r in some})} seeds", "", "| | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+        for (kind,), own in by(rows, "kind").items():
+            means = [np.mean([r["auroc"] for r in own if r["method"] == method]) for method in methods]
+            lines.append(f"| {kind} | " + " | ".join(f"{v:.3f}" for v in means) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data")
+    parser.add_argument("--label", help="obs column to predict")
+    parser.add_argument("--also", nargs="*", default=[], help="further condition columns")
+    parser.add_argument("--test_where", help="COLUMN=VALUE of the test cells")
+    parser.add_argument("--labelled", type=int, help="cells of each label that have theirs")
+    parser.add_argument("--leave_out", nargs="*", help="types to leave out of training, for AUROC; none measures made cells alone")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tables", action="store_true")
+    args = parser.parse_args()
+    if args.tables:
+        print(tables(json.loads(RESULT.read_text())))
+        return
+    warnings.simplefilter("ignore", SeddWarning)
+    torch.set_num_threads(1)
+    adata = ad.read_h5ad(args.data)
+    adata.X = sparse.csr_matrix(adata.X)
+    adata = adata[adata.obs[args.label].notna().to_numpy()].copy()
+    adata.obs[args.label] = adata.obs[args.label].astype(str).astype("category")
+    own, test = split(adata, args.test_where)
+    own.obs[args.label] = own.obs[args.label].cat.remove_unused_categories()
+    test = test[test.obs[args.label].isin(own.obs[args.label].cat.categories).to_numpy()].copy()
+    name = Path(args.data).stem + (f", tested on {args.test_where}" if args.test_where else "")
+    name += f", {args.labelled} labels of each" if args.labelled else ""
+    settings = {"steps": args.steps, "label": args.label, "also": args.also, "machine": machine()}
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            given = own.copy()
+            if args.labelled:
+                rng, kept = np.random.default_rng(seed), []
+                for rows in given.obs.groupby(args.label, observed=True).indices.values():
+                    kept += list(rng.permutation(rows)[: args.labelled])
+                given.obs.loc[~np.isin(np.arange(given.n_obs), kept), args.label] = np.nan
+            model = train(given, [args.label, *args.also], args.steps, seed, Path(folder, "all"))
+            if args.leave_out is None:
+                found = labels_with_genes_missing(model, given, test, args.label, seed)
+                record = {"kind": "labels", "name": name, "seed": seed, **found, **settings}
+            else:
+                made = unusual(Scores(model, given), counts_of(test, model.genes), {}, seed)
+                for kind in args.leave_out:
+                    rest, others = (part[(part.obs[args.label] != kind).to_numpy()].copy() for part in (own, test))
+                    strange = adata[(adata.obs[args.label] == kind).to_numpy()]
+                    without = train(rest, [args.label, *args.also], args.steps, seed, Path(folder, kind.replace("/", "_")))
+                    rows = unusual(Scores(without, rest), counts_of(others, without.genes), {f"left out: {kind}": counts_of(strange, without.genes)}, seed)
+                    made += [row for row in rows if row["kind"].startswith("left out")]
+                record = {"kind": "unusual", "name": name, "seed": seed, "rows": made, **settings}
+        write_result(RESULT, with_record(RESULT, record, ("kind", "name", "seed")))
+        print(tables([record]))
+
+
+if __name__ == "__main__":
+    main()
