@@ -94,7 +94,7 @@ def test_every_setting_of_a_command_is_used_and_arrives_as_it_was_given(
     function = function_of(name)
     arrived = calls[function.__name__]
     for field in values.keys() & inspect.signature(function).parameters.keys():
-        expected = dict(text.split("=") for text in values[field]) if field == "where" else values[field]
+        expected = dict(text.split("=") for text in values[field]) if field in ("where", "as_if") else values[field]
         found = tuple(arrived[field]) if isinstance(arrived[field], list) else arrived[field]
         assert found == expected, field
 
