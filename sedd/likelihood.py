@@ -27,7 +27,7 @@ from sedd.noise import Noise
 FORMS = ("time_free", "time_integral")
 _GOLDEN = 0.6180339887498949
 # Streams of draws: one per purpose, and one per mask within a purpose.
-_SHIFT, _MASKS, _NOISED, _START = 0, 1_000, 1_000_000, 999
+_SHIFT, _MASKS, _NOISED, _START, _DRAWN = 0, 1_000, 1_000_000, 999, 2_000_000
 
 
 class CellBatch(NamedTuple):
@@ -242,6 +242,74 @@ def nelbo(
     return Likelihood(torch.cat(parts).numpy(), n_vars)
 
 
+@torch.no_grad()
+def nelbo_and_excess(
+    model: Any, graph: Graph, noise: Noise, batches: Iterable[CellBatch | Tensor], *, n_masks: int = 16, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bound each cell's negative log-likelihood, and compare what it pays for hidden genes with what the model expected it to pay.
+
+    Of each hidden count the excess is `-log mu(count) + log mu(drawn)` with a count drawn from the same law: its expectation is 0
+    where the law is right, whatever the depth of the cell and however spread its law. So it tells a cell that the model does not
+    know from one of a type that has much to say.
+
+    Parameters
+    ----------
+    model
+        A `SEDDTransformer`. Is put into evaluation mode and back.
+    graph
+        The absorbing one.
+    batches, n_masks, seed
+        As in `nelbo`, whose masks and time-free form these are; without labels.
+
+    Returns
+    -------
+    nats : (n_cells,) float64
+        As `nelbo` gives them.
+    excess : (n_cells,) float64
+        The sum over masks and hidden genes, over the square root of what the model expected them to cost.
+
+    Raises
+    ------
+    UserError
+        As `nelbo`.
+    """
+    if not isinstance(graph, AbsorbingGraph):
+        raise UserError("what a cell should cost is of its hidden genes, and the uniform graph hides none; expected the absorbing one.")
+    if n_masks < 1:
+        raise UserError(f"n_masks is {n_masks}; expected at least 1.")
+    training, parts = model.training, []
+    model.eval()
+    try:
+        for batch in _with_cells(batches):
+            check_states(batch.tokens, graph.n_bins - 1)
+            parts.append(_paid_and_expected(model, graph, noise, batch, n_masks, seed))
+    finally:
+        model.train(training)
+    if not parts:
+        raise UserError("there are no cells to evaluate; expected at least one batch.")
+    nats, paid, expected = np.concatenate(parts, 1)
+    return nats, (paid - expected) / np.sqrt(np.maximum(expected, 1e-6))
+
+
+def _paid_and_expected(model: Any, graph: Graph, noise: Noise, batch: CellBatch, n_masks: int, seed: int) -> np.ndarray:
+    """Return the bound, the nats of what is hidden, and those of what was drawn in its place, (3, B) float64."""
+    assert batch.cell is not None
+    n_vars, n_known = batch.tokens.shape[1], batch.n_known
+    sizes = _sizes(batch, n_known, n_masks, seed)
+    found = torch.zeros(3, len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
+    for m, (k, masked, sigma) in enumerate(_masks(noise, batch, sizes, seed)):
+        everywhere = masked if batch.missing is None else masked | batch.missing
+        shown = hide(batch.tokens, everywhere, graph.mask_token)
+        readout = model.readout(shown, sigma.float(), condition=batch.condition, library=batch.library)
+        cells, genes = masked.nonzero(as_tuple=True)
+        drawn = batch.tokens.long().clone()
+        u = uniforms(seed, _DRAWN + m, batch.cell, n_vars)[cells, genes]
+        drawn[cells, genes] = model.head.draw(readout[cells, genes], genes, u).to(drawn)
+        paid, expected = (-model.head.log_prob(readout, tokens, masked).double().sum(1) for tokens in (batch.tokens, drawn))
+        found += torch.stack([paid * n_known / k / n_masks, paid, expected])
+    return np.asarray(found.cpu().numpy())
+
+
 def _with_cells(batches: Iterable[CellBatch | Tensor]) -> Iterator[CellBatch]:
     seen = 0
     for given in batches:
@@ -279,19 +347,27 @@ def _known_nats(model: nn.Module, batch: CellBatch, masked: Tensor, sigma: Tenso
     return -batch.sum_known(log_mu.double()) - log_nu.double().sum(1)
 
 
-def _time_free(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, n_masks: int, seed: int) -> Tensor:
+def _sizes(batch: CellBatch, n_turns: int, n_masks: int, seed: int) -> Tensor:
+    """Return how many of `n_turns` values each mask hides, (B, n_masks)."""
+    return torch.ceil(_strata(batch, n_masks, seed) * n_turns).long().clamp(1, n_turns)
+
+
+def _masks(noise: Noise, batch: CellBatch, sizes: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Return of each mask its sizes (B,), the mask (B, n_vars + n_labels), and the noise of the genes it hides (B,)."""
     assert batch.cell is not None
     n_vars, n_labels = batch.tokens.shape[1], batch.n_labels
-    # A label that is unknown has its turn as well, and adds nothing: the order of the others is as random without it.
-    n_turns = batch.n_known + n_labels
     known = None if batch.missing is None else F.pad(~batch.missing, (0, n_labels), value=True)
-    sizes = torch.ceil(_strata(batch, n_masks, seed) * n_turns).long().clamp(1, n_turns)
-    total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
-    for m in range(n_masks):
-        k = sizes[:, m]
+    for m, k in enumerate(sizes.T):
         masked = random_subsets(seed, _MASKS + m, batch.cell, n_vars + n_labels, k, known)
         of_genes = masked[:, :n_vars].sum(1) if n_labels else k
-        sigma = noise.sigma_at((of_genes + (n_vars - batch.n_known)) / n_vars)
+        yield k, masked, noise.sigma_at((of_genes + (n_vars - batch.n_known)) / n_vars)
+
+
+def _time_free(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatch, n_masks: int, seed: int) -> Tensor:
+    # A label that is unknown has its turn as well, and adds nothing: the order of the others is as random without it.
+    n_turns = batch.n_known + batch.n_labels
+    total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
+    for k, masked, sigma in _masks(noise, batch, _sizes(batch, n_turns, n_masks, seed), seed):
         total += _known_nats(model, batch, masked, sigma, graph.mask_token) * n_turns / k
     return total / n_masks
 

@@ -20,7 +20,7 @@ from sedd.inference.output_place import check_output
 from sedd.inference.posterior import TaskBatch, batches
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import Source, opened, reading_of
-from sedd.likelihood import CellBatch, nelbo
+from sedd.likelihood import CellBatch, nelbo_and_excess
 from sedd.metrics.surprise import MIN_REFERENCE, surprise
 from sedd.options import keywords_of
 
@@ -49,8 +49,9 @@ def score(
 ) -> ad.AnnData:
     """Tell how improbable each cell is to the model, and how it stands among held-out cells of the same depth.
 
-    A cell of a type that was not there in training, a doublet or one with counts of others costs more nats than a cell of its
-    depth should. Nothing is drawn and no label is looked at, but those of `given`.
+    Nats are larger for deeper cells and for types that have much to say, so cells are compared by what they cost *more* than the
+    model expected, given what it saw of them. A cell of a type that was not there in training, a doublet or one with counts of
+    others costs more than expected. No label is looked at, but those of `given`.
 
     Parameters
     ----------
@@ -70,7 +71,7 @@ def score(
     -------
     scored : AnnData
         The input with `obs["sedd_nats"]`, a bound on -log p of the cell's counts of the genes that are there, and
-        `obs["sedd_surprise"]`, which share of the reference cells of about the same total count costs less, in (0, 1). With
+        `obs["sedd_surprise"]`, which share of the reference cells of about the same total count exceeds what was expected of it by less, in (0, 1). With
         `output`, its obs, var, obsm and uns alone.
 
     Raises
@@ -101,26 +102,22 @@ def score(
         if len(known) > MAX_REFERENCE:
             known.keep(np.linspace(0, len(known) - 1, MAX_REFERENCE).round().astype(np.int64))
 
-        def nats_of(here: TaskBatch) -> np.ndarray:
-            names, missing = torch.from_numpy(here.cells), torch.from_numpy(here.missing | asked.missing)
-            # Not the total: what follows from it is no evidence of what a cell is.
-            batch = CellBatch(here.tokens, here.context["condition"], None, names, missing)
-            return nelbo(model.model, model.graph, model.noise, [batch], n_masks=n_masks, seed=seed).per_cell
-
-        def totals_of(here: TaskBatch) -> np.ndarray:
-            return here.counts[:, ~(here.missing | asked.missing)].sum(1, dtype=np.float64)
-
         def score_batch(here: TaskBatch) -> dict[str, np.ndarray]:
-            return {"nats": nats_of(here)[:, None], "totals": totals_of(here)[:, None]}
+            missing = here.missing | asked.missing
+            # Not the total: what follows from it is no evidence of what a cell is.
+            batch = CellBatch(here.tokens, here.context["condition"], None, torch.from_numpy(here.cells), torch.from_numpy(missing))
+            nats, excess = nelbo_and_excess(model.model, model.graph, model.noise, [batch], n_masks=n_masks, seed=seed)
+            totals = here.counts[:, ~missing].sum(1, dtype=np.float64)
+            return {"nats": nats[:, None], "excess": excess[:, None], "totals": totals[:, None]}
 
         def beside(made: dict[str, np.ndarray], chosen: Cells) -> Beside:
             found = [score_batch(here) for here in batches(model, known, batch_size, "reference", progress, labels=given)]
-            nats, totals = (np.concatenate([part[name] for part in found])[:, 0] for name in ("nats", "totals"))
+            excess, totals = (np.concatenate([part[name] for part in found])[:, 0] for name in ("excess", "totals"))
             itself = None
             if own:
                 at = np.searchsorted(known.indices, chosen.indices).clip(max=len(known) - 1)
                 itself = np.where(known.indices[at] == chosen.indices, at, -1)
-            share = surprise(made["nats"][:, 0], made["totals"][:, 0], nats, totals, itself)
+            share = surprise(made["excess"][:, 0], made["totals"][:, 0], excess, totals, itself)
             return Beside(obs={"sedd_nats": made["nats"][:, 0], "sedd_surprise": share})
 
         details = {"n_masks": n_masks, "seed": seed, "given": np.asarray(list(given), dtype=object), "n_reference": len(known)}
@@ -128,6 +125,7 @@ def score(
 
 
 def _check(model: Pretrained, given: Sequence[str], n_masks: int) -> None:
+    model.check_knows_masks("Scoring")
     if n_masks < 1:
         raise UserError(f"--n_masks is {n_masks}; expected at least 1, such as 16.")
     for column in given:

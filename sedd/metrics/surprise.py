@@ -1,4 +1,4 @@
-"""How improbable a cell is among others of the same depth: deeper cells have more counts, and more counts more nats."""
+"""How unusual a cell is among others of the same depth."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ NEAREST = 200
 
 
 def surprise(
-    nats: np.ndarray,
+    excess: np.ndarray,
     totals: np.ndarray,
-    reference_nats: np.ndarray,
+    reference: np.ndarray,
     reference_totals: np.ndarray,
     itself: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return which share of reference cells of the same depth is more probable.
+    """Return which share of reference cells of the same depth has a smaller excess.
 
-    The logarithm of nats follows that of the total along a parabola fitted to the reference, and along its tangents beyond the
-    reference. A cell's distance from it is compared with those of the reference cells that are nearest in depth.
+    The excess may follow the logarithm of the total along a parabola, which is fitted to the reference, and along its tangents
+    beyond that. A cell's distance from it is compared with those of the reference cells that are nearest in depth.
 
     Parameters
     ----------
-    nats, totals : (n,) float
-        Of the cells: what they cost, and their counts.
-    reference_nats, reference_totals : (m,) float
+    excess, totals : (n,) float
+        Of the cells: what they cost more than was expected of them, and their counts.
+    reference, reference_totals : (m,) float
     itself : (n,) int, optional
         Which of the reference a cell is, with which it is then not compared; -1 for none.
 
@@ -42,23 +42,22 @@ def surprise(
     UserError
         If there are fewer reference cells than `MIN_REFERENCE`.
     """
-    m = len(reference_nats)
+    m = len(reference)
     if m < MIN_REFERENCE:
         raise UserError(f"there are {m} cells to compare with; expected at least {MIN_REFERENCE}.")
     x, depth = (np.log1p(np.asarray(t, np.float64)) for t in (totals, reference_totals))
-    trend = _trend(depth, np.log(reference_nats))
-    off, reference_off = np.log(nats) - trend(x), np.log(reference_nats) - trend(depth)
+    trend = _Trend(depth, reference)
+    off, reference_off = excess - trend(x), reference - trend(depth)
     order = np.argsort(depth, kind="stable")
     depth, reference_off = depth[order], reference_off[order]
     place = np.full(m + 1, -1)
     place[order] = np.arange(m)
     own = np.full(len(x), -1) if itself is None else place[itself]
     k = min(m, max(NEAREST, m // 5))
-    # The k nearest lie together in the order of depth: they begin where their far end is no nearer than what would come next.
+    # The k nearest lie together in the order of depth.
     first = np.clip(np.searchsorted(depth, x) - k // 2, 0, m - k)
     out = np.empty(len(x))
-    for i in range(len(x)):
-        lo = first[i]
+    for i, lo in enumerate(first):
         while lo > 0 and x[i] - depth[lo - 1] < depth[lo + k - 1] - x[i]:
             lo -= 1
         while lo + k < m and depth[lo + k] - x[i] < x[i] - depth[lo]:
@@ -71,17 +70,12 @@ def surprise(
     return out
 
 
-def _trend(x: np.ndarray, y: np.ndarray) -> np.polynomial.Polynomial | _Extended:
-    """Return a parabola through points, with its tangents beyond them; a line or a mean where they are of few depths."""
-    degree = min(2, len(np.unique(x)) - 1)
-    return _Extended(np.polynomial.Polynomial.fit(x, y, degree), float(x.min()), float(x.max()))
+class _Trend:
+    """A parabola through points, with its tangents beyond them; a line or a mean where they are of few depths."""
 
-
-class _Extended:
-    """A polynomial between two points, its tangents beyond them."""
-
-    def __init__(self, inside: np.polynomial.Polynomial, low: float, high: float) -> None:
-        self._inside, self._slope, self._low, self._high = inside, inside.deriv(), low, high
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        self._inside = np.polynomial.Polynomial.fit(x, y, min(2, len(np.unique(x)) - 1))
+        self._slope, self._low, self._high = self._inside.deriv(), x.min(), x.max()
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         near = np.clip(x, self._low, self._high)

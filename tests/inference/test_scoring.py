@@ -15,9 +15,10 @@ from toy import Joint, exact
 import sedd
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
+from sedd.graph import UniformGraph
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.scoring import score
-from sedd.likelihood import CellBatch, nelbo
+from sedd.likelihood import CellBatch, nelbo, nelbo_and_excess
 from sedd.metrics.surprise import surprise
 
 
@@ -30,6 +31,23 @@ def test_nats_of_an_enumerated_joint_are_its_own() -> None:
     state = (cells * 4 ** torch.arange(2, -1, -1)).sum(1)
     off = found.to_numpy() + joint.p.flatten().log()[state].numpy()
     assert abs(off.mean()) < 4 * off.std() / len(off) ** 0.5 < 0.1
+
+
+def test_of_cells_of_the_model_itself_the_excess_has_mean_0_and_of_others_more() -> None:
+    joint, other = Joint.random(3, 4), Joint.random(3, 4, seed=1)
+    model = exact(joint)
+    given = (model.model, model.graph, model.noise)
+    nats, excess = nelbo_and_excess(*given, [joint.sample(8000, seed=1)], n_masks=6)
+    assert abs(excess.mean()) < 4 * excess.std() / len(excess) ** 0.5 < 0.1
+    np.testing.assert_allclose(nats, nelbo(*given, [joint.sample(8000, seed=1)], n_masks=6).per_cell, rtol=1e-6)
+    cells = joint.sample(8000, seed=1)
+    assert nelbo_and_excess(*given, [other.sample(2000, seed=2)], n_masks=6)[1].mean() > 10 * excess.std() / len(excess) ** 0.5
+    few = nelbo_and_excess(*given, [CellBatch(cells[:500], missing=torch.tensor([False, True, False]))], n_masks=6)[1]
+    assert abs(few.mean()) < 5 * few.std() / 500**0.5
+    again = nelbo_and_excess(*given, cells.split(37), n_masks=6)[1]
+    np.testing.assert_allclose(again, excess, atol=1e-9)  # draws belong to cells
+    with pytest.raises(UserError, match="uniform graph hides none"):
+        nelbo_and_excess(model.model, UniformGraph(4), model.noise, [cells])
 
 
 def test_it_is_the_bound_without_labels_and_totals_beside_the_validation_cells(
@@ -45,7 +63,8 @@ def test_it_is_the_bound_without_labels_and_totals_beside_the_validation_cells(
     val = adata.obs_names.get_indexer(sedd.embed(model, adata, cells="val", progress=False).obs_names)
     totals, itself = dense(adata.X).sum(1), np.full(240, -1)
     itself[val] = np.arange(24)
-    np.testing.assert_allclose(found.obs["sedd_surprise"], surprise(nats, totals, nats[val], totals[val], itself), atol=0.03)
+    excess = nelbo_and_excess(model.model, model.graph, model.noise, [CellBatch(tokens, nothing)], n_masks=4)[1]
+    np.testing.assert_allclose(found.obs["sedd_surprise"], surprise(excess, totals, excess[val], totals[val], itself), atol=0.05)
     assert int(found.uns["sedd"]["n_reference"]) == 24
     assert found.obs[list(adata.obs)].equals(ad.read_h5ad(tiny_h5ad).obs)
 
@@ -101,12 +120,16 @@ def test_what_cannot_be_scored_is_an_error_that_leaves_nothing(model: Pretrained
     del other.obs["cell_type"]
     with pytest.raises(UserError, match="--given cell_type: the reference, whose cells are compared with, has no such obs column"):
         score(model, adata, reference=other, given=["cell_type"], **out)
+    uniform = tmp_path / "uniform"
+    assert main(["train", "--data_path", str(tiny_h5ad), "--checkpoint_dir", str(uniform), *TINY_FLAGS, "--num_epochs", "1", "--graph", "uniform"]) == 0
+    with pytest.raises(UserError, match="Scoring needs a model that predicts hidden genes"):
+        score(uniform, adata, **out)
     folder = tmp_path / "always"
     flags = ["--num_epochs", "1", "--condition_library_size", "--condition_dropout", "0"]
     assert main(["train", "--data_path", str(tiny_h5ad), "--checkpoint_dir", str(folder), *TINY_FLAGS, *flags]) == 0
     with pytest.raises(UserError, match="was always given a cell's total"):
         score(folder, adata, reference=make_counts(40), **out)
-    assert [path.name for path in tmp_path.iterdir()] == ["always"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["always", "uniform"]
 
 
 def test_without_the_data_of_the_training_a_reference_is_asked_for(tiny_run: Path, tmp_path: Path) -> None:
