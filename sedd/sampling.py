@@ -28,6 +28,7 @@ from torch import Tensor
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, UniformGraph, check_states
 from sedd.kernels.random_bits import uniforms
+from sedd.kernels.turns import turns
 from sedd.nn.heads import draw
 from sedd.noise import Noise
 
@@ -174,24 +175,16 @@ class Sampler(ABC):
         self, tokens: Tensor, names: Tensor, given: list[Tensor | None], seed: int, report: Progress
     ) -> None:
         """Unmask `tokens` in place, each gene in the step drawn for it."""
-        n_vars = tokens.shape[1]
+        n_vars, device = tokens.shape[1], tokens.device
         unknown = tokens == self.graph.mask_token
-        curve = self.survival().to(tokens.device).flip(0)
-        step = self.num_steps - torch.searchsorted(curve, uniforms(seed, _WHEN, names, n_vars), right=True)
-        # A cell's turns are its own steps that unmask something, numbered without gaps.
-        turn = _dense_rank(step.masked_fill(~unknown, self.num_steps))
-        cells, genes = unknown.nonzero(as_tuple=True)
-        order = turn[cells, genes].argsort(stable=True)
-        cells, genes = cells[order], genes[order]
-        u = uniforms(seed, _VALUE, names, n_vars)[cells, genes]
-        sizes = torch.bincount(turn[unknown])
-        n_masked = unknown.sum(1)
+        order = turns(unknown.cpu().numpy(), names.cpu().numpy(), self.survival().numpy(), seed, _WHEN, _VALUE)
+        cells, genes, u = (torch.from_numpy(x).to(device) for x in order[:3])
+        n_masked, ends = unknown.sum(1), order.ends.tolist()
         summary = self.model.summary(tokens)
-        ends = sizes.cumsum(0).tolist()
         for k, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False)):
             at = slice(lo, hi)
             # Cells that have nothing to do in this turn are done with.
-            rows, here = cells[at].unique(return_inverse=True)
+            rows, here = cells[at].unique_consecutive(return_inverse=True)
             part = summary if len(rows) == len(summary) else summary[rows]
             law = _Asked(self, part, (n_masked[rows].double() / n_vars), here, genes[at], [_take(x, rows) for x in given])
             drawn = law.draw(u[at])
@@ -385,14 +378,6 @@ def make_sampler(name: str, model: Any, graph: Graph, noise: Noise, **settings: 
 
 def _take(values: Tensor | None, rows: Tensor | slice) -> Tensor | None:
     return None if values is None else values[rows]
-
-
-def _dense_rank(values: Tensor) -> Tensor:
-    """Replace the numbers of each row by 0, 1, 2 ... in their order; equal numbers stay equal."""
-    ordered, place = values.sort(1)
-    rises = torch.zeros_like(ordered)
-    rises[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
-    return torch.empty_like(ordered).scatter_(1, place, rises.cumsum(1))
 
 
 def _report(progress: Progress | None, batch: tuple[int, int]) -> Progress:

@@ -57,16 +57,21 @@ def _between(x: Any, low: Any, high: Any) -> Any:
     return min(max(x, low), high)
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def _number(start: Any, readout: Any, moves: Any, j: Any, c: Any) -> Any:
+    value = np.float64(start[j, c])
+    for r in range(readout.shape[0]):
+        value += readout[r] * moves[r, j, c]
+    return value
+
+
 @numba.njit(cache=True, nogil=True)
 def _parameters(start: Any, readout: Any, moves: Any, raw: Any, weight: Any, mean: Any, theta: Any) -> None:
     """Weights, means and dispersions of one gene in one cell; `raw` keeps their logs before they are bounded."""
     top = -np.inf
     for j in range(COMPONENTS):
         for c in range(3):
-            value = np.float64(start[j, c])
-            for r in range(readout.shape[0]):
-                value += readout[r] * moves[r, j, c]
-            raw[j, c] = value
+            raw[j, c] = _number(start, readout, moves, j, c)
         top = max(top, raw[j, 0])
     total = 0.0
     for j in range(COMPONENTS):
@@ -178,18 +183,26 @@ def _quantile(u: Any, mean: Any, theta: Any) -> Any:
 
 @numba.njit(cache=True, nogil=True)
 def _draw(readout: Any, start: Any, moves: Any, genes: Any, u: Any, out: Any) -> None:
-    raw = np.empty((COMPONENTS, 3))
-    weight, mean, theta = np.empty(COMPONENTS), np.empty(COMPONENTS), np.empty(COMPONENTS)
+    weight = np.empty(COMPONENTS)
     for i in range(genes.shape[0]):
-        _parameters(start[genes[i]], readout[i], moves, raw, weight, mean, theta)
-        rest, j = u[i], 0
+        own, top, total = start[genes[i]], -np.inf, 0.0
+        for j in range(COMPONENTS):
+            weight[j] = _number(own, readout[i], moves, j, 0)
+            top = max(top, weight[j])
+        for j in range(COMPONENTS):
+            weight[j] = math.exp(weight[j] - top)
+            total += weight[j]
+        rest, j = u[i] * total, 0
         while j < COMPONENTS - 1 and rest >= weight[j]:
             rest -= weight[j]
             j += 1
-        if not np.isfinite(weight[j] + mean[j] + theta[j]):
+        log_mean, log_theta = _number(own, readout[i], moves, j, 1), _number(own, readout[i], moves, j, 2)
+        if not np.isfinite(total + log_mean + log_theta):
             out[i] = -1
             continue
-        out[i] = _quantile(min(max(rest / weight[j], 0.0), 1.0 - 2.0**-53) if weight[j] > 0 else 0.0, mean[j], theta[j])
+        mean = math.exp(_between(log_mean, LOG_MEAN[0], LOG_MEAN[1]))
+        theta = math.exp(_between(log_theta, LOG_THETA[0], LOG_THETA[1]))
+        out[i] = _quantile(min(max(rest / weight[j], 0.0), 1.0 - 2.0**-53) if weight[j] > 0 else 0.0, mean, theta)
 
 
 def draw(readout: np.ndarray, start: np.ndarray, moves: np.ndarray, genes: np.ndarray, u: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ _LOG1P = np.log1p(np.arange(1024)).astype(np.float32)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _log1p(k: Any) -> Any:
+def log1p_of(k: Any) -> Any:
+    """Return `log1p` of a count, float32."""
     return _LOG1P[k] if k < 1024 else np.float32(np.log1p(np.float64(k)))
 
 
@@ -24,7 +25,7 @@ def _count_features(tokens: Any, mask_token: Any, out: Any) -> None:
             k = np.int64(0) if hidden else k
             out[b, 0, g] = np.float32(0) if hidden else np.float32(1)
             out[b, 1, g] = np.float32(k > 0)
-            out[b, 2, g] = _log1p(k)
+            out[b, 2, g] = log1p_of(k)
 
 
 def count_features(tokens: np.ndarray, mask_token: int) -> np.ndarray:
@@ -52,7 +53,7 @@ def _count_surprises(tokens: Any, mask_token: Any, usual: Any, out: Any) -> None
             hidden = k == mask_token
             k = np.int64(0) if hidden else k
             out[b, 0, g] = np.float32(0) if hidden else np.float32(k > 0) - usual[g, 0]
-            out[b, 1, g] = np.float32(0) if hidden else _log1p(k) - usual[g, 1]
+            out[b, 1, g] = np.float32(0) if hidden else log1p_of(k) - usual[g, 1]
 
 
 def count_surprises(tokens: np.ndarray, mask_token: int, usual: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sedd.kernels.features import count_features, count_surprises
-from sedd.nn.blocks import Block, Conditioner, fourier
+from sedd.kernels.single_genes import add_surprises, products
+from sedd.nn.blocks import Block, Conditioner, Given, fourier
 
 
 class GeneEmbedding(nn.Module):
@@ -62,7 +63,7 @@ class Features(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, n) to features (B, 3, n)."""
-        if self._has_kernel(tokens):
+        if self.has_kernel(tokens):
             return torch.from_numpy(count_features(tokens.numpy(), self.mask_token))
         visible = tokens != self.mask_token
         shown = tokens.where(visible, 0)
@@ -72,12 +73,13 @@ class Features(nn.Module):
 
     def surprises(self, tokens: Tensor, usual: Tensor) -> Tensor:
         """Map tokens (B, n) to the last two features less what is `usual` (n, 2), 0 where hidden, (B, 2, n)."""
-        if self._has_kernel(tokens):
+        if self.has_kernel(tokens):
             return torch.from_numpy(count_surprises(tokens.numpy(), self.mask_token, usual.numpy()))
         told = self(tokens)
         return told[:, 1:] - told[:, :1] * usual.T
 
-    def _has_kernel(self, tokens: Tensor) -> bool:
+    def has_kernel(self, tokens: Tensor) -> bool:
+        """Return whether tokens are read by a kernel of Numba."""
         return self.bin_values is None and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -99,19 +101,19 @@ class FullBackbone(nn.Module):
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
 
-    def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
-        """Map tokens (B, n_vars) and conditioning (B, dim) to states (B, n_vars, dim)."""
+    def trunk(self, tokens: Tensor, given: Given) -> Tensor:
+        """Map tokens (B, n_vars) and conditioning to states (B, n_vars, dim)."""
         told = self.features(tokens).transpose(-1, -2)
         seen = told[..., :1]
         waves = fourier(told[..., 2], self.WAVES, Conditioner.LIBRARY_PERIOD) * seen
         x = self.genes() + self.values(torch.cat([told, waves], -1)) + (1 - seen) * self.hidden
         for block in self.blocks:
-            x = block(x, c)
+            x = block(x, given)
         return F.layer_norm(x, x.shape[-1:])
 
-    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
-        """Map tokens (B, n_vars) and conditioning (B, dim) to readouts (B, n_vars, rank)."""
-        return self.readouts(self.trunk(tokens, c))
+    def forward(self, tokens: Tensor, given: Given) -> Tensor:
+        """Map tokens (B, n_vars) and conditioning to readouts (B, n_vars, rank)."""
+        return self.readouts(self.trunk(tokens, given))
 
     def readouts(self, states: Tensor) -> Tensor:
         """Map what `trunk` returns to readouts (B, n_vars, rank)."""
@@ -129,13 +131,13 @@ class FullBackbone(nn.Module):
         """Make the genes (N,) of the cells (N,) visible in `summary`."""
         summary[cells, genes] = tokens
 
-    def readout_at(self, summary: Tensor, c: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
+    def readout_at(self, summary: Tensor, given: Given, cells: Tensor, genes: Tensor) -> Tensor:
         """Return the readouts of single genes, (N, rank)."""
-        return self(summary, c)[cells, genes]
+        return self(summary, given)[cells, genes]
 
-    def readout_by_part(self, tokens: Tensor, c: Sequence[Tensor], parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    def readout_by_part(self, tokens: Tensor, given: Sequence[Given], parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """Hide one part of the genes after the other and return the readouts of that part, (B, n, rank) each."""
-        for part, here in zip(parts, c, strict=True):
+        for part, here in zip(parts, given, strict=True):
             yield self(tokens.index_fill(1, part, self.features.mask_token), here)[:, part]
 
 
@@ -173,7 +175,7 @@ class LatentBackbone(nn.Module):
         self.register_buffer("usual", usual.float().contiguous())
         self.read = nn.Linear(2 * dim, num_latents * dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, attend=num_latents > 1) for _ in range(num_layers))
-        self.write = nn.Linear(num_latents * dim, dim * rank)
+        self.write = nn.Linear(num_latents * dim, rank * dim)
         nn.init.zeros_(self.write.weight)
         nn.init.zeros_(self.write.bias)
 
@@ -184,25 +186,30 @@ class LatentBackbone(nn.Module):
 
     def unmask(self, summary: Tensor, cells: Tensor, genes: Tensor, tokens: Tensor) -> None:
         """Make the genes (N,) of the cells (N,) visible in `summary`."""
+        if self.features.has_kernel(tokens):
+            sums = summary.numpy().reshape(len(summary), 2, self.dim)
+            vectors, usual = self.genes().detach().numpy(), self.usual.numpy()
+            add_surprises(sums, vectors, usual, genes.numpy(), cells.numpy(), tokens.numpy())
+            return
         told = self.features.surprises(tokens[None], self.usual[genes])[0].T
         summary.index_add_(0, cells, (told.unsqueeze(2) * self.genes()[genes].unsqueeze(1)).flatten(1))
 
-    def _latents(self, summary: Tensor, c: Tensor) -> Tensor:
+    def _latents(self, summary: Tensor, given: Given) -> Tensor:
         x = self.read(summary).view(-1, self.num_latents, self.dim)
         for block in self.blocks:
-            x = block(x, c)
+            x = block(x, given)
         return F.layer_norm(x, x.shape[-1:])
 
     def _factors(self, latents: Tensor) -> Tensor:
-        return self.write(latents.flatten(1)).view(-1, self.dim, self.rank)
+        return self.write(latents.flatten(1)).view(-1, self.rank, self.dim)
 
-    def trunk(self, tokens: Tensor, c: Tensor) -> Tensor:
-        """Map tokens (B, n_vars) and conditioning (B, dim) to latents (B, num_latents, dim)."""
-        return self._latents(self.summary(tokens), c)
+    def trunk(self, tokens: Tensor, given: Given) -> Tensor:
+        """Map tokens (B, n_vars) and conditioning to latents (B, num_latents, dim)."""
+        return self._latents(self.summary(tokens), given)
 
-    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
-        """Map tokens (B, n_vars) and conditioning (B, dim) to readouts (B, n_vars, rank)."""
-        return self.readouts(self.trunk(tokens, c))
+    def forward(self, tokens: Tensor, given: Given) -> Tensor:
+        """Map tokens (B, n_vars) and conditioning to readouts (B, n_vars, rank)."""
+        return self.readouts(self.trunk(tokens, given))
 
     def readouts(self, latents: Tensor) -> Tensor:
         """Map what `trunk` returns to readouts (B, n_vars, rank)."""
@@ -219,23 +226,27 @@ class LatentBackbone(nn.Module):
         return torch.stack([(genes @ write[:, r]) * by_readout[:, r, None] for r in range(self.rank)]).sum(0)
 
     def _read(self, genes: Tensor, factors: Tensor) -> Tensor:
-        """Return the products of genes (n, dim) with factors (B, dim, rank), (B, n, rank), as one product of matrices, not B narrow ones."""
+        """Return the products of genes (n, dim) with factors (B, rank, dim), (B, n, rank), as one product of matrices, not B narrow ones."""
         # The cells of a gene lie together, as the kernels of a law of counts take them.
-        wide = genes @ factors.permute(1, 2, 0).reshape(self.dim, -1)
+        wide = genes @ factors.permute(2, 1, 0).reshape(self.dim, -1)
         return wide.view(len(genes), self.rank, -1).permute(2, 0, 1)
 
-    def readout_at(self, summary: Tensor, c: Tensor, cells: Tensor, genes: Tensor) -> Tensor:
+    def readout_at(self, summary: Tensor, given: Given, cells: Tensor, genes: Tensor) -> Tensor:
         """Return the readouts of single genes, (N, rank)."""
-        return torch.einsum("nd,ndr->nr", self.genes()[genes], self._factors(self._latents(summary, c))[cells])
+        factors = self._factors(self._latents(summary, given))
+        if factors.device.type == "cpu" and not torch.is_grad_enabled():
+            arrays = (self.genes().float().numpy(), factors.float().numpy(), genes.numpy(), cells.numpy())
+            return torch.from_numpy(products(*arrays))
+        return torch.einsum("nd,nrd->nr", self.genes()[genes], factors[cells])
 
-    def readout_by_part(self, tokens: Tensor, c: Sequence[Tensor], parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    def readout_by_part(self, tokens: Tensor, given: Sequence[Given], parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """Hide one part of the genes after the other and return the readouts of that part, (B, n, rank) each.
 
         The sum over the genes that stay is made of those of the other parts, and only the part is read: all parts together cost
         one pass over the genes. It is not the sum of all less the part's own, whose rounding would hint at what is hidden.
         """
         sums, genes = [self.summary(tokens[:, part], part) for part in parts], self.genes()
-        for k, (part, here) in enumerate(zip(parts, c, strict=True)):
+        for k, (part, here) in enumerate(zip(parts, given, strict=True)):
             others = [own for i, own in enumerate(sums) if i != k]
             shown = torch.stack(others).sum(0) if others else torch.zeros_like(sums[k])
             yield self._read(genes[part], self._factors(self._latents(shown, here)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,20 @@ def fourier(x: Tensor, n: int, period: float) -> Tensor:
     scaled = x.float().unsqueeze(-1) / period
     angle = 2 * math.pi * scaled * torch.arange(1, n + 1, device=x.device)
     return torch.cat([scaled, angle.cos(), angle.sin()], dim=-1)
+
+
+class Given(NamedTuple):
+    """What cells are conditioned on.
+
+    Attributes
+    ----------
+    vectors : (n, hidden_dim)
+    rows : (B,) int64, or None
+        Which vector belongs to each cell. If None, there is one for each, or a single one for all.
+    """
+
+    vectors: Tensor
+    rows: Tensor | None
 
 
 class Conditioner(nn.Module):
@@ -51,8 +67,18 @@ class Conditioner(nn.Module):
         self.columns = nn.ModuleList(nn.Embedding(size + 1, hidden_dim) for size in condition_sizes)
         self.library = nn.Linear(n_features + 1, hidden_dim) if condition_library else None
 
-    def forward(self, sigma: Tensor, condition: Tensor | None, library: Tensor | None) -> Tensor:
-        """Return the conditioning vectors, (B, hidden_dim)."""
+    def forward(self, sigma: Tensor, condition: Tensor | None, library: Tensor | None) -> Given:
+        """Return the conditioning vectors of cells, given (B,), (B, columns) and (B,)."""
+        if torch.is_grad_enabled() or sigma.device.type != "cpu":
+            return Given(self._vectors(sigma, condition, library), None)
+        # Most tasks give many cells the same: what follows from it alone is computed once.
+        columns = [sigma.double(), *([] if condition is None else condition.double().T), *([] if library is None else [library.double()])]
+        _, first, rows = np.unique(torch.stack(columns, 1).numpy(), axis=0, return_index=True, return_inverse=True)
+        given = (None if x is None else x[torch.from_numpy(first)] for x in (condition, library))
+        vectors = self._vectors(sigma[torch.from_numpy(first)], *given)
+        return Given(vectors, None if len(first) == 1 else torch.from_numpy(rows.reshape(-1)))
+
+    def _vectors(self, sigma: Tensor, condition: Tensor | None, library: Tensor | None) -> Tensor:
         # The share of genes that are masked, not sigma, which grows without bound as t -> 1.
         masked_share = -torch.expm1(-sigma)
         # Half a period, since a wave that closes on itself could not tell "all masked" from "none".
@@ -99,9 +125,12 @@ class Block(nn.Module):
             nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_ratio * dim, dim)
         )
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Map tokens (B, N, dim), given conditioning (B, dim), to tokens (B, N, dim)."""
-        shift, scale, gate, *attention = self.modulation(c).unsqueeze(1).chunk(3 * self.branches, dim=-1)
+    def forward(self, x: Tensor, given: Given) -> Tensor:
+        """Map tokens (B, N, dim), given conditioning, to tokens (B, N, dim)."""
+        modulation = self.modulation(given.vectors)
+        if given.rows is not None:
+            modulation = modulation[given.rows]
+        shift, scale, gate, *attention = modulation.unsqueeze(1).chunk(3 * self.branches, dim=-1)
         if attention:
             x = x + attention[2] * self._attend(_modulate(x, attention[0], attention[1]))
         return x + gate * F.dropout(self.mlp(_modulate(x, shift, scale)), self.dropout, self.training)
