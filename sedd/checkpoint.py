@@ -22,6 +22,7 @@ import torch
 
 from sedd.errors import UserError, warn_user
 from sedd.io.files import new_file
+from sedd.io.plan import Split
 
 T = TypeVar("T")
 
@@ -177,6 +178,15 @@ def _verify(path: Path) -> None:
         raise UserError(f"{path}: the checkpoint is damaged or not one ({error}).") from error
     if damaged is not None:
         raise UserError(f"{path}: the checkpoint is damaged (checksum of {damaged}); use another one of the run.")
+
+
+def split_of(state: dict[str, Any], part: str) -> Split:
+    """Return the cells of `part` ("train" or "val") of the run that a checkpoint is of."""
+    split = state["split"]
+    # Checkpoints of before have no limit of validation cells.
+    return Split(
+        split["n_obs"], split["val_fraction"], split["seed"], part, split["limit"][part], split.get("most"), split.get("block", 1)
+    )
 
 
 def pack_histogram(histogram: sp.csr_array) -> dict[str, Any]:

@@ -166,6 +166,8 @@ class DataConfig(InputSettings):
     """Number of bins, where there are any."""
     val_fraction: float = 0.1
     """Share of the cells held out for validation."""
+    val_cells: int = 20_000
+    """Validate with at most this many cells, whatever their share; the others are trained on."""
     limit_cells: int | None = None
     """Use only this many cells (a random subset), for a quick look."""
     memory_budget: str = "2GiB"
@@ -183,6 +185,7 @@ class DataConfig(InputSettings):
         _require(bool(self.data_path), "data_path", self.data_path, "at least one file or store")
         _require(self.num_bins >= 2, "num_bins", self.num_bins, "at least 2")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "a share between 0 and 1")
+        _require(self.val_cells >= 1, "val_cells", self.val_cells, "at least 1")
         _require(self.limit_cells is None or self.limit_cells >= 2, "limit_cells", self.limit_cells, "at least 2")
         _require(self.loader_threads >= 1, "loader_threads", self.loader_threads, "at least 1")
 

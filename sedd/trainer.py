@@ -30,14 +30,14 @@ from sedd.training.dry_run import forecast
 from sedd.training.failures import check_finite, explained
 from sedd.training.learner import Learner
 from sedd.training.logs import Progress, Tracker, resolve_logger
-from sedd.training.parallel import Ranks, make_accelerator, together
+from sedd.training.parallel import Ranks, from_first, make_accelerator, together
 from sedd.training.resuming import state_to_resume
 from sedd.training.run_data import Panel, prepare_panel
 from sedd.training.saving import Saver
 from sedd.training.stopping import StopRequest, TrainingInterrupted
 from sedd.training.validation import Validator
 
-_TIMES = ("seconds", "wait")  # of the sums over an epoch
+_TIMES = ("seconds", "wait", "val_seconds", "val_wait")  # of the sums over an epoch
 
 
 class SEDDTrainer:
@@ -52,7 +52,7 @@ class SEDDTrainer:
     ----------
     history : list of dict
         One entry per finished epoch: epoch, step, train_loss and val_nelbo in nats per cell, learning_rate, seconds,
-        cells_per_s, wait_share and the recovery of hidden genes.
+        val_seconds, cells_per_s (of training), wait_share (of both) and the recovery of hidden genes.
     epoch, step : int
         Epochs finished and optimizer steps done.
     """
@@ -64,7 +64,7 @@ class SEDDTrainer:
         self.epoch = 0
         self.step = 0
         self.best_loss = math.inf
-        self._sums = {"loss": 0.0, "cells": 0.0, "seconds": 0.0, "wait": 0.0}  # of the epoch under way
+        self._sums = dict.fromkeys(("loss", "cells", *_TIMES), 0.0)  # of the epoch under way
 
     @property
     def model(self) -> SEDDTransformer:
@@ -146,16 +146,18 @@ class SEDDTrainer:
             self.directory.rewind_metrics(self.step)
 
     def _prepare(self, resumed: dict[str, Any] | None) -> Panel:
-        """Return the panel, converted and counted by the first rank while the others wait; its errors reach every rank."""
+        """Return the panel, converted and counted by the first rank, whose errors reach every rank; the others open the store alone."""
         panels: list[Panel] = []
 
         def prepare() -> None:
             panels.append(prepare_panel(self.config, resumed))
+            _ = panels[0].cells_digest  # now, as the store may grow while the run goes on
 
         together(self.accelerator, prepare if self.accelerator.is_main_process else lambda: None)
-        if not panels:
-            prepare()  # quick: the store and its statistics are there
-        _ = panels[0].cells_digest  # now, as the store may grow while the run goes on
+        if resumed is None:
+            return from_first(self.accelerator, panels[0] if panels else None)
+        if not panels:  # what was learned from the cells is in the checkpoint, which every rank has read
+            panels.append(prepare_panel(self.config, resumed))
         return panels[0]
 
     def _build(self, resumed: dict[str, Any] | None) -> None:
@@ -170,7 +172,7 @@ class SEDDTrainer:
         self.history = resumed["history"]
         # The first rank carries the sums of all, the others start from nothing; times are means over ranks.
         first = self.accelerator.is_main_process
-        self._sums = {name: value if first or name in _TIMES else 0.0 for name, value in resumed["sums"].items()}
+        self._sums |= {name: value if first or name in _TIMES else 0.0 for name, value in resumed["sums"].items()}
         self._loader.load_state_dict(resumed["loader"])
 
     def _make_loader(self) -> CellLoader:
@@ -230,12 +232,15 @@ class SEDDTrainer:
 
     def _finish_epoch(self) -> None:
         """Validate, write the epoch's line and its checkpoints."""
+        began, waited = time.monotonic(), self._validator.wait_seconds
         with self._learner.averaged_model() as model:
             # Ranks validate different numbers of batches, so within it each looks at its own signal only.
             found = self._validator.run(model, stop=lambda: self._stop.signal_number != 0)
         (signal_number,) = self._ranks.largest(self._stop.signal_number)
         if signal_number:  # resumed from here: the epoch's training is not done again
             self._interrupt(signal_number)
+        self._sums["val_seconds"] += time.monotonic() - began
+        self._sums["val_wait"] += self._validator.wait_seconds - waited
         sums = self._summed_over_ranks()
         validation = self._validator.summary(found, self._ranks)
         nats = validation["val_nelbo"]  # the weights after an epoch's last step were in no loss yet
@@ -249,7 +254,8 @@ class SEDDTrainer:
             "learning_rate": self._learner.learning_rate,
             "seconds": sums["seconds"],
             "cells_per_s": sums["cells"] / max(sums["seconds"], 1e-9),
-            "wait_share": sums["wait"] / max(sums["seconds"], 1e-9),
+            "val_seconds": sums["val_seconds"],
+            "wait_share": (sums["wait"] + sums["val_wait"]) / max(sums["seconds"] + sums["val_seconds"], 1e-9),
         }
         self.history.append(entry)
         improved = nats < self.best_loss
@@ -264,8 +270,9 @@ class SEDDTrainer:
         self.directory.write_history(self.history)
         self._tracker.epoch(entry)
         tqdm.write(
-            f"epoch {self.epoch}: train {entry['train_loss']:.1f}, validation {nats:.1f} nats per cell"
-            f"{' (best)' if improved else ''}; {entry['cells_per_s']:.0f} cells/s, {entry['wait_share']:.1%} waiting for data",
+            f"epoch {self.epoch}: train {entry['train_loss']:.1f}, validation {nats:.1f} ± {1.96 * validation['val_nelbo_se']:.1f} nats per cell"
+            f"{' (best)' if improved else ''}; {entry['cells_per_s']:.0f} cells/s, {entry['wait_share']:.1%} waiting for data, "
+            f"{entry['val_seconds']:.1f} s of {entry['seconds'] + entry['val_seconds']:.1f} validating",
             file=sys.stderr,
         )
 

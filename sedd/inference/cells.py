@@ -10,6 +10,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from sedd.checkpoint import split_of
 from sedd.errors import UserError, warn_user
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import Source, as_source
@@ -17,7 +18,6 @@ from sedd.io.conversion.explain import FRACTIONS, looks_like
 from sedd.io.conversion.genes import name_hint
 from sedd.io.files import obs_digest
 from sedd.io.format.plain import made_unique
-from sedd.io.plan import Split
 
 WINDOW = 2048  # cells that are read together: a store has many in a chunk
 MIN_OVERLAP = 0.25  # below this share of the panel it is more often other names than other genes; docs/missing-genes.md has what is lost
@@ -231,8 +231,7 @@ def cells_of_split(source: Source, part: str, state: dict[str, Any]) -> np.ndarr
             f"{source.name}: is not the data that the model was trained on ({len(source.obs)} cells here, {trained_on['n_obs']} there), "
             f"so it has no {part} cells; pass --cells all."
         )
-    split = state["split"]
-    return Split(split["n_obs"], split["val_fraction"], split["seed"], part, split["limit"][part]).cells()
+    return split_of(state, part).cells()
 
 
 def open_cells(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -137,4 +138,8 @@ def tree_fingerprint(path: str) -> str:
 
 def obs_digest(names: Iterable[Any]) -> str:
     """Return an identity of cells by their names in their order, which any container of them keeps."""
-    return hashlib.sha256("\0".join(map(str, names)).encode()).hexdigest()[:32]
+    digest, names = hashlib.sha256(), map(str, names)
+    digest.update(next(names, "").encode())
+    while some := list(itertools.islice(names, 1 << 16)):
+        digest.update(("\0" + "\0".join(some)).encode())
+    return digest.hexdigest()[:32]

@@ -134,8 +134,8 @@ class CellLoader:
             )
         if binning in ("auto", "counts"):
             return Binning.of_counts()
-        train = Split(self.store.n_obs, chosen.val_fraction, chosen.split_seed, "train")
-        hist = histogram(self.store, train.cells())
+        val = Split(self.store.n_obs, chosen.val_fraction, chosen.split_seed, "val")
+        hist = histogram(self.store, without=val.cells())
         return Binning.fit(binning, contents.n_bins, hist=hist if panel is None else hist[panel])
 
     def _steps(self, start: int) -> RankSteps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -18,9 +19,12 @@ from scipy import sparse
 
 from sedd.errors import UserError
 from sedd.io.format.plain import read_element
-from sedd.io.format.reader import ChunkReader
+from sedd.io.format.reader import ChunkReader, side_by_side
 from sedd.io.format.tally import cell_hashes
 from sedd.io.remote import file_sizes
+from sedd.kernels.gather import take_rows
+
+_NAMES = 1 << 18  # of cells that are read at once
 
 FORMAT = 1
 """Version of what is under `uns["sedd"]`."""
@@ -131,6 +135,26 @@ class CellStore:
         table: pd.DataFrame = self.element("obs")
         return table.iloc[: self.n_obs].copy() if self._earlier else table
 
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of `obs`; none of these is read for it."""
+        return list(map(str, self.obs.columns)) if "obs" in self.__dict__ else list(map(str, self._group["obs"].attrs["column-order"]))
+
+    def obs_column(self, name: str) -> pd.Series:
+        """Return one column of `obs`, numbered instead of named: the names of many cells take more memory than all else of a loader."""
+        values = self.obs[name]._values if "obs" in self.__dict__ else self.element(f"obs/{name}")
+        return pd.Series(values)[: self.n_obs]
+
+    def obs_names(self) -> Iterator[Any]:
+        """Names of the cells, a block of them in memory at a time."""
+        group = self._group["obs"]
+        index = group[str(group.attrs["_index"])]
+        if not isinstance(index, zarr.Array):  # strings of which some may be missing
+            yield from self.obs.index
+            return
+        for lo in range(0, self.n_obs, _NAMES):
+            yield from index[lo : min(lo + _NAMES, self.n_obs)]
+
     @cached_property
     def var(self) -> pd.DataFrame:
         """The genes' table."""
@@ -174,6 +198,21 @@ class CellStore:
         indptr = self.indptr[lo : hi + 1]
         start, stop = int(indptr[0]), int(indptr[-1])
         return indptr - start, self._read("indices", start, stop), self._read("data", start, stop)
+
+    def read_cells(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Chosen cells as `(indptr from 0, indices, data)`; only the chunks that hold some are read.
+
+        Parameters
+        ----------
+        cells : (k,) int64 in [0, n_obs)
+        """
+        starts, stops = self.indptr[cells], self.indptr[cells + 1]
+        chunk = self._readers["data"].chunk
+        chunks, starts, stops = side_by_side(starts, stops, chunk)
+        soup = {name: np.empty(chunks.size * chunk, self.x_arrays[name].dtype) for name in ("indices", "data")}
+        for name, values in soup.items():
+            self._readers[name].read(chunks, values, np.arange(chunks.size, dtype=np.int64) * chunk)
+        return take_rows(starts, stops, soup["indices"], soup["data"])
 
     def spans(self, n_values: int) -> list[tuple[int, int]]:
         """Cut the cells into runs of about `n_values` non-zeros, at least one cell each."""

@@ -84,6 +84,15 @@ def together(accelerator: Accelerator, function: Callable[[], T]) -> list[T]:
     return [value for value, _ in everywhere]
 
 
+def from_first(accelerator: Accelerator, value: T | None) -> T:
+    """Return what the first process has, on every process. All of them must call this; it is pickled among the processes of one run alone."""
+    sent = [value]
+    if accelerator.num_processes > 1:
+        dist.broadcast_object_list(sent, src=0)
+    assert sent[0] is not None
+    return sent[0]
+
+
 class Ranks:
     """What the processes of a run tell each other, through the CPU, where it does not make a GPU wait.
 

@@ -17,7 +17,7 @@ SAME, REPORTED, CONTENT, FREE = "same", "reported", "content", "free"
 ON_RESUME: dict[str, str] = {
     "data_path": CONTENT, "cache_dir": FREE, "layer": SAME, "raw": SAME, "modality": SAME, "gene_names": SAME, "strip_version": SAME,
     "round": SAME, "keys": SAME, "drop": SAME, "join": SAME, "genes": CONTENT, "binning": SAME, "num_bins": SAME,
-    "val_fraction": SAME, "limit_cells": SAME, "memory_budget": FREE, "loader_threads": FREE, "masks_on": FREE,
+    "val_fraction": SAME, "val_cells": SAME, "limit_cells": SAME, "memory_budget": FREE, "loader_threads": FREE, "masks_on": FREE,
     "model": CONTENT, "hidden_dim": SAME, "num_layers": SAME, "num_heads": SAME, "dropout": SAME, "attention": SAME,
     "num_latents": SAME, "graph": SAME, "noise": SAME, "objective": SAME, "mask_ratio": SAME, "condition": SAME,
     "condition_library_size": SAME, "condition_dropout": SAME, "gene_embeddings": CONTENT,

@@ -56,6 +56,11 @@ class Validator:
             memory_budget=config.data.memory_budget,
         )
 
+    @property
+    def wait_seconds(self) -> float:
+        """Time that validation has waited for cells so far."""
+        return self._loader.wait_seconds
+
     def close(self) -> None:
         """Release the loader."""
         self._loader.close()

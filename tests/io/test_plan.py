@@ -66,6 +66,23 @@ def test_a_split_is_even_along_the_store_and_differs_by_seed() -> None:
     assert 400 < np.intersect1d(val, other).size < 900
 
 
+@settings(deadline=None, max_examples=60)
+@given(n_obs=st.integers(1, 900), fraction=st.floats(0, 0.99), seed=st.integers(0, 2**40), most=st.integers(1, 300), block=st.integers(1, 70))
+def test_a_split_by_blocks_or_of_so_many_cells_loses_no_cell(n_obs: int, fraction: float, seed: int, most: int, block: int) -> None:
+    block = min(block, n_obs)
+    train, val = (Split(n_obs, fraction, seed, part, None, most, block) for part in ("train", "val"))
+    wanted = min(most, int(np.floor(fraction * n_obs + 0.5)))
+    assert val.n_cells == wanted if block == 1 else val.n_cells % block == 0
+    a, b = train.cells(), val.cells()
+    assert sorted([*a, *b]) == list(range(n_obs))
+    assert (np.diff(a) > 0).all()
+    assert (np.bincount(b // block, minlength=1)[: n_obs // block] % block == 0).all()  # whole blocks only
+    assert train.contains(a).all()
+    assert not train.contains(b).any()
+    some = np.random.default_rng(0).permutation(train.n_cells)
+    np.testing.assert_array_equal(train.cells(some), a[some])
+
+
 def test_a_limit_keeps_cells_that_are_evenly_spaced() -> None:
     whole, some = Split(10_000, 0.1, 0, "train"), Split(10_000, 0.1, 0, "train", limit=100)
     assert some.n_cells == 100

@@ -29,7 +29,7 @@ from sedd.training.resuming import CONTENT, FREE, ON_RESUME, REPORTED, SAME, che
 
 OTHER: dict[str, Any] = {
     "layer": "counts", "raw": True, "modality": "rna", "gene_names": "symbol", "strip_version": True, "round": True, "keys": ("a",),
-    "drop": ("uns",), "join": "outer", "binning": "log", "num_bins": 65, "val_fraction": 0.2, "limit_cells": 100, "hidden_dim": 32, "num_layers": 2,
+    "drop": ("uns",), "join": "outer", "binning": "log", "num_bins": 65, "val_fraction": 0.2, "val_cells": 9, "limit_cells": 100, "hidden_dim": 32, "num_layers": 2,
     "num_heads": 4, "dropout": 0.2, "attention": "full", "num_latents": 2, "graph": "uniform", "noise": "geometric",
     "objective": "masked", "mask_ratio": 0.3, "condition": ("donor",), "condition_library_size": False, "condition_dropout": 0.2,
     "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 6, "weight_decay": 0.1, "grad_clip": 0.5, "ema_decay": 0.99, "gradient_accumulation_steps": 2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -10,8 +9,8 @@ from scipy import sparse
 from tqdm import tqdm
 
 from sedd.errors import UserError
+from sedd.io.format.shards import CHUNK
 from sedd.io.format.tally import SMALL, KeyList, tally
-from sedd.kernels.gather import take_rows
 
 BLOCK = 1 << 22
 """Stored values read at once."""
@@ -31,18 +30,24 @@ class Store(Protocol):
 
     def gene_histogram(self) -> sparse.csr_array: ...  # noqa: D102
 
-    def read_rows(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...  # noqa: D102
+    @property
+    def indptr(self) -> np.ndarray: ...  # noqa: D102
 
-    def spans(self, entries: int) -> Iterable[tuple[int, int]]: ...  # noqa: D102
+    def read_cells(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...  # noqa: D102
 
 
-def histogram(store: Store, cells: np.ndarray | None = None, progress: bool = False) -> sparse.csr_array:
+def histogram(
+    store: Store, cells: np.ndarray | None = None, *, without: np.ndarray | None = None, progress: bool = False
+) -> sparse.csr_array:
     """Count histogram of each gene over some cells; zeros are column 0.
+
+    What all cells have was counted by the conversion, so what is read is only the cells asked for, or only the others if those are fewer.
 
     Parameters
     ----------
     store : a store of counts
     cells : (n,) int64, ascending; None for all cells, which costs no read
+    without : (n,) int64, ascending, in the place of `cells`: for all cells but these
     progress : show a bar
 
     Returns
@@ -50,20 +55,23 @@ def histogram(store: Store, cells: np.ndarray | None = None, progress: bool = Fa
     hist : (n_vars, max_value + 1) int64; `hist[g, v]` cells have `v` counts of gene `g`
     """
     whole = store.gene_histogram()
-    if cells is None:
+    if cells is None and without is None:
         return whole
-    cells = np.asarray(cells, np.int64)
-    if cells.size and (cells[0] < 0 or cells[-1] >= store.n_obs or (np.diff(cells) <= 0).any()):
+    subtract = cells is None
+    read = np.asarray(without if subtract else cells, np.int64)
+    if read.size and (read[0] < 0 or read[-1] >= store.n_obs or (np.diff(read) <= 0).any()):
         raise UserError(f"cells must ascend within 0..{store.n_obs - 1}.")
-    chosen = np.zeros(store.n_obs, bool)
-    chosen[cells] = True
-    subtract = cells.size > store.n_obs // 2
-    counted = _tally_cells(store, ~chosen if subtract else chosen, progress)
+    n_cells = store.n_obs - read.size if subtract else read.size
+    if read.size > store.n_obs // 2:
+        chosen = np.zeros(store.n_obs, bool)
+        chosen[read] = True
+        read, subtract = np.flatnonzero(~chosen), not subtract
+    counted = _tally_cells(store, read, progress)
     if subtract:
         rest = (whole[:, 1:] - counted).tocsr()
         rest.eliminate_zeros()
         counted = sparse.csr_array(rest)
-    return with_zeros(counted, cells.size)
+    return with_zeros(counted, n_cells)
 
 
 def with_zeros(nonzero: sparse.csr_array, n_cells: int) -> sparse.csr_array:
@@ -100,18 +108,17 @@ class KeyCounter:
         return sparse.csr_array((values, (rows, columns)), shape=(self.n_vars, max(1, largest)), dtype=np.int64)
 
 
-def _tally_cells(store: Store, chosen: np.ndarray, progress: bool) -> sparse.csr_array:
-    """Histogram of the non-zeros of the chosen cells, reading only the blocks that hold some."""
+def _tally_cells(store: Store, cells: np.ndarray, progress: bool) -> sparse.csr_array:
+    """Histogram of the non-zeros of the cells, which ascend, reading only the chunks that hold some."""
     counter = KeyCounter(store.n_vars)
-    bar = tqdm(store.spans(BLOCK), desc="histogram", unit="block", disable=not progress)
-    for lo, hi in bar:
-        wanted = np.flatnonzero(chosen[lo:hi])
-        if not wanted.size:
-            continue
-        lo, hi, wanted = lo + int(wanted[0]), lo + int(wanted[-1]) + 1, wanted - wanted[0]
-        indptr, indices, values = store.read_rows(lo, hi)
-        block = tally(*take_rows(indptr[wanted], indptr[wanted + 1], indices, values), store.n_vars)
-        counter.add(block.keys, block.numbers)
+    starts, stops = store.indptr[cells] // CHUNK, -(-store.indptr[cells + 1] // CHUNK)
+    before = np.concatenate([[0], np.maximum.accumulate(stops)[:-1]]) if cells.size else stops
+    decoded = np.cumsum(np.maximum(0, stops - np.maximum(starts, before)) * CHUNK)  # entries of all chunks up to each cell's last
+    edges = np.flatnonzero(np.diff(decoded // BLOCK)) + 1
+    for some in tqdm(np.split(cells, edges), desc="histogram", unit="block", disable=not progress):
+        if some.size:
+            block = tally(*store.read_cells(some), store.n_vars)
+            counter.add(block.keys, block.numbers)
     return counter.histogram(int(store.max_value))
 
 

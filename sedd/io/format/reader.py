@@ -196,6 +196,45 @@ class ChunkReader:
         self.__init__(state["array"], name=state["name"], direct=state["direct"])  # type: ignore[misc]
 
 
+def chunks_of(starts: np.ndarray, stops: np.ndarray, chunk: int) -> np.ndarray:
+    """Find the chunks that hold some rows.
+
+    Parameters
+    ----------
+    starts, stops : (k,) int64, the rows' bounds among the non-zeros
+    chunk : int, non-zeros in a chunk
+
+    Returns
+    -------
+    chunks : (m,) int64, increasing
+    """
+    some = stops > starts
+    first, last = starts[some] // chunk, (stops[some] - 1) // chunk
+    counts = last - first + 1
+    ends = np.cumsum(counts)
+    within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(ends - counts, counts)
+    return np.unique(np.repeat(first, counts) + within)
+
+
+def side_by_side(starts: np.ndarray, stops: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the chunks that hold some rows, and where the rows are once these chunks lie back to back in memory.
+
+    Parameters
+    ----------
+    starts, stops : (k,) int64, the rows' bounds among the non-zeros
+    chunk : int, non-zeros in a chunk
+
+    Returns
+    -------
+    chunks : (m,) int64, increasing
+    starts, stops : (k,) int64, the rows' bounds among the `m * chunk` entries
+    """
+    chunks, first = chunks_of(starts, stops, chunk), starts // chunk
+    # The chunks of one row are neighbours in the store, so they are neighbours here too.
+    shift = np.where(stops > starts, (np.searchsorted(chunks, first) - first) * chunk, -starts)
+    return chunks, starts + shift, stops + shift
+
+
 _WAY_OUT = "run `sedd verify` on the store and convert it again"
 
 

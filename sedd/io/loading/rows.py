@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sedd.errors import UserError
-from sedd.io.format.reader import ChunkReader
+from sedd.io.format.reader import ChunkReader, chunks_of, side_by_side
 from sedd.io.loading.buffers import Slabs
 from sedd.io.store import CellStore
 from sedd.kernels.gather import take_rows
@@ -82,18 +82,13 @@ class RowReader:
         -------
         rows : Rows, one for each cell, in their order
         """
-        starts, stops = self._bounds(cells)
-        chunks = chunks_of(starts, stops, self.chunk)
-        first = starts // self.chunk
-        slot = np.searchsorted(chunks, first)
+        chunks, starts, stops = side_by_side(*self._bounds(cells), self.chunk)
         places = np.arange(chunks.size, dtype=np.int64) * self.chunk
         soup = {}
         for name, reader in self._readers.items():
             soup[name] = self._slabs.take((chunks.size * self.chunk,), reader.dtype)
             reader.read(chunks, soup[name], places)
-        # The chunks of one row are neighbours in the store, so they are neighbours here too.
-        shift = np.where(stops > starts, (slot - first) * self.chunk, -starts)
-        return Rows(soup["indices"], soup["data"], starts + shift, stops + shift)
+        return Rows(soup["indices"], soup["data"], starts, stops)
 
     def _bounds(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         indptr = self.store.indptr
@@ -139,26 +134,6 @@ class WholeStore(RowReader):
             with self._changed:
                 self._state[chunks] = outcome
                 self._changed.notify_all()
-
-
-def chunks_of(starts: np.ndarray, stops: np.ndarray, chunk: int) -> np.ndarray:
-    """Find the chunks that hold some rows.
-
-    Parameters
-    ----------
-    starts, stops : (k,) int64, the rows' bounds among the non-zeros
-    chunk : int, non-zeros in a chunk
-
-    Returns
-    -------
-    chunks : (m,) int64, increasing
-    """
-    some = stops > starts
-    first, last = starts[some] // chunk, (stops[some] - 1) // chunk
-    counts = last - first + 1
-    ends = np.cumsum(counts)
-    within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(ends - counts, counts)
-    return np.unique(np.repeat(first, counts) + within)
 
 
 def read_rows_elsewhere(path: str, cells: np.ndarray) -> tuple[Any, ...]:

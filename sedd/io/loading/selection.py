@@ -61,10 +61,10 @@ def encode_label(store: CellStore, name: str) -> tuple[np.ndarray, np.ndarray]:
 
     Labels that say the same are one; categories that no cell has are none.
     """
-    if name not in store.obs.columns:
-        there = ", ".join(map(str, store.obs.columns)) or "none"
+    if name not in store.obs_columns:
+        there = ", ".join(store.obs_columns) or "none"
         raise UserError(f"{store.path}: no label '{name}' in obs; it has {there}")
-    column = store.obs[name]
+    column = store.obs_column(name)
     categorical = column if isinstance(column.dtype, pd.CategoricalDtype) else column.astype("category")
     codes, categories = categorical.cat.codes.to_numpy().astype(np.int64), categorical.cat.categories.to_numpy()
     firsts: dict[str, int] = {}

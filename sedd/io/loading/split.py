@@ -86,8 +86,10 @@ def _split_cells(ranks: Any, n_obs: Any, n_val: Any, phase: Any, key: Any, want_
 class Split:
     """A set of cells that is described, not listed.
 
-    The validation cells are exactly `round(val_fraction * n_obs)`, spread evenly: each run of 64 cells of the store gives
-    its share of them, chosen by keyed hashes, so that a store sorted by label is also split within each label.
+    The validation cells are exactly `round(val_fraction * n_obs)`, or `most` if that is less, spread evenly: each run of 64 cells of the
+    store gives its share of them, chosen by keyed hashes, so that a store sorted by label is also split within each label. With `block`
+    above 1 whole runs of that many cells are chosen instead of cells: of a store that was shuffled they are as random a part,
+    and reading them decodes little else.
 
     Attributes
     ----------
@@ -98,6 +100,10 @@ class Split:
     part : {"train", "val", "all"}
     limit : int or None
         Keep only this many cells, evenly spaced over the part.
+    most : int or None
+        Of the validation cells, whatever their share.
+    block : int
+        Consecutive cells that are in the same part; the number of validation cells is then the nearest multiple, at least one block.
     """
 
     n_obs: int
@@ -105,6 +111,8 @@ class Split:
     seed: int = 0
     part: str = "train"
     limit: int | None = None
+    most: int | None = None
+    block: int = 1
     n_val: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,15 +122,27 @@ class Split:
             raise UserError(f"val_fraction is {self.val_fraction}; expected a share from 0 to below 1")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit_cells is {self.limit}; expected at least 1")
-        object.__setattr__(self, "n_val", int(np.floor(self.val_fraction * self.n_obs + 0.5)))
+        if not 1 <= self.block <= max(self.n_obs, 1):
+            raise UserError(f"block is {self.block}; expected 1 to the {self.n_obs} cells of the store")
+        n_val = int(np.floor(self.val_fraction * self.n_obs + 0.5))
+        n_val = n_val if self.most is None else min(n_val, self.most)
+        if self.block > 1:
+            n_val = min(max(1, round(n_val / self.block)), self._n_units) * self.block
+        object.__setattr__(self, "n_val", n_val)
 
     @property
     def _key(self) -> int:
         return stream_key(_SPLIT, self.seed)
 
     @property
-    def _phase(self) -> int:
-        return self._key % max(self.n_obs, 1)
+    def _n_units(self) -> int:
+        """Blocks that are given to one part each; the cells behind the last whole one are for training."""
+        return self.n_obs // self.block
+
+    @property
+    def _rule(self) -> tuple[int, int, int, np.uint64]:
+        """Units, those of validation, phase and key."""
+        return self._n_units, self.n_val // self.block, self._key % max(self._n_units, 1), np.uint64(self._key)
 
     @property
     def _n_part(self) -> int:
@@ -145,9 +165,13 @@ class Split:
             ranks = ranks * self._n_part // self.n_cells
         if self.part == "all" or ranks.size == 0:
             return ranks.copy()
-        out = np.empty_like(ranks)
+        n_units, n_val, *_ = self._rule
         want_val = self.part == "val"
-        _split_cells(ranks, self.n_obs, self.n_val, self._phase, np.uint64(self._key), want_val, out)
+        within = ranks < (n_val if want_val else n_units - n_val) * self.block
+        units = ranks[within] // self.block
+        _split_cells(units, *self._rule, want_val, units)
+        out = ranks + self.n_val  # of the training cells behind the last whole block
+        out[within] = units * self.block + ranks[within] % self.block
         return out
 
     def contains(self, cells: np.ndarray) -> np.ndarray:
@@ -155,7 +179,9 @@ class Split:
         cells = np.ascontiguousarray(cells, dtype=np.int64)
         out = np.ones(cells.shape, np.bool_)
         if self.part != "all":
-            _are_val(cells, self.n_obs, self.n_val, self._phase, np.uint64(self._key), out)
+            units, whole = cells // self.block, self._n_units
+            _are_val(np.minimum(units, whole - 1), *self._rule, out)
+            out &= units < whole
         return ~out if self.part == "train" else out
 
 

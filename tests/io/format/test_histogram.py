@@ -29,6 +29,14 @@ def test_histogram_of_some_cells_counts_those_cells(store: CellStore, n: int) ->
     dense = counts(largest=200).toarray()[cells]
     expected = np.stack([np.bincount(gene, minlength=201) for gene in dense.T])
     np.testing.assert_array_equal(histogram(store, cells).toarray(), expected)
+    others = np.setdiff1d(np.arange(70), cells)
+    np.testing.assert_array_equal(histogram(store, without=others).toarray(), expected)
+
+
+@pytest.mark.parametrize("n", [2, 30])
+def test_a_histogram_reads_in_several_blocks(store: CellStore, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sedd.io.format.histogram.BLOCK", 1)
+    test_histogram_of_some_cells_counts_those_cells(store, n)
 
 
 def test_histogram_refuses_cells_out_of_order(store: CellStore) -> None:
