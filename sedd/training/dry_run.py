@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
+import statistics
 import time
 from collections.abc import Callable
-from itertools import islice
 
 import torch
 
@@ -16,6 +17,8 @@ from sedd.io.loading.batch import Batch
 from sedd.model import SEDDTransformer
 from sedd.training.run_data import Panel
 
+_WARM_UP, _MEASURED, _LONGEST = 5, 20, 120.0
+
 
 def forecast(
     config: TrainConfig,
@@ -24,7 +27,10 @@ def forecast(
     loader: CellLoader,
     step: Callable[[list[Batch]], object],
 ) -> str:
-    """Return sizes, steps, and the time and memory of a step, which is taken to measure them.
+    """Return sizes, steps, and the time and memory of a step, of which some are taken to measure them.
+
+    The time is the median of 20 steps after 5 (which compile, fill caches and make the optimizer's moments), or of fewer where these would take
+    more than two minutes; waiting for data is part of it, as it is of a run's.
 
     Parameters
     ----------
@@ -36,20 +42,22 @@ def forecast(
     accumulation, epochs = config.optim.gradient_accumulation_steps, config.optim.epochs_of(len(loader))
     n_parameters = sum(p.numel() for p in model.parameters())
     steps = math.ceil(len(loader) / accumulation)
-    group = list(islice(iter(loader), accumulation))
-    seconds = 0.0
-    for _ in range(2):  # the first also compiles
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # a small data set has fewer than that in an epoch
+    seconds: list[float] = []
+    began = time.monotonic()
+    while len(seconds) < _WARM_UP + _MEASURED and not (len(seconds) >= 2 and time.monotonic() - began > _LONGEST):
         start = time.monotonic()
-        step(group)
-        seconds = time.monotonic() - start
+        step(list(itertools.islice(batches, accumulation)))
+        seconds.append(time.monotonic() - start)
+    a_step = statistics.median(seconds[min(_WARM_UP, len(seconds) - 1) :])
     copies = 5 if config.optim.ema_decay else 4  # weights, their average, gradients, two moments
     return (
         f"cells {panel.train_cells.n_cells} to train, {panel.val_cells.n_cells} to validate; genes {len(panel.genes)}; "
         f"values {panel.binning.describe()}\n"
         f"parameters {n_parameters:,}; weights, gradients and optimizer {4 * n_parameters * copies / 2**20:.0f} MiB; "
         f"{_peak_memory()} with batches of {config.batch_size}\n"
-        f"steps {steps} an epoch, {steps * epochs} in all; {seconds:.3f} s a step, "
-        f"about {steps * epochs * seconds / 60:.1f} minutes"
+        f"steps {steps} an epoch, {steps * epochs} in all; {a_step:.3f} s a step, "
+        f"about {steps * epochs * a_step / 60:.1f} minutes of training"
     )
 
 
