@@ -1,13 +1,13 @@
 """Embeddings without batches, beside PCA and Harmony, by the columns of scib-metrics.
 
-    python benchmarks/batches.py embed --data data/mixology_cells.h5ad --label cell_line --batch batch --folder DIR
+    python benchmarks/batches.py embed --data mixology_cells.h5ad --label cell_line --batch batch --folder DIR
     OTHER/python benchmarks/batches.py measure --folder DIR        # an environment with scib-metrics and harmonypy
     python benchmarks/batches.py table
 
 `embed` trains sedd with `--condition BATCH` on all cells, whose types it is not given, and writes embeddings as arrays: PCA (50 and 10 components of
 log CP10k of the same 2,000 genes), sedd with the batch given as it is, hidden, and without it (`sedd embed --without`), and the principal
 components of `sedd denoise --as_if BATCH=average`. `--coincide` first leaves every second label to one batch alone: a method that then
-mixes batches mixes types. `measure` adds Harmony on the PCA of 50 components at its defaults, measures all by scib-metrics, on one job, and writes
+mixes batches mixes types. `measure` adds Harmony on the PCA of 50 components, and on the embedding without batches, at its defaults, measures all by scib-metrics, on one job, and writes
 `benchmarks/results/batches.json`. Nothing is tuned, neither sedd nor the peers; types serve to measure alone.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 RESULT = Path(__file__).parent / "results" / "batches.json"
-COLUMNS = ("iLISI", "KBET", "Silhouette batch", "Graph connectivity", "Isolated labels", "Silhouette label", "cLISI")
+COLUMNS = ("iLISI", "KBET", "BRAS", "PCR comparison", "Graph connectivity", "Isolated labels", "Silhouette label", "cLISI")
 COLUMNS += ("KMeans ARI", "KMeans NMI", "Batch correction", "Bio conservation", "Total")
 FLAGS = ["--genes", "2000", "--val_fraction", "0.15", "--num_epochs", "1", "--batch_size", "16", "--learning_rate", "1e-3", "--ema_decay", "0.995"]
 FLAGS += ["--warmup_steps", "50", "--hidden_dim", "128", "--num_layers", "3", "--num_heads", "4", "--num_latents", "1", "--num_threads", "1"]
@@ -93,8 +93,10 @@ def measure(args: argparse.Namespace) -> None:
         held = {name: arrays[name] for name in arrays.files}
     name, seed, labels, batches = str(held.pop("name")), int(held.pop("seed")), held.pop("labels"), held.pop("batches")
     obs = pd.DataFrame({"label": pd.Categorical(labels), "batch": pd.Categorical(batches)}, index=[str(k) for k in range(len(labels))])
-    harmony = np.asarray(harmonypy.run_harmony(held["PCA, 50"], obs, "batch", random_state=0).Z_corr)
-    held["Harmony"] = harmony if harmony.shape[0] == len(labels) else harmony.T
+    for start, method in (("PCA, 50", "Harmony"), ("sedd embed --without batch", "Harmony on sedd embed --without batch")):
+        # Of the embedding the first 50 directions, which are ordered: as many as there are of the components.
+        corrected = np.asarray(harmonypy.run_harmony(held[start][:, :50], obs, "batch", random_state=0).Z_corr)
+        held[method] = corrected if corrected.shape[0] == len(labels) else corrected.T
     adata = ad.AnnData(np.zeros((len(labels), 1), np.float32), obs=obs, obsm={key: np.asarray(value, np.float32) for key, value in held.items()})
     # The principal components it would make anew are those that are compared.
     benchmark = Benchmarker(adata, "batch", "label", embedding_obsm_keys=list(held), pre_integrated_embedding_obsm_key="PCA, 50", n_jobs=1)
