@@ -26,9 +26,8 @@ from sedd.io.plan import Split
 
 T = TypeVar("T")
 
-FORMAT = 4
-READABLE = (3, 4)
-"""In format 3 no model answers labels; else it is format 4."""
+FORMAT = 5
+"""Older ones are not read: in format 4 the weights of readouts lie in another order, in 3 models answer no labels."""
 _NUMBERED = re.compile(r"(epoch|step)_(\d+)\.pt$")
 
 
@@ -95,9 +94,9 @@ def load(path: str | Path, *, header: bool = False) -> dict[str, Any]:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: the checkpoint is damaged or not one ({reason[:200]}).") from error
-    if not isinstance(state, dict) or state.get("sedd_format") not in READABLE:
+    if not isinstance(state, dict) or state.get("sedd_format") != FORMAT:
         found = state.get("sedd_format") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path}: is not a sedd checkpoint of a format up to {FORMAT} (found {found!r}).")
+        raise UserError(f"{path}: is not a sedd checkpoint of format {FORMAT} (found {found!r}).")
     return state
 
 

@@ -99,11 +99,6 @@ def _asked(model: Pretrained, given: Sequence[str]) -> list[str]:
     if not model.categories:
         raise UserError(f"{model.path}: was trained without labels; expected a model trained with --condition COLUMN.")
     model.check_knows_masks("Annotation")
-    if not model.model.config["answer_labels"]:
-        raise UserError(
-            f"{model.path}: is given labels and answers none, as a sedd before this one made it; train it again with --condition "
-            f"{' '.join(model.categories)}."
-        )
     for column in given:
         if column not in model.categories:
             raise UserError(f"--given {column}: the model knows no such labels; its condition columns are: {', '.join(model.categories)}.")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sedd import __version__
 from sedd.binning import Binning
-from sedd.checkpoint import FORMAT, READABLE
+from sedd.checkpoint import FORMAT
 from sedd.errors import UserError
 from sedd.io.outputs import clear, move_into_place, only_writer
 
@@ -134,8 +134,8 @@ def read_export(directory: str | Path) -> dict[str, Any]:
     config = _read(folder, _CONFIG)
     try:
         settings = json.loads(config)
-        if settings["sedd_format"] not in READABLE:
-            raise UserError(f"{folder}: is of format {settings['sedd_format']!r}; this version of sedd reads formats up to {FORMAT}.")
+        if settings["sedd_format"] != FORMAT:
+            raise UserError(f"{folder}: is of format {settings['sedd_format']!r}; this version of sedd reads format {FORMAT}.")
         if settings.pop("digest") != _digest(settings):
             raise UserError(f"{folder / _CONFIG}: is damaged (not as it was written); export the model again.")
         for name, expected in settings["sha256"].items():

@@ -132,13 +132,10 @@ def _check(model: Pretrained, given: Sequence[str], n_masks: int) -> None:
         if column not in model.categories:
             there = ", ".join(model.categories) or "none (train with --condition COLUMN)"
             raise UserError(f"--given {column}: the model knows no such labels; its condition columns are: {there}.")
-    size = model.model.config
-    never_hidden = [column for column in model.categories if column not in given and not size["answer_labels"]]
-    never_hidden += ["total"] * size["condition_library"]
-    if never_hidden and not model.config.model.condition_dropout:
+    if model.model.config["condition_library"] and not model.config.model.condition_dropout:
         raise UserError(
-            f"{model.path}: was always given a cell's {', '.join(never_hidden)} in training, and is asked here to do without; expected a "
-            "model trained with --condition_dropout above 0."
+            f"{model.path}: was always given a cell's total in training, and is asked here to do without; expected a model trained with "
+            "--condition_dropout above 0."
         )
 
 

@@ -221,9 +221,9 @@ class LatentBackbone(nn.Module):
 
     def slopes(self, by_readout: Tensor) -> Tensor:
         """Return the change by a latent, (n_vars, num_latents dim), of what changes by a gene's readout, (n_vars, rank), float64."""
-        write = self.write.weight.detach().double().view(self.dim, self.rank, -1)
+        write = self.write.weight.detach().double().view(self.rank, self.dim, -1)
         genes = self.genes().detach().double()
-        return torch.stack([(genes @ write[:, r]) * by_readout[:, r, None] for r in range(self.rank)]).sum(0)
+        return torch.stack([(genes @ write[r]) * by_readout[:, r, None] for r in range(self.rank)]).sum(0)
 
     def _read(self, genes: Tensor, factors: Tensor) -> Tensor:
         """Return the products of genes (n, dim) with factors (B, rank, dim), (B, n, rank), as one product of matrices, not B narrow ones."""

@@ -68,11 +68,6 @@ def state_to_resume(config: TrainConfig, directory: RunDirectory) -> tuple[Path,
     if path.resolve().parent != directory.path.resolve():
         directory.check_free(overwrite=run.overwrite)
     check_same_settings(state, config)
-    if config.model.answers_labels and not state["model_config"].get("answer_labels", False):
-        raise UserError(
-            f"--resume: {path} is of a model that is given labels and answers none, as a sedd before this one made it, and this one would "
-            "train it to answer them. Its checkpoints work in all commands but annotate; to train, start anew in another --checkpoint_dir."
-        )
     return path, state
 
 

@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pytest
 import torch
@@ -22,9 +21,7 @@ from test_trainer import assert_same_weights, train
 from sedd import checkpoint
 from sedd.config import SECTIONS, TrainConfig
 from sedd.errors import SeddWarning, UserError
-from sedd.inference.pretrained import Pretrained
 from sedd.io.outputs import only_writer_in
-from sedd.tasks import impute
 from sedd.training.resuming import CONTENT, FREE, ON_RESUME, REPORTED, SAME, check_same_settings
 
 OTHER: dict[str, Any] = {
@@ -293,22 +290,3 @@ def test_two_processes_resume_from_the_checkpoint_that_the_first_has_chosen(tiny
         assert done.returncode == 0, done.stderr[-3000:]
     assert_same_weights(tmp_path / "whole" / "final.pt", run / "final.pt")
     assert checkpoint.load(run / "final.pt")["epoch"] == 3
-
-
-def test_a_checkpoint_of_before_labels_were_answered_is_used_and_not_trained_on(
-    tiny_h5ad: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    state = checkpoint.load(tiny_run / "final.pt")
-    weights = {name: w for name, w in state["model"].items() if not name.startswith("labels.")}
-    averages = {name: w for name, w in state["ema"]["average"].items() if not name.startswith("labels.")}
-    config = {name: value for name, value in state["model_config"].items() if name != "answer_labels"}
-    before = {**state, "sedd_format": 3, "model": weights, "model_config": config, "ema": {**state["ema"], "average": averages}}
-    checkpoint.save(tmp_path / "final.pt", before)
-    new, old = Pretrained.load(tiny_run / "final.pt"), Pretrained.load(tmp_path / "final.pt")
-    adata = ad.read_h5ad(tiny_h5ad)
-    made = [impute(model, adata, hide=0.2, progress=False).X for model in (new, old)]
-    assert (abs(made[0] - made[1])).max() == 0
-    flags = ["--resume", str(tmp_path / "final.pt"), "--condition", "cell_type", "--condition_library_size"]
-    assert train(tiny_h5ad, tmp_path / "run", *flags) == 2
-    assert "is given labels and answers none" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
