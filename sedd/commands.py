@@ -159,7 +159,7 @@ class _Draws:
     num_samples: int = 0
     """Also draw every predicted count this many times; mean and spread of the draws go into layers sedd_mean and sedd_std,
     and the draws of impute into sedd_sample_0, ..."""
-    num_steps: int = 64
+    num_steps: int = 32
     """Steps of the sampler that draws them."""
     sampler: Literal["analytic", "euler"] = "analytic"
     """Reverse process that draws them."""
@@ -265,7 +265,7 @@ class Generate(_Task):
     """Total count to ask for, in a model conditioned on it."""
     guidance: float = 1.0
     """Strength of classifier-free guidance; 1 is the conditional model."""
-    num_steps: int = 128
+    num_steps: int = 32
     """Steps of the reverse process."""
     sampler: Literal["analytic", "euler"] = "analytic"
     """Reverse process."""
@@ -341,7 +341,7 @@ class Evaluate(ReadingSettings, _OfModel):
     """Share of genes to hide; the --mask_ratio of the training run if not given."""
     n_masks: int = 32
     """Masks per cell of the likelihood bound."""
-    num_steps: int = 128
+    num_steps: int = 32
     """Steps of the sampler."""
     steps: tuple[int, ...] = (1, 4, 16)
     """Fewer steps to try, for the curve of quality against steps; --steps without a number draws none."""

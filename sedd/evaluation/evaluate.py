@@ -72,7 +72,7 @@ def evaluate(
     generated: tasks.Data | None = None,
     hide: float | None = None,
     n_masks: int = 32,
-    num_steps: int = 128,
+    num_steps: int = 32,
     steps: Sequence[int] = (1, 4, 16),
     umap: bool = True,
     batch_size: int = 256,
