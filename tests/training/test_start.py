@@ -11,8 +11,10 @@ import scipy.sparse as sp
 
 from sedd.checkpoint import split_of
 from sedd.config import DataConfig, ModelConfig, TrainConfig
+from sedd.errors import UserError
 from sedd.io.convert import convert
 from sedd.io.files import obs_digest
+from sedd.io.remote import filesystem
 from sedd.io.store import CellStore
 from sedd.training import run_data
 from sedd.training.run_data import prepare_panel
@@ -30,7 +32,7 @@ def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "a.zarr"
 
 
-def config(path: Path, **data: object) -> TrainConfig:
+def config(path: Path | str, **data: object) -> TrainConfig:
     return TrainConfig(data=DataConfig(data_path=str(path), genes="20", **data), model=ModelConfig(condition_library_size=True))
 
 
@@ -89,3 +91,17 @@ def test_a_loader_and_a_start_read_no_names_but_for_their_digest(shuffled: Path)
     digest = panel.cells_digest
     assert "obs" not in vars(panel.store)
     assert digest == obs_digest(panel.store.obs.index)
+
+
+def test_a_remote_file_is_trained_on_through_a_store_in_the_cache_and_else_refused_in_a_line(
+    shuffled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"s3://bucket/file.h5ad: .*pass --cache_dir to say where, or convert it yourself\.$"):
+        prepare_panel(config("s3://bucket/file.h5ad"), None)
+    assert not list(tmp_path.iterdir())
+    url = "memory://start/a.h5ad"
+    filesystem(url)[0].put_file(str(shuffled.parent / "a.h5ad"), "/start/a.h5ad")
+    panel = prepare_panel(config(url, cache_dir=str(tmp_path / "cache")), None)
+    assert panel.store.n_obs == N_OBS
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
