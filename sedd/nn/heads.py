@@ -124,7 +124,7 @@ class CountHead(nn.Module):
         """
         start, moves = self._host()
         start = start if genes is None else start[genes.cpu().numpy()]
-        count_law_moments.add_moments(sums, _host(readout), start, moves, masked.cpu().numpy(), **given)
+        count_law_moments.add_moments(sums, readout.detach().float().cpu().numpy(), start, moves, masked.cpu().numpy(), **given)
 
     def draw(self, readout: Tensor, genes: Tensor, u: Tensor) -> Tensor:
         """Draw counts, (N,) int64, by inversion of (N,) float64 uniform numbers."""
