@@ -4,7 +4,7 @@ r"""Imputation, denoising, likelihood, generation and embedding of sedd and its 
     python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --export experiments/quality/pbmc3k_train.h5ad
     sedd train --data_path experiments/quality/pbmc3k_train.h5ad --config configs/quality.yaml --checkpoint_dir DIR
     python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --checkpoint DIR
-    python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --checkpoint DIR/final.pt --protocols generation --steps 128 \
+    python benchmarks/quality.py --data data/pbmc3k.h5ad --name pbmc3k --checkpoint DIR/final.pt --protocols generation --steps 32 \
         --called "sedd, last epoch"
 
 The first line runs the peers (in an interpreter with scvi-tools and magic-impute), the others write the training cells,
@@ -290,7 +290,7 @@ def sedd_records(
     if "generation" in protocols:
         order = quality_sedd.gene_order(model, task.genes)
         for n_steps in steps:
-            name = "sedd" if n_steps == 128 else f"sedd, {n_steps} steps"
+            name = "sedd" if n_steps == 32 else f"sedd, {n_steps} steps"
             scores = [score_generation(task, name, cells[:, order]) for cells in draws(model, task, n_steps)]
             numbers = [key for key, value in scores[0].items() if isinstance(value, float)]
             yield {**scores[0], **{key: float(np.mean([s[key] for s in scores])) for key in numbers}, "draws": len(scores)}
@@ -358,7 +358,7 @@ def main() -> None:
     parser.add_argument("--recipe", action="store_true", help="the checkpoint is one of --objective masked, a peer")
     parser.add_argument("--protocols", nargs="+", default=PROTOCOLS, choices=PROTOCOLS, help="of sedd's score")
     parser.add_argument("--n_masks", type=int, default=64, help="masks per cell of sedd's bound")
-    parser.add_argument("--steps", type=int, nargs="+", default=[32, 128, 512], help="of sedd's sampler")
+    parser.add_argument("--steps", type=int, nargs="+", default=[16, 32, 128], help="of sedd's sampler")
     parser.add_argument("--called", default="sedd", help="name of the checkpoint in the tables")
     parser.add_argument("--export", type=Path, help="write the training cells on the panel to this .h5ad and stop")
     parser.add_argument("--work", type=Path, default=Path("experiments/quality"), help="where peers' answers are kept")
