@@ -35,29 +35,6 @@ SIZES: dict[str, type[SEDDTransformer]] = {
 Record = dict[str, Any]
 
 
-def training_flop(model: SEDDTransformer) -> float:
-    """Floating-point operations to train on one cell, half of its genes masked: 3 times those of a forward pass.
-
-    Every parameter of a matrix costs two operations per token it meets; besides there are the products of attention, of
-    latents with genes, and the laws of masked genes.
-    """
-    config = model.config
-    genes, dim, rank = config["n_vars"], config["hidden_dim"], config["rank"]
-    tokens = genes if config["attention"] == "full" else config["num_latents"]
-    attends = tokens > 1
-    block = (4 * dim * dim if attends else 0) + 8 * dim * dim
-    modulation = (6 if attends else 3) * dim * dim
-    per_layer = 2 * tokens * block + 2 * modulation + (4 * tokens * tokens * dim if attends else 0)
-    if config["attention"] == "full":
-        ends = 2 * genes * dim * rank
-    else:
-        features = 3
-        latents = tokens * dim
-        ends = 2 * genes * dim * (features + rank) + 2 * dim * latents * (features + rank)
-    law = 2 * (genes / 2) * rank * 9
-    return 3.0 * (config["num_layers"] * per_layer + ends + law)
-
-
 def clock(device: torch.device) -> float:
     """Seconds per thread: on a CPU that others use as well, the processor's time is what the work took."""
     return time.perf_counter() if device.type == "cuda" else time.process_time() / torch.get_num_threads()
@@ -79,9 +56,9 @@ def measure(case: Record, settings: Record) -> Record:
         case["genes"], UNBOUNDED, attention=case["attention"], num_latents=case["num_latents"]
     ).to(device)
     record: Record = {**case, "parameters": sum(p.numel() for p in model.parameters())}
-    record["gflop_per_cell"] = round(training_flop(model) / 1e9, 3)
+    record["gflop_per_cell"] = round(model.flops(case["genes"], case["genes"] // 2) / 1e9, 3)
     batch = 1 if case["attention"] == "full" and not low else settings["batch_size"]
-    if training_flop(model) * batch > settings["max_tflop"] * 1e12:
+    if model.flops(case["genes"], case["genes"] // 2) * batch > settings["max_tflop"] * 1e12:
         return {**record, "skipped": f"a step needs more than {settings['max_tflop']} TFLOP"}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     network = model.compiled() if settings["compile"] else model
@@ -105,7 +82,7 @@ def measure(case: Record, settings: Record) -> Record:
         steps += 1
     wall, seconds = time.perf_counter() - wall, clock(device) - began
     peak = torch.cuda.max_memory_allocated(device) if low else peak_mib() << 20
-    reached = training_flop(model) * batch * steps / seconds
+    reached = model.flops(case["genes"], case["genes"] // 2) * batch * steps / seconds
     return {
         **record,
         "batch_size": batch,

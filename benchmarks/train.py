@@ -118,9 +118,8 @@ def train(args: argparse.Namespace) -> Record:
     with contextlib.suppress(Enough):
         run.fit()
     record = figures(args, seen[warmup:], first[0], args.mixed_precision, run.accelerator.num_processes)
-    from model import training_flop
-
-    flop = training_flop(run.model)
+    n_vars = run.model.config["n_vars"]
+    flop = run.model.flops(n_vars, n_vars // 2)
     peak = record["peak_tflops"] * 1e12 * run.accelerator.num_processes
     return {**record, "gflop_per_cell": flop / 1e9, "utilisation": record["cells_per_s"] * flop / peak}
 

@@ -411,6 +411,7 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
     n_parameters = sum(p.numel() for p in checkpoint.load(tiny_run / "final.pt")["ema"]["average"].values())
     assert f"parameters {n_parameters:,}; weights, gradients and optimizer" in said
     assert re.search(r"the process [1-9]\d+ MiB with batches of 16", said)
+    assert re.search(r"matrix products of \S*[1-9]\S* GFLOP a cell, \d\S* GFLOP a second", said)
     assert re.search(r"steps 14 an epoch, 28 in all; \d+\.\d{3} s a step, about \d+\.\d minutes of training", said)
     assert not (tmp_path / "run").exists()
 

@@ -101,6 +101,11 @@ class FullBackbone(nn.Module):
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
 
+    def flops(self, n_vars: int) -> int:
+        """Count the operations of the matrix products of a forward pass of one cell; the vectors of genes are made once for all."""
+        ends = sum(2 * n_vars * one.weight.numel() for one in (self.values, self.readout))
+        return ends + sum(block.flops(n_vars) for block in self.blocks if isinstance(block, Block))
+
     def trunk(self, tokens: Tensor, given: Given) -> Tensor:
         """Map tokens (B, n_vars) and conditioning to states (B, n_vars, dim)."""
         told = self.features(tokens).transpose(-1, -2)
@@ -178,6 +183,11 @@ class LatentBackbone(nn.Module):
         self.write = nn.Linear(num_latents * dim, rank * dim)
         nn.init.zeros_(self.write.weight)
         nn.init.zeros_(self.write.bias)
+
+    def flops(self, n_vars: int) -> int:
+        """Count the operations of the matrix products of a forward pass of one cell; the vectors of genes are made once for all."""
+        ends = 2 * n_vars * self.dim * (2 + self.rank) + sum(2 * one.weight.numel() for one in (self.read, self.write))
+        return ends + sum(block.flops(self.num_latents) for block in self.blocks if isinstance(block, Block))
 
     def summary(self, tokens: Tensor, part: Tensor | None = None) -> Tensor:
         """Return the sum over the visible genes of each cell, or of those of a `part`, whose tokens alone are given, (B, 2 dim)."""

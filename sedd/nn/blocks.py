@@ -67,6 +67,11 @@ class Conditioner(nn.Module):
         self.columns = nn.ModuleList(nn.Embedding(size + 1, hidden_dim) for size in condition_sizes)
         self.library = nn.Linear(n_features + 1, hidden_dim) if condition_library else None
 
+    def flops(self, ) -> int:
+        """Count the operations of the matrix products for one cell."""
+        layers = [one for one in (*self.noise, self.library) if isinstance(one, nn.Linear)]
+        return sum(2 * one.weight.numel() for one in layers)
+
     def forward(self, sigma: Tensor, condition: Tensor | None, library: Tensor | None) -> Given:
         """Return the conditioning vectors of cells, given (B,), (B, columns) and (B,)."""
         if torch.is_grad_enabled() or sigma.device.type != "cpu":
@@ -134,6 +139,12 @@ class Block(nn.Module):
         if attention:
             x = x + attention[2] * self._attend(_modulate(x, attention[0], attention[1]))
         return x + gate * F.dropout(self.mlp(_modulate(x, shift, scale)), self.dropout, self.training)
+
+    def flops(self, tokens: int) -> int:
+        """Count the operations of the matrix products of a forward pass of one cell of so many tokens, two for each product."""
+        dim = self.modulation.in_features
+        attention = 2 * tokens * 4 * dim * dim + 4 * tokens * tokens * dim if self.branches == 2 else 0
+        return 2 * 3 * self.branches * dim * dim + attention + sum(2 * tokens * one.weight.numel() for one in self.mlp if isinstance(one, nn.Linear))
 
     def _attend(self, x: Tensor) -> Tensor:
         batch, n, dim = x.shape

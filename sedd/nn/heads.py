@@ -83,6 +83,10 @@ class CountHead(nn.Module):
             moves[2, :, 1], moves[2, :, 2] = tilt / 2, 0.5
         self.moves = nn.Parameter(moves)
 
+    def flops(self, masked: int) -> int:
+        """Count the operations of the matrix products for the laws of so many masked genes."""
+        return 2 * masked * self.moves.numel()
+
     def log_prob(self, readout: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
         """Return log-probabilities of counts, (B, n_vars) float32, 0 where not masked."""
         with torch.autocast(readout.device.type, enabled=False):
@@ -217,6 +221,10 @@ class SoftmaxHead(nn.Module):
         """Return log-probabilities of all bins, (N, n_bins) float32."""
         with torch.autocast(readout.device.type, enabled=False):
             return torch.addmm(F.embedding(genes, self.bias), readout.float(), self.basis).log_softmax(-1)
+
+    def flops(self, masked: int) -> int:
+        """Count the operations of the matrix products for the laws of so many masked genes."""
+        return 2 * masked * self.basis.numel()
 
     def log_prob(self, readout: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
         """Return log-probabilities of bins, (B, n_vars) float32, 0 where not masked; logits exist for a chunk of positions."""

@@ -14,6 +14,7 @@ import torch
 from sedd.config import TrainConfig
 from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch
+from sedd.kernels.mask import masked_count
 from sedd.model import SEDDTransformer
 from sedd.training.run_data import Panel
 
@@ -51,11 +52,15 @@ def forecast(
         seconds.append(time.monotonic() - start)
     a_step = statistics.median(seconds[min(_WARM_UP, len(seconds) - 1) :])
     copies = 5 if config.optim.ema_decay else 4  # weights, their average, gradients, two moments
+    n_vars = len(panel.genes)
+    hidden = n_vars // 2 if config.model.objective == "score_entropy" else masked_count(config.model.mask_ratio, n_vars)
+    flops = model.flops(n_vars, hidden)
     return (
         f"cells {panel.train_cells.n_cells} to train, {panel.val_cells.n_cells} to validate; genes {len(panel.genes)}; "
         f"values {panel.binning.describe()}\n"
         f"parameters {n_parameters:,}; weights, gradients and optimizer {4 * n_parameters * copies / 2**20:.0f} MiB; "
         f"{_peak_memory()} with batches of {config.batch_size}\n"
+        f"matrix products of {flops / 1e9:.3g} GFLOP a cell, {flops * config.batch_size * accumulation / a_step / 1e9:.2g} GFLOP a second\n"
         f"steps {steps} an epoch, {steps * epochs} in all; {a_step:.3f} s a step, "
         f"about {steps * epochs * a_step / 60:.1f} minutes of training"
     )

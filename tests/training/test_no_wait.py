@@ -16,6 +16,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sedd.binning import UNBOUNDED
 from sedd.graph import AbsorbingGraph
@@ -91,6 +92,15 @@ def test_a_training_step_on_a_gpu_waits_for_nothing(attention: str, labels: tupl
         seen = step(model, ema, optimizer, labelled=bool(labels))
     assert (seen.device, seen.shape) == (GPU, (2,))
     assert optimizer.state
+
+
+@pytest.mark.parametrize("attention", ["latent", "full"])
+def test_a_model_counts_the_products_that_torch_counts(attention: str, without_autocast: None) -> None:
+    model = model_of(attention, ()).to(GPU)
+    tokens = torch.zeros(CELLS, GENES, dtype=torch.int32, device=GPU)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():  # the laws of all genes are made, which is what a GPU does
+        model(tokens, torch.ones(CELLS, device=GPU), targets=tokens)
+    assert model.flops(GENES, GENES) == 3 * counter.get_total_flops() // CELLS
 
 
 SOME = torch.ones(1, dtype=torch.bool, device=GPU)
