@@ -9,7 +9,7 @@ import numpy as np
 
 from sedd.errors import SeveralPartsError, UserError
 from sedd.io.conversion.counts import to_counts
-from sedd.io.conversion.explain import first_values, looks_like
+from sedd.io.conversion.explain import FRACTIONS, first_values, looks_like
 from sedd.io.input.base import Input
 from sedd.io.input.matrix import Matrix
 from sedd.io.input.opening import open_input
@@ -31,7 +31,7 @@ def input_facts(path: str, modality: str | None = None) -> dict[str, Any]:
         return {"path": path, "holds": ", ".join(error.names), "each": [input_facts(path, name) for name in error.names]}
     with file:
         chosen = {} if modality is None else {"modality": modality}
-        matrices, good = _matrices(file)
+        matrices, good, fractions = _matrices(file)
         kept = file.kept_genes()
         genes = file.n_vars() if kept is None else int(kept.sum())
         names = file.var_names()
@@ -48,55 +48,63 @@ def input_facts(path: str, modality: str | None = None) -> dict[str, Any]:
             "obs": _listed(lambda: [str(name) for name in file.obs().columns]),
             "var": _listed(lambda: [str(name) for name in file.var().columns]),
             **{group: _listed(lambda group=group: _inside(file, group)) for group in ("obsm", "uns")},  # type: ignore[misc]
-            "next": _next(file, path, modality, good, names),
+            "next": _next(file, path, modality, good, fractions, names),
         }
 
 
-def _matrices(file: Input) -> tuple[dict[str, str], list[str]]:
-    """Return what there is to say of each matrix by how it is asked for, and which of these hold counts."""
-    found, good = {}, []
+def _matrices(file: Input) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return what there is to say of each matrix by how it is asked for, which of these hold counts, and which counts with fractions."""
+    found, good, fractions = {}, [], []
     for how, layer, raw in file.places:
         try:
             matrix = file.matrix(layer, raw)
-            holds, counts = _holds(matrix)
+            holds, looks = _holds(matrix)
         except UserError as error:  # one of them may be damaged
             found[how] = str(error)
             continue
         stored = "" if matrix.nnz is None else f", {matrix.nnz:,} stored"
         found[how] = f"{holds} ({matrix.shape[0]:,} x {matrix.shape[1]:,}, {matrix.layout} {matrix.dtype}{stored})"
-        good += [how] * counts
-    return found, good
+        good += [how] * (looks is None)
+        fractions += [how] * (looks == FRACTIONS)
+    return found, good, fractions
 
 
-def _holds(matrix: Matrix) -> tuple[str, bool]:
+def _holds(matrix: Matrix) -> tuple[str, str | None]:
+    """Return what a matrix holds, in words, and what it looks like; None if that is counts."""
     values = first_values(matrix)
     values = values[values != 0]
     if not values.size:
-        return "nothing but zeros, where it was looked at", False
+        return "nothing but zeros, where it was looked at", ""
     if to_counts(values, np.dtype(np.uint32)).bad < 0:
-        return "counts", True
+        return "counts", None
     if not np.isfinite(values).all():
-        return "values that are not finite", False
-    return f"no counts: {looks_like(values)}", False
+        return "values that are not finite", ""
+    looks = looks_like(values)
+    return f"no counts: {looks}", looks
 
 
-def _next(file: Input, path: str, modality: str | None, good: list[str], names: list[str]) -> str:
+def _next(file: Input, path: str, modality: str | None, good: list[str], fractions: list[str], names: list[str]) -> str:
     """Return the command that trains on the input, or what is in its way."""
-    if not good:
+    if not good and not fractions:
         return "none of its matrices looks like counts; docs/preparing-data.md says what to do"
     words = ["sedd train --data_path", f"'{path}'" if " " in path else path]
     if modality is not None:
         words += ["--modality", f"'{modality}'" if " " in modality else modality]
-    if good[0] != "X":
-        flag, _, name = good[0].partition(" ")
-        words.append(f"{flag} '{name}'" if " " in name else good[0])
+    chosen = (good or fractions)[0]
+    if chosen != "X":
+        flag, _, name = chosen.partition(" ")
+        words.append(f"{flag} '{name}'" if " " in name else chosen)
+    if not good:
+        words.append("--round")
     symbols = [name for name in _SYMBOLS if names and names[0].startswith("ENS") and name in file.var()]
     hint = f"; with --gene_names {symbols[0]} to name genes by symbols" if symbols else ""
     return " ".join(words) + hint
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    """Return the first names, and how many repeat."""
+    repeated = len(names) - len(set(names))
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") + (f"; {repeated:,} repeated" if repeated else "")
 
 
 def _inside(file: Input, group: str) -> list[str]:

@@ -46,24 +46,23 @@ def explain(
     if value > np.iinfo(np.uint32).max:
         return f"{head} values too large for counts ({first}; the limit is {np.iinfo(np.uint32).max})."
     look = looks_like(values)
-    fractions = bool((values != np.rint(values)).any())
-    if value < 0 and not fractions:
-        return f"{head} negative values ({first}); counts are >= 0. {way_out(file, matrix, SCALED)}"
     kind = "negative" if value < 0 else "non-integer"
     return f"{head} {kind} values ({first}); {look}. {way_out(file, matrix, look)}"
 
 
 SCALED = "it looks scaled (z-scores)"
 FRACTIONS = "it looks like counts of which some are fractions, as SoupX or EM leave them"
+NEGATIVE = "it looks like counts of which some are negative, and counts are 0 or more"
 
 
 def looks_like(values: np.ndarray) -> str:
     """Return a guess at what was done to counts to give these values."""
     sample = values.reshape(-1)[:SAMPLE].astype(np.float64)
     sample = sample[np.isfinite(sample) & (sample != 0)]
+    whole = sample.size > 0 and (sample == np.rint(sample)).mean() > WHOLE_AMONG_COUNTS
     if sample.size and sample.min() < 0:
-        return SCALED
-    if sample.size and (sample == np.rint(sample)).mean() > WHOLE_AMONG_COUNTS:
+        return NEGATIVE if whole else SCALED
+    if whole:
         return FRACTIONS
     if sample.size and sample.max() < 20:
         return "it looks log-normalised"
@@ -102,13 +101,15 @@ def way_out(file: Input, matrix: Matrix, look: str) -> str:
     ways = []
     if good := others_with_counts(file, matrix):
         ways.append(f"pass {' or '.join(good)}, which holds counts")
-    elif look != FRACTIONS and file.layers:
+    elif look not in (FRACTIONS, NEGATIVE) and file.layers:
         ways.append(f"pass --layer with the counts (layers: {', '.join(file.layers)}; none of them looks like counts)")
-    elif look != FRACTIONS:
+    elif look not in (FRACTIONS, NEGATIVE):
         ways.append("pass a file that holds the counts: in this one is no other matrix with them")
     if look == FRACTIONS:
         ways.append("pass --round to round them")
-    if look == SCALED:
+    if look == NEGATIVE:
+        ways.append("find out what the negative values stand for, and set them to 0 or leave those cells out")
+    elif look == SCALED:
         ways.append("take the file from before it was scaled: a model is of values that are 0 or more")
     else:
         ways.append("keep real values, by --values real of sedd convert or --binning log of sedd train")

@@ -35,6 +35,8 @@ class TorchDataset(IterableDataset[Any]):
     they give every cell of this rank once, in an order that depends on their number. Workers that persist have a copy of the
     loader from before the first epoch; its position is in memory that they share, so `set_epoch` reaches them.
 
+    `len` is that without workers. Each worker ends with a batch that may be part-filled, so `W` of them may give up to `W - 1` more.
+
     Parameters
     ----------
     loader : CellLoader

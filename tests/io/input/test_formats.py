@@ -247,6 +247,27 @@ def test_a_description_says_which_matrix_holds_counts_and_what_may_be_named(tmp_
     assert "none of its matrices looks like counts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("value", "looks", "way"),
+    [(-1, "counts of which some are negative", "set them to 0"), (1.5, "counts of which some are fractions", "--round")],
+)
+def test_single_values_among_counts_are_called_what_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, looks: str, way: str
+) -> None:
+    adata = cells(counts())
+    adata.X.data[0] = value
+    adata.obs_names = ["same", *adata.obs_names[1:-1], "same"]
+    path = h5ad(tmp_path / "a", adata)
+    assert main(["info", path]) == 0
+    said = capsys.readouterr().out
+    assert f"no counts: it looks like {looks}" in said
+    assert "; 1 repeated" in said
+    assert (f"sedd train --data_path {path} --round" in said) == (way == "--round")
+    with pytest.raises(UserError, match=f"it looks like {looks}.*{way}") as refused:
+        convert(path, tmp_path / "out.zarr", progress=False)
+    assert "scaled" not in said + str(refused.value)
+
+
 def test_every_modality_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = h5mu(tmp_path / "in", cells(counts()))
     with h5py.File(path, "a") as file:
