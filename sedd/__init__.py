@@ -26,6 +26,7 @@ _HOME = {
     "SEDDTransformerMedium": "sedd.model",
     "SEDDTransformerSmall": "sedd.model",
     "TrainConfig": "sedd.config",
+    "SeddWarning": "sedd.errors",
     "UniformGraph": "sedd.graph",
     "UserError": "sedd.errors",
     "annotate": "sedd.inference.annotation",
@@ -36,6 +37,7 @@ _HOME = {
     "evaluate": "sedd.evaluation",
     "generate": "sedd.tasks",
     "impute": "sedd.tasks",
+    "train": "sedd.learning",
 }
 
 __all__ = ["__version__", *_HOME]

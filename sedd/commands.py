@@ -398,7 +398,7 @@ class Export:
         from sedd.inference.pretrained import Pretrained
 
         model = Pretrained.load(self.checkpoint, device="cpu")
-        written = model.push_to_hub(self.directory, overwrite=self.overwrite)
+        written = model.save_pretrained(self.directory, overwrite=self.overwrite)
         print(f"{written}: {', '.join(sorted(path.name for path in written.iterdir()))} of {model.path}")
         return 0
 

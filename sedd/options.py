@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import functools
 import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sedd.errors import UserError
@@ -31,20 +36,59 @@ def parse_bytes(text: str | int) -> int:
     return int(size)
 
 
-def keywords_of(*groups: type) -> Callable[[Function], Function]:
-    """Show the fields of dataclasses, which a function takes as `**options`, as keywords of its signature: for `help` and editors."""
+def keywords_of(*groups: type, without: tuple[str, ...] = ()) -> Callable[[Function], Function]:
+    """Show the fields of dataclasses, which a function takes as `**options`, as keywords of its signature and docstring: for `help` and editors.
+
+    Parameters
+    ----------
+    *groups
+        The dataclasses.
+    without
+        Fields that the function does not take, or has a parameter of its own for.
+    """
 
     def decorate(function: Function) -> Function:
         own = inspect.signature(function)
         parameters = [p for p in own.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
-        for one in (one for group in groups for one in dataclasses.fields(group)):
-            parameters.append(
-                inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
-            )
+        lines = []
+        for group in groups:
+            meanings = meanings_of(group)
+            for one in (one for one in dataclasses.fields(group) if one.name not in without):
+                parameters.append(
+                    inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
+                )
+                if one.name in meanings:
+                    lines += [one.name, *textwrap.wrap(meanings[one.name], 120, initial_indent="    ", subsequent_indent="    ")]
         function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        if function.__doc__ is not None:  # there is none under python -OO
+            options = next(p.name for p in own.parameters.values() if p.kind == inspect.Parameter.VAR_KEYWORD)
+            listed = textwrap.indent("\n".join(lines), "    ")
+            function.__doc__ = re.sub(
+                rf"^    (layer, raw, )?\*\*{options}\b.*\n(        .*\n)*",
+                lambda said: f"{said[0]}{listed}\n",
+                function.__doc__,
+                count=1,
+                flags=re.MULTILINE,
+            )
         return function
 
     return decorate
+
+
+def meanings_of(group: type) -> dict[str, str]:
+    """Return what is written under each field of a dataclass, also under those that it inherits."""
+    found: dict[str, str] = {}
+    for one in reversed(group.__mro__[:-1]):
+        body = _classes(inspect.getsourcefile(one) or "")[one.__name__].body
+        for line, below in itertools.pairwise(body):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(below, ast.Expr):
+                found[line.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return found
+
+
+@functools.cache
+def _classes(path: str) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in ast.parse(Path(path).read_text()).body if isinstance(node, ast.ClassDef)}
 
 
 def grouped(options: dict[str, Any], *groups: type) -> list[Any]:

@@ -192,6 +192,8 @@ def denoise(
         measured under the label that the cell has, so it has then no say in it.
     num_samples
         Also draw every entry this many times, the parts of a partition jointly; mean and spread of the draws are reported.
+    **reading
+        How the data are read; as those of the training were, where one is not given:
 
     Returns
     -------
@@ -358,6 +360,8 @@ def embed(
     output
         An .h5ad or .zarr: with `cells="all"` and data of the same kind a copy of the file (of a store, a store), of which no more
         than a window of cells is in memory; else the cells are held in memory.
+    **reading
+        How the data are read; as those of the training were, where one is not given:
 
     Returns
     -------

@@ -42,7 +42,7 @@ FLOORS = [
     ["trainer"],
     ["metrics"],
     ["inference"],
-    ["tasks"],
+    ["tasks", "learning"],
     ["report"],
     ["evaluation"],
     ["commands"],

@@ -66,7 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     for path in CALLED.values():
         watch(path, {} if path.endswith(":verify") else found)
     watch("sedd.inference.new_genes:add_genes", "a model with new genes")
-    model = SimpleNamespace(describe=str, path="run/best.pt", push_to_hub=lambda directory, overwrite: Path())
+    model = SimpleNamespace(describe=str, path="run/best.pt", save_pretrained=lambda directory, overwrite: Path())
     monkeypatch.setattr("sedd.inference.pretrained.Pretrained.load", lambda path, device: model)
     monkeypatch.setattr("sedd.metrics.metrics_table", lambda metrics: "")
     return seen

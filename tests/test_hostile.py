@@ -78,7 +78,7 @@ def test_a_checkpoint(
 
 def test_an_exported_model(target: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "exported"
-    Pretrained.load(tiny_run).push_to_hub(folder)
+    Pretrained.load(tiny_run).save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(target)))
     assert "damaged" in refused(target, ["generate", str(folder), "-n", "1", "-o", str(tmp_path / "x.h5ad")], capsys)
 

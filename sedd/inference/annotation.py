@@ -57,6 +57,8 @@ def annotate(
         As in `sedd.impute`.
     output
         As in `sedd.embed`.
+    **reading
+        How the data are read; as those of the training were, where one is not given:
 
     Returns
     -------

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sedd.errors import UserError, warn_user
 from sedd.inference.cells import Cells

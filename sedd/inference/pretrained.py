@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Pretrained:
         Quantiles of the training cells' total counts over the panel.
     state
         The rest of the checkpoint.
+    run
+        What keeps the temporary directory of the run that trained it, if it is in one: that is deleted with the model.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Pretrained:
     histogram: sp.csr_array
     libraries: np.ndarray
     state: dict[str, Any]
+    run: object = field(default=None, repr=False, compare=False)
 
     @property
     def config(self) -> TrainConfig:
@@ -100,7 +103,7 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
-        """Read a model that `push_to_hub` wrote into a local directory; nothing in it is executed.
+        """Read a model that `save_pretrained` or `sedd export` wrote; nothing in it is executed.
 
         Parameters
         ----------
@@ -115,10 +118,10 @@ class Pretrained:
             If a file is missing or damaged.
         """
         if not Path(directory).is_dir():
-            raise UserError(f"{directory}: no such directory; expected one that `sedd export` or push_to_hub made.")
+            raise UserError(f"{directory}: no such directory; expected one that `sedd export` or save_pretrained made.")
         return cls._of(Path(directory), read_export(directory), device)
 
-    def push_to_hub(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write the model into a local directory that can be handed on: safetensors, settings, panel and a card.
 
         Parameters

@@ -66,6 +66,8 @@ def score(
         Masks per cell of the bound, of sizes spread from one gene to all.
     output
         As in `sedd.embed`.
+    **reading
+        How the data are read; as those of the training were, where one is not given:
 
     Returns
     -------

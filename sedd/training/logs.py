@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sedd.config import TrainConfig
 from sedd.errors import UserError

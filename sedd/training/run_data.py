@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,8 @@ from sedd.io.plan import BLOCK, CellList, Split
 from sedd.io.store import CellStore
 from sedd.model import SEDDTransformer
 from sedd.nn.gene_vectors import read_gene_vectors
+
+T = TypeVar("T")
 
 _N_QUANTILES = 1001
 _SAMPLED = 50_000  # training cells that are looked at where the store says nothing of them
@@ -201,13 +204,30 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
 
 
 def _open_store(data: DataConfig) -> CellStore:
-    """Return the store of the data: of counts if they are counts, of real values if the binning takes those."""
+    return counts_or_real(data, lambda values: ensure_store(data.paths, cache_dir=data.cache_dir, values=values, **data.of_inputs()))
+
+
+def counts_or_real(data: DataConfig, make: Callable[[Literal["counts", "real"]], T]) -> T:
+    """Return the store that `make` makes of the data: of counts if they are counts, of real values if the binning takes those."""
     try:
-        return ensure_store(data.paths, cache_dir=data.cache_dir, **data.of_inputs())
+        return make("counts")
     except NotCountsError as error:
         if data.binning not in ("linear", "log", "quantile") or isinstance(error, NegativeValuesError):
             raise
-        return ensure_store(data.paths, cache_dir=data.cache_dir, values="real", **data.of_inputs())
+        return make("real")
+
+
+def check_column(column: str, columns: Iterable[str]) -> None:
+    """Check that a condition is a column of obs.
+
+    Raises
+    ------
+    UserError
+        If it is not; the message lists those there are.
+    """
+    there = list(columns)
+    if column not in there:
+        raise UserError(f"--condition {column}: no such obs column; there are: {', '.join(map(str, there)) or 'none'}.")
 
 
 def _split(config: TrainConfig, store: CellStore) -> tuple[Split, Split]:
@@ -388,8 +408,7 @@ def _some(train: Split) -> Split | CellList:
 
 def _categories(store: CellStore, column: str) -> list[str]:
     """Return the labels of an obs column that a model can be conditioned on."""
-    if column not in store.obs_columns:
-        raise UserError(f"--condition {column}: no such obs column; there are: {', '.join(store.obs_columns) or 'none'}.")
+    check_column(column, store.obs_columns)
     values = store.obs_column(column)
     there = values.dropna()
     if pd.api.types.is_float_dtype(values) and not (there == there.round()).all():  # numbers of clusters are labels

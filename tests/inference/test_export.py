@@ -67,7 +67,7 @@ def test_every_task_answers_the_same(tiny_run: Path, tiny_h5ad: Path, exported: 
     out = tmp_path / "made.h5ad"
     assert main(["generate", str(exported), "-n", "3", "--num_steps", "2", "-o", str(out)]) == 0
     assert main(["info", str(exported)]) == 0
-    assert Pretrained.load(exported).push_to_hub(tmp_path / "again") == tmp_path / "again"
+    assert Pretrained.load(exported).save_pretrained(tmp_path / "again") == tmp_path / "again"
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
 
 
@@ -98,12 +98,12 @@ def test_the_card_shows_an_evaluation_made_after_the_checkpoint(tiny_run: Path, 
     run = shutil.copytree(tiny_run, tmp_path / "run")
     row = {"sedd": 12.5, "baselines": {"gene marginals": 14.0}}
     (run / "metrics.json").write_text(json.dumps({"likelihood": {"nats_per_cell": row}}))
-    Pretrained.load(run).push_to_hub(tmp_path / "new")
+    Pretrained.load(run).save_pretrained(tmp_path / "new")
     assert "beside baselines" in (tmp_path / "new" / "README.md").read_text()
 
 
     os.utime(run / "metrics.json", (0, 0))
-    Pretrained.load(run).push_to_hub(tmp_path / "old")
+    Pretrained.load(run).save_pretrained(tmp_path / "old")
     assert "beside baselines" not in (tmp_path / "old" / "README.md").read_text()
 
 
@@ -132,14 +132,14 @@ def test_other_directories_are_refused_and_left_alone(tiny_run: Path, copy: Path
     assert not is_export(tiny_run)
     model = Pretrained.load(tiny_run)
     with pytest.raises(UserError, match="exists already; pass --overwrite"):
-        model.push_to_hub(copy)
+        model.save_pretrained(copy)
     (copy / "README.md").write_text("edited")
-    model.push_to_hub(copy, overwrite=True)
+    model.save_pretrained(copy, overwrite=True)
     assert "edited" not in (copy / "README.md").read_text()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="choose another directory"):
-        model.push_to_hub(tmp_path / "mine", overwrite=True)
+        model.save_pretrained(tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 
@@ -156,4 +156,4 @@ def test_a_model_with_added_genes_is_not_exported(tiny_run: Path, tmp_path: Path
     model = Pretrained.load(tiny_run)
     more = replace(model, genes=np.append(model.genes, "new"))
     with pytest.raises(UserError, match="genes were added"):
-        more.push_to_hub(tmp_path / "out")
+        more.save_pretrained(tmp_path / "out")

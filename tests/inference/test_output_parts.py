@@ -400,7 +400,7 @@ def test_an_evaluation_replaces_nothing_but_its_own(there: str, overwrite: bool,
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("there", ["file", "folder", "link", "foreign .partial", "run"])
 def test_an_export_replaces_nothing_but_an_export(there: str, overwrite: bool, model: Pretrained, tiny_run: Path, tmp_path: Path) -> None:
-    target, exported = tmp_path / "model", model.push_to_hub(tmp_path / "exported")
+    target, exported = tmp_path / "model", model.save_pretrained(tmp_path / "exported")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("mine")
@@ -418,7 +418,7 @@ def test_an_export_replaces_nothing_but_an_export(there: str, overwrite: bool, m
     said = {"link": "is a link to .*exported, so it is not replaced", "foreign .partial": "which sedd did not make"}.get(there, "exists already")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=said):
-        model.push_to_hub(target, overwrite=overwrite)
+        model.save_pretrained(target, overwrite=overwrite)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -133,7 +133,7 @@ def test_what_cannot_be_scored_is_an_error_that_leaves_nothing(model: Pretrained
 
 
 def test_without_the_data_of_the_training_a_reference_is_asked_for(tiny_run: Path, tmp_path: Path) -> None:
-    handed_on = Pretrained.load(tiny_run).push_to_hub(tmp_path / "handed on")
+    handed_on = Pretrained.load(tiny_run).save_pretrained(tmp_path / "handed on")
     with pytest.raises(UserError, match=r"is not there any more; cells are compared with .* or with those of --reference FILE"):
         score(handed_on, make_counts(30, seed=4), progress=False)
     found = score(handed_on, make_counts(30, seed=4), reference=make_counts(40), n_masks=1, progress=False)

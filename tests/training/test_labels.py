@@ -116,7 +116,7 @@ def test_what_the_data_say_of_genes_comes_with_generated_cells(tmp_path: Path) -
     assert train(adata, tmp_path) == 0
     adata = ad.read_h5ad(tmp_path / "a.h5ad")
     assert isinstance(checkpoint.load(tmp_path / "run" / "best.pt")["var"], dict)
-    for model in (Pretrained.load(tmp_path / "run"), Pretrained.load(tmp_path / "run").push_to_hub(tmp_path / "handed on")):
+    for model in (Pretrained.load(tmp_path / "run"), Pretrained.load(tmp_path / "run").save_pretrained(tmp_path / "handed on")):
         made = generate(model, 2, num_steps=2, progress=False)
         pd.testing.assert_frame_equal(made.var, adata.var)
         again = impute(model, adata, hide=0.1, progress=False)

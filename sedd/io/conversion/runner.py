@@ -99,7 +99,7 @@ class TaskRunner:
         if not self.progress or not total:
             yield lambda _: None
             return
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         lock = threading.Lock()
         with tqdm(total=round(total), desc=title, unit=" cells", unit_scale=True, leave=False) as bar:

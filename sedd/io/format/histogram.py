@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 from scipy import sparse
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sedd.errors import UserError
 from sedd.io.format.shards import CHUNK
