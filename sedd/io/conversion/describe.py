@@ -79,6 +79,8 @@ def _holds(matrix: Matrix) -> tuple[str, str | None]:
         return "counts", None
     if not np.isfinite(values).all():
         return "values that are not finite", ""
+    if (largest := values.max()) > np.iinfo(np.uint32).max:
+        return f"values too large for counts (such as {largest:.10g}; the limit is {np.iinfo(np.uint32).max})", ""
     looks = looks_like(values)
     return f"no counts: {looks}", looks
 

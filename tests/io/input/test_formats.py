@@ -268,6 +268,16 @@ def test_single_values_among_counts_are_called_what_they_are(
     assert "scaled" not in said + str(refused.value)
 
 
+def test_whole_numbers_too_large_for_counts_are_not_called_fractions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = cells(counts())
+    adata.X = adata.X.astype(np.int64)
+    adata.X.data[0] = 1 << 33
+    assert main(["info", h5ad(tmp_path / "a", adata)]) == 0
+    said = capsys.readouterr().out
+    assert "too large for counts (such as 8589934592; the limit is 4294967295)" in said
+    assert "--round" not in said
+
+
 def test_every_modality_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = h5mu(tmp_path / "in", cells(counts()))
     with h5py.File(path, "a") as file:
