@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -81,6 +82,21 @@ def test_an_exported_model(target: Path, tiny_run: Path, tmp_path: Path, capsys:
     Pretrained.load(tiny_run).save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(target)))
     assert "damaged" in refused(target, ["generate", str(folder), "-n", "1", "-o", str(tmp_path / "x.h5ad")], capsys)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/dev/zero"])
+def test_an_exported_model_reads_no_file_but_its_own(
+    name: str, target: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "exported"
+    Pretrained.load(tiny_run).save_pretrained(folder)
+    (tmp_path / "secret").write_text("secret")
+    config = json.loads((folder / "config.json").read_text())
+    del config["digest"]
+    config["sha256"][name] = "0" * 64
+    config["digest"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "names other files" in refused(target, ["generate", str(folder), "-n", "1", "-o", str(tmp_path / "x.h5ad")], capsys)
 
 
 def test_a_file_of_settings(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

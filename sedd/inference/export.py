@@ -138,6 +138,8 @@ def read_export(directory: str | Path) -> dict[str, Any]:
             raise UserError(f"{folder}: is of format {settings['sedd_format']!r}; this version of sedd reads format {FORMAT}.")
         if settings.pop("digest") != _digest(settings):
             raise UserError(f"{folder / _CONFIG}: is damaged (not as it was written); export the model again.")
+        if settings["sha256"].keys() != {_WEIGHTS, _PANEL}:  # no file is read that is not one of a model, wherever it is
+            raise UserError(f"{folder / _CONFIG}: names other files than those of an exported model; expected {_WEIGHTS} and {_PANEL}. Export it again.")
         for name, expected in settings["sha256"].items():
             if _sha256(_read(folder, name)) != expected:
                 raise UserError(f"{folder / name}: is damaged (its checksum is not that of config.json); export the model again.")
