@@ -79,8 +79,9 @@ def rates(data: str, directory: str) -> Record:
     found["impute, the zeros"] = rate(lambda n: sedd.impute(directory, adata[:n].copy(), **quiet), 50, 450)
     many = ad.concat([adata] * 6, index_unique="-")
     found["embed"] = rate(lambda n: sedd.embed(directory, many[:n].copy(), **quiet), 256, 16000)
-    found["generate, 128 steps"] = rate(lambda n: sedd.generate(directory, n, **quiet), 128, 640)
+    found["generate, 128 steps"] = rate(lambda n: sedd.generate(directory, n, num_steps=128, **quiet), 128, 640)
     found["generate, 32 steps"] = rate(lambda n: sedd.generate(directory, n, num_steps=32, **quiet), 128, 1152)
+    found["generate, 16 steps"] = rate(lambda n: sedd.generate(directory, n, num_steps=16, **quiet), 128, 1152)
     return found
 
 

@@ -96,7 +96,11 @@ def load(path: str | Path, *, header: bool = False) -> dict[str, Any]:
         raise UserError(f"{path}: the checkpoint is damaged or not one ({reason[:200]}).") from error
     if not isinstance(state, dict) or state.get("sedd_format") != FORMAT:
         found = state.get("sedd_format") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path}: is not a sedd checkpoint of format {FORMAT} (found {found!r}).")
+        if isinstance(found, int):
+            raise UserError(
+                f"{path}: was written by another version of sedd (format {found}; this one reads {FORMAT}). Train again, or use that version."
+            )
+        raise UserError(f"{path}: is not a sedd checkpoint (found {found!r} where its format should be).")
     return state
 
 

@@ -130,3 +130,9 @@ def test_a_checkpoint_that_goes_while_they_are_listed_is_passed_over(
 
     monkeypatch.setattr(Path, "stat", gone)
     assert [p.name for p in checkpoint.numbered_checkpoints(tmp_path)] == ["step_1.pt", "step_3.pt"]
+
+
+def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
+    torch.save({"sedd_format": checkpoint.FORMAT - 1}, tmp_path / "old.pt")
+    with pytest.raises(UserError, match=f"another version of sedd .format {checkpoint.FORMAT - 1}; this one reads {checkpoint.FORMAT}.*Train again"):
+        checkpoint.load(tmp_path / "old.pt")
