@@ -165,6 +165,7 @@ def test_every_task_takes_and_returns_an_anndata() -> None:
     cells = make_counts()
     model = sedd.train(cells, condition=["cell_type"], **TINY)
     assert model is not None
+    assert "parameters" in repr(model) and "tensor(" not in repr(model)  # what a notebook shows
     for made in (
         sedd.impute(model, cells, progress=False),
         sedd.denoise(model, cells, progress=False),

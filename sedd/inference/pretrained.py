@@ -24,7 +24,7 @@ from sedd.processes import default_device
 from sedd.sampling import AnalyticSampler, EulerSampler, make_sampler
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pretrained:
     """A model ready to use.
 
@@ -62,7 +62,11 @@ class Pretrained:
     histogram: sp.csr_array
     libraries: np.ndarray
     state: dict[str, Any]
-    run: object = field(default=None, repr=False, compare=False)
+    run: object = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        """Show what `describe` tells, not the weights."""
+        return self.describe()
 
     @property
     def config(self) -> TrainConfig:
