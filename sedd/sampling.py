@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -211,21 +211,24 @@ class Sampler(ABC):
         unknown = (tokens == self.graph.mask_token).sum(1)
         u = uniforms(seed, _VALUE, names, n_vars)
         left_after = torch.floor(self.survival().to(tokens.device)[:, None] * unknown + 1e-6).long()
+        summary = self.model.summary(tokens)
         for k in range(self.num_steps):
             masked = tokens == self.graph.mask_token
             n_now = masked.sum(1) - left_after[k]
             rows = (n_now > 0).nonzero().squeeze(1)
-            # Few cells at a time: a table of a law of counts is as long as its largest probable count.
-            for here in rows.split(max(1, _TABLES // n_vars)) if len(rows) else ():
-                at = masked[here]
+            if len(rows):
+                at = masked[rows]
                 cells, genes = at.nonzero(as_tuple=True)
-                share, given_here = at.double().mean(1), [_take(x, here) for x in given]
-                law = _Asked(self, self.model.summary(tokens[here]), share, cells, genes, given_here)
+                share, given_here = at.double().mean(1), [_take(x, rows) for x in given]
+                law = _Asked(self, summary[rows], share, cells, genes, given_here)
                 confidence = torch.full(at.shape, -torch.inf, dtype=torch.float64, device=tokens.device)
-                rank = confidence.masked_scatter(at, law.log_table().amax(-1).double()).argsort(dim=1, descending=True, stable=True)
-                surest = (rank.argsort(1) < n_now[here, None]) & at
-                drawn = law.draw(u[here][at])
-                tokens[here] = tokens[here].masked_scatter(surest, drawn[surest[at]])
+                rank = confidence.masked_scatter(at, law.best()).argsort(dim=1, descending=True, stable=True)
+                surest = (rank.argsort(1) < n_now[rows, None]) & at
+                chosen = surest[at].nonzero().squeeze(1)
+                cells, genes = rows[cells[chosen]], genes[chosen]
+                drawn = law.draw(u[cells, genes], chosen)
+                tokens[cells, genes] = drawn
+                self.model.unmask(summary, cells, genes, drawn)
             report(k + 1, self.num_steps)
 
     def _adjusted(self, log_mu: Tensor, without: Callable[[], Tensor]) -> Tensor:
@@ -301,7 +304,23 @@ class _Asked:
         self._readout = ask(*given)
         self._without = ask(None, None) if sampler.guidance != 1 else self._readout
 
-    def log_table(self, at: slice = slice(None)) -> Tensor:
+    @property
+    def _plain(self) -> bool:
+        return self._sampler.temperature == 1 and self._sampler.guidance == 1
+
+    def best(self) -> Tensor:
+        """Return the log-probability of the most probable value of each, guided and tempered, (N,) float64."""
+        if self._plain:
+            found: Tensor = self._sampler.model.head.best(self._readout, self._genes)
+            return found
+        rest = self._genes.new_empty(0, dtype=torch.float64)
+        return torch.cat([rest, *(self.log_table(at).amax(-1) for at in self._parts(len(self._genes)))])
+
+    @staticmethod
+    def _parts(n: int) -> Iterator[slice]:
+        return (slice(lo, lo + _TABLES) for lo in range(0, n, _TABLES))
+
+    def log_table(self, at: slice | Tensor) -> Tensor:
         """Return log-probabilities of all values, guided and tempered, (N, n), normalised float64."""
         sampler, head, genes = self._sampler, self._sampler.model.head, self._genes[at]
         asked = (self._readout[at], self._without[at])
@@ -310,14 +329,14 @@ class _Asked:
         tables = (head.log_table(readout, genes, n) for readout in asked)
         return sampler._adjusted(next(tables), lambda: next(tables))
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Draw a value of each, (N,) int64, by inversion."""
-        sampler = self._sampler
-        if sampler.temperature == 1 and sampler.guidance == 1:
-            drawn: Tensor = sampler.model.head.draw(self._readout, self._genes, u)
+    def draw(self, u: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Draw a value of each, or of those `chosen` (n,), int64, by inversion."""
+        if self._plain:
+            readout, genes = (x if chosen is None else x[chosen] for x in (self._readout, self._genes))
+            drawn: Tensor = self._sampler.model.head.draw(readout, genes, u)
             return drawn
-        parts = (slice(lo, lo + _TABLES) for lo in range(0, len(u), _TABLES))
-        return torch.cat([draw(self.log_table(at), u[at]) for at in parts])
+        which = torch.arange(len(self._genes), device=u.device) if chosen is None else chosen
+        return torch.cat([u.new_empty(0, dtype=torch.int64), *(draw(self.log_table(which[at]), u[at]) for at in self._parts(len(u)))])
 
 
 class AnalyticSampler(Sampler):

@@ -145,6 +145,11 @@ class CountHead(nn.Module):
         slopes = (log_part.softmax(-1).unsqueeze(1) * (of_weight + moves[None, ..., 1])).sum(-1)
         return log_part.logsumexp(-1).exp(), slopes
 
+    def best(self, readout: Tensor, genes: Tensor) -> Tensor:
+        """Log-probability of the most probable count of each, (N,) float64."""
+        found = count_law_draws.best(_host(readout), *self._host(), genes.cpu().numpy())
+        return torch.from_numpy(found).to(readout.device)
+
     def n_states(self, readout: Tensor, genes: Tensor, rest: float = 1e-9) -> int:
         """How many counts, from 0 on, leave less than `rest` of every law."""
         return count_law_draws.reach(_host(readout), *self._host(), genes.cpu().numpy(), rest)
@@ -216,6 +221,11 @@ class SoftmaxHead(nn.Module):
     def n_states(self, readout: Tensor, genes: Tensor, rest: float = 0.0) -> int:
         """Return the number of bins."""
         return len(self.values)
+
+    def best(self, readout: Tensor, genes: Tensor) -> Tensor:
+        """Log-probability of the most probable bin of each, (N,) float64."""
+        tables = (self.log_table(readout[at], genes[at]) for at in chunks(len(genes), self.values))
+        return torch.cat([readout.new_empty(0, dtype=torch.float64), *(table.amax(-1).double() for table in tables)])
 
     def log_table(self, readout: Tensor, genes: Tensor, n: int | None = None) -> Tensor:
         """Return log-probabilities of all bins, (N, n_bins) float32."""

@@ -251,3 +251,17 @@ def test_a_gene_never_seen_and_one_with_a_huge_count_start_somewhere() -> None:
 def test_numbers_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(UserError, match="expected \\(3, 3\\)"):
         count_law.log_probs(np.zeros((1, 2, 1), np.float32), np.zeros((2, 2, 3), np.float32), NONE, np.zeros((1, 2)), np.ones((1, 2), bool))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    weights=st.lists(st.floats(0.01, 1), min_size=3, max_size=3),
+    means=st.lists(st.floats(1e-4, 500), min_size=3, max_size=3),
+    thetas=st.lists(st.floats(0.05, 1000), min_size=3, max_size=3),
+)
+def test_the_best_count_is_the_most_probable_of_all(weights: list[float], means: list[float], thetas: list[float]) -> None:
+    start = law(weights, means, thetas)
+    found = count_law_draws.best(np.zeros((1, 1), np.float32), start, NONE, np.zeros(1, np.int64))[0]
+    want = log_pmf(start[0], np.arange(2_000)).max()
+    near = max(means) <= 60  # else that of the best mode of a component
+    assert found == pytest.approx(want, rel=1e-5, abs=1e-5) if near else want - 0.7 < found <= want + 1e-4
