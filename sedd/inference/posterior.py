@@ -229,13 +229,11 @@ def cross_predict(
         sigmas = [sigma.to(tokens.device) for sigma in sigmas]
         readouts = model.model.readout_by_part(tokens, sigmas, places, **here.context)
         for part, place, readout in zip(parts, places, readouts, strict=True):
-            sums = Sums.of_zeros((len(tokens), len(part)), log1p=log1p)
             given = {name: value[part] for name, value in own.items()}
             if own_counts:
                 given["counts"] = np.ascontiguousarray(here.counts[:, part])
             everywhere = torch.ones(readout.shape[:2], dtype=torch.bool)
-            model.model.head.add_moments(sums, readout, everywhere, genes=place, scale=scale, **given)
-            total.add(sums, part)
+            model.model.head.add_moments(total, readout, everywhere, genes=place, scale=scale, **given)
     mean, std = total.mean_and_std()
     return mean, std, total.log1p / total.evidence if log1p else None
 

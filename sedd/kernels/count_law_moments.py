@@ -15,7 +15,7 @@ from sedd.kernels.vector_math import BLOCK
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _moments(
-    readout: Any, start: Any, moves: Any, masked: Any, counts: Any, by_own: Any, scale: Any,
+    readout: Any, start: Any, moves: Any, masked: Any, counts: Any, by_own: Any, scale: Any, columns: Any,
     evidence: Any, first: Any, second: Any, zero: Any, log: Any,
 ) -> None:  # fmt: skip
     laws = np.empty((27, BLOCK), np.float32)
@@ -36,8 +36,8 @@ def _moments(
         fill_laws(start, readout, moves, gene, cell, n, laws)
         log_likelihoods(laws, own, n, part, rise, best, log_p)
         for i in range(n):
-            g, b = gene[i], cell[i]
-            known, k = by_own[g], own[i]
+            known, k = by_own[gene[i]], own[i]
+            g, b = columns[gene[i]], cell[i]
             p = math.exp(np.float64(log_p[i]))
             times = max(p, 1e-300) if known else 1.0
             evidence[b, g] += times
@@ -87,12 +87,6 @@ class Sums(NamedTuple):
             np.zeros(shape) if log1p else none,
         )
 
-    def add(self, others: Sums, columns: np.ndarray) -> None:
-        """Add the sums of some of the genes."""
-        for own, other in zip(self, others, strict=True):
-            if own.size:
-                own[:, columns] += other
-
     def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each entry, 0 where nothing was added."""
         share = 1 / np.where(self.evidence > 0, self.evidence, 1)
@@ -110,6 +104,7 @@ def add_moments(
     counts: np.ndarray | None = None,
     by_own: np.ndarray | None = None,
     scale: np.ndarray | None = None,
+    columns: np.ndarray | None = None,
 ) -> None:
     """Add the expectations of the masked entries to `sums`.
 
@@ -124,10 +119,13 @@ def add_moments(
         for each component, a gamma law with shape `theta + count` and mean `mean (theta + count) / (theta + mean)`.
     scale : (B,) float64, optional
         For `log1p`.
+    columns : (n_vars,) int64, optional
+        Where in the sums each gene of the other arrays has its column; in their order if not given.
     """
     check_law(readout, start, moves)
     none = by_own is None or counts is None
     own = np.zeros(masked.shape[1], np.bool_) if by_own is None else by_own
     given = np.zeros((1, 1), np.float32) if none or counts is None else counts
     scales = np.zeros(len(masked)) if scale is None else scale
-    _moments(by_gene(readout), start.reshape(-1, 9), moves.reshape(-1, 9), masked, given, own, scales, *sums)
+    places = np.arange(masked.shape[1]) if columns is None else columns
+    _moments(by_gene(readout), start.reshape(-1, 9), moves.reshape(-1, 9), masked, given, own, scales, places, *sums)

@@ -122,13 +122,15 @@ class CountHead(nn.Module):
         Parameters
         ----------
         genes : (n,) int64, optional
-            The genes of the columns of all other arrays; all genes by default.
+            The genes of the columns of all other arrays but the sums, which have a column for each gene; all genes by default.
         **given
             `counts`, `by_own` and `scale` of `sedd.kernels.count_law_moments.add_moments`.
         """
         start, moves = self._host()
-        start = start if genes is None else start[genes.cpu().numpy()]
-        count_law_moments.add_moments(sums, readout.detach().float().cpu().numpy(), start, moves, masked.cpu().numpy(), **given)
+        columns = None if genes is None else genes.cpu().numpy()
+        start = start if columns is None else start[columns]
+        asked = readout.detach().float().cpu().numpy(), start, moves, masked.cpu().numpy()
+        count_law_moments.add_moments(sums, *asked, columns=columns, **given)
 
     def draw(self, readout: Tensor, genes: Tensor, u: Tensor) -> Tensor:
         """Draw counts, (N,) int64, by inversion of (N,) float64 uniform numbers."""
@@ -257,8 +259,9 @@ class SoftmaxHead(nn.Module):
         values = self.values.double()
         for part in chunks(len(places), values):
             rows, columns = cells[part], places[part]
-            p = self.log_table(readout[rows, columns], columns if genes is None else genes[columns]).double().exp()
-            at = (rows.cpu().numpy(), columns.cpu().numpy())
+            whose = columns if genes is None else genes[columns]
+            p = self.log_table(readout[rows, columns], whose).double().exp()
+            at = (rows.cpu().numpy(), whose.cpu().numpy())
             sums.evidence[at] += 1
             mean = p @ values
             sums.first[at] += mean.cpu().numpy()
