@@ -2,7 +2,7 @@ r"""Speed and quality of generation against the number of steps, for both backbo
 
     python benchmarks/sampling.py --data data/pbmc3k.h5ad --n_genes 200 --attention latent full
     python benchmarks/sampling.py --data data/pbmc3k.h5ad --n_genes 2000 --attention latent --hidden_dim 128 --num_layers 3 \
-        --num_heads 4 --cells 540
+        --num_heads 4 --cells 540 --steps 1 8 16 32 128 512
     python benchmarks/sampling.py --data data/pbmc3k.h5ad --n_genes 2000 --attention full --hidden_dim 128 --num_layers 3 \
         --num_heads 4 --cells 4 --steps 1 8 32 --confidence_steps 8 --epochs 0
 
