@@ -62,11 +62,11 @@ def keywords_of(*groups: type, without: tuple[str, ...] = ()) -> Callable[[Funct
         function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         if function.__doc__ is not None:  # there is none under python -OO
             options = next(p.name for p in own.parameters.values() if p.kind == inspect.Parameter.VAR_KEYWORD)
-            listed = textwrap.indent("\n".join(lines), "    ")
+            listed = "\n".join(lines)
             function.__doc__ = re.sub(
-                rf"^    (layer, raw, )?\*\*{options}\b.*\n(        .*\n)*",
+                rf"^(layer, raw, )?\*\*{options}\b.*\n(    .*\n)*",
                 lambda said: f"{said[0]}{listed}\n",
-                function.__doc__,
+                inspect.cleandoc(function.__doc__),  # as Python 3.13 has it
                 count=1,
                 flags=re.MULTILINE,
             )

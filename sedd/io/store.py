@@ -150,8 +150,10 @@ class CellStore:
         group = self._group["obs"]
         index = group[str(group.attrs["_index"])]
         if not isinstance(index, zarr.Array):  # strings of which some may be missing
-            yield from self.obs.index
-            return
+            if np.any(index["mask"][:]):
+                yield from self.obs.index
+                return
+            index = index["values"]
         for lo in range(0, self.n_obs, _NAMES):
             yield from index[lo : min(lo + _NAMES, self.n_obs)]
 

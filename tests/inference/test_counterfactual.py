@@ -100,7 +100,7 @@ def test_under_one_batch_cells_of_all_batches_have_the_rates_that_it_would_have_
 def test_an_embedding_without_batches_mixes_them_and_keeps_types_apart(batched: Pretrained) -> None:
     adata = in_batches()[0]
     del adata.obs["cell_type"]  # so it is not given
-    kind, batch = make_counts(300).obs["cell_type"].astype(str).to_numpy(), adata.obs["batch"].to_numpy()
+    kind, batch = np.array([str(label) for label in make_counts(300).obs["cell_type"]]), adata.obs["batch"].to_numpy()
 
     def distinct(z: np.ndarray, labels: np.ndarray) -> float:
         between = np.stack([z[labels == label].mean(0) for label in labels])
