@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 
@@ -24,6 +25,7 @@ from sedd.errors import UserError, warn_user
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import AnnDataSource, Reading
 from sedd.io.convert import convert
+from sedd.io.format.elements import write_elements
 from sedd.io.store import CellStore
 from sedd.options import keywords_of
 from sedd.processes import launched
@@ -170,25 +172,26 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
     matrix = source.rows(layer, raw).take(np.arange(adata.n_obs))
     var = adata.raw.var if raw else adata.var
     var = var.copy() if isinstance(var, pd.DataFrame) else var.to_memory()  # of a lazy AnnData
-    slim = ad.AnnData(None if raw or layer else matrix, obs=source.obs[columns], var=None if raw else var)
+    obs, bare = source.obs[columns], pd.DataFrame(index=var.index)
+    slim = ad.AnnData(None if raw or layer else matrix, obs=pd.DataFrame(index=obs.index), var=None if raw else bare)
     if layer:
         slim.layers[layer] = matrix
     if raw:
-        slim.raw = ad.AnnData(matrix, obs=source.obs[columns], var=var)
+        slim.raw = ad.AnnData(matrix, obs=slim.obs, var=bare)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cells-", dir=directory) as folder:
         path = Path(folder, "cells.h5ad")
-        try:
-            slim.write_h5ad(path)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the AnnData: its var, or obs of the conditions, cannot be written ({reason}); remove or mend that column.") from error
+        slim.write_h5ad(path)
+        with h5py.File(path, "r+") as file:  # tables hold what anndata itself refuses to write, such as dates
+            for group, name, table in ((file, "obs", obs), (file["raw"] if raw else file, "var", var)):
+                del group[name]
+                write_elements(group, {name: table}, rows=None)
         taken = {name: value for name, value in config.data.of_inputs().items() if name != "drop"}  # what they name is not there
 
         def make(values: Any) -> str:
             store = convert([path], Path(folder, "cells.zarr"), progress=False, values=values, **taken)
             assert store is not None
-            target = directory / f"cells-{_digest(store.fingerprint, slim.obs, taken)}.zarr"
+            target = directory / f"cells-{_digest(store.fingerprint, obs, taken)}.zarr"
             store.close()
             if not target.exists():
                 os.rename(store.path, target)

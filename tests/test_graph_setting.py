@@ -113,13 +113,13 @@ def test_a_model_of_before_the_setting_is_of_the_absorbing_graph(tiny_run: Path,
 
 def test_geometric_noise_trains_with_the_absorbing_graph_and_draws(joint_h5ad: Path, tmp_path: Path) -> None:
     flags = ["--noise", "geometric", "--binning", "identity", "--num_bins", "4", "--dropout", "0", "--batch_size", "64", "--hidden_dim", "32"]
-    flags += ["--num_epochs", "12", "--learning_rate", "5e-3", "--ema_decay", "0.99"]
+    flags += ["--num_epochs", "16", "--learning_rate", "5e-3", "--ema_decay", "0.99"]
     where = ["--data_path", str(joint_h5ad), "--checkpoint_dir", str(tmp_path / "run")]
     assert main(["train", *where, *TINY_FLAGS, *flags]) == 0
     last = json.loads((tmp_path / "run" / "history.json").read_text())[-1]
     learned = INDEPENDENT - JOINT.entropy()
     assert JOINT.entropy() - 4 * last["val_nelbo_se"] < last["val_nelbo"]
-    assert bound_of(Pretrained.load(tmp_path / "run" / "final.pt")) < INDEPENDENT - 0.65 * learned
+    assert bound_of(Pretrained.load(tmp_path / "run" / "final.pt")) < INDEPENDENT - 0.7 * learned
     out = impute(tmp_path / "run", cells_of(JOINT, 2000), predict=["gene0"], num_samples=1, progress=False)
     visible = cells_of(JOINT, 2000).X
     drawn = dense(out.layers["sedd_sample_0"])[:, 0].astype(int)

@@ -15,6 +15,7 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import make_counts
@@ -67,6 +68,19 @@ def test_raw_names_and_versions_are_read_as_from_a_file() -> None:
     model = sedd.train(whole, raw=True, gene_names="symbol", strip_version=True, drop=["obs/depth"], **TINY)
     assert model is not None
     assert list(model.genes[:2]) == ["ENSG00000000000", "ENSG00000000001"] and len(model.genes) == 60
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_columns_that_anndata_cannot_write_do_not_stop_it(raw: bool) -> None:
+    cells = make_counts()
+    n = cells.n_vars
+    cells.var["when"], cells.var["month"] = pd.date_range("2020", periods=n), pd.period_range("2020", periods=n, freq="M")
+    cells.var["G1/S"], cells.var["mixed"] = np.arange(n), pd.Series(([1, "a", None] * n)[:n], index=cells.var_names, dtype=object)
+    if raw:
+        cells.raw = cells
+    model = sedd.train(cells, raw=raw, condition=["cell_type"], **TINY)
+    assert model is not None and list(model.genes) == list(cells.var_names[np.isin(cells.var_names, model.genes)])
+    assert model.categories["cell_type"] == ["T cell", "monocyte", "B cell"]
 
 
 def test_the_temporary_run_goes_with_the_model_and_what_was_saved_stays(tmp_path: Path) -> None:
