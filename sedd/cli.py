@@ -26,7 +26,7 @@ from sedd.training.stopping import EXIT_INTERRUPTED, TrainingInterrupted, follow
 
 _TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.DisallowNone)
 
-_PURPOSES = {
+PURPOSES = {
     "Prepare data": ("convert", "verify"),
     "Train a model": ("train", "runs"),
     "Use a model": ("impute", "denoise", "generate", "embed", "annotate", "score"),
@@ -152,7 +152,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 def _overview() -> str:
     lines = ["usage: sedd COMMAND ...", "", "Score-entropy discrete diffusion for single-cell RNA-seq."]
     classes = {"train": TrainConfig, **COMMANDS}
-    for purpose, names in _PURPOSES.items():
+    for purpose, names in PURPOSES.items():
         lines += ["", f"{purpose}:"]
         lines += [f"  {name:<10} {(classes[name].__doc__ or '').strip().splitlines()[0]}" for name in names]
     return "\n".join([*lines, "", "`sedd COMMAND --help` lists a command's options."])

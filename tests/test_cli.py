@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sedd import __version__
-from sedd.cli import _PURPOSES, main
+from sedd.cli import PURPOSES, main
 from sedd.commands import COMMANDS
 from sedd.config import ConversionSettings
 from sedd.config_files import setting_types
@@ -90,7 +90,7 @@ def test_the_overview_names_each_command_once_by_its_purpose(capsys: pytest.Capt
     main(["--help"])
     page = capsys.readouterr().out
     assert sorted(re.findall(r"^  (\w+) ", page, re.MULTILINE)) == sorted(["train", *COMMANDS])
-    assert re.findall(r"^([A-Z].*):$", page, re.MULTILINE) == list(_PURPOSES)
+    assert re.findall(r"^([A-Z].*):$", page, re.MULTILINE) == list(PURPOSES)
 
 
 def test_the_word_none_is_a_name_not_a_missing_value(tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Builds the site into docs/_build/html, tutorials executed: a warning, a broken link or a name without a page is an error.
+# Further arguments go to sphinx-build: ./bash/docs.sh -D nb_execution_mode=off builds without the tutorials' output, in half a minute.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./bash/setup.sh
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt --editable '.[docs]'
+rm -rf docs/_build docs/reference/generated
+.venv/bin/python -m sphinx -b html -W --keep-going -q -j 2 "$@" docs docs/_build/html
+echo "docs: open docs/_build/html/index.html"

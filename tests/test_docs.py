@@ -1,0 +1,69 @@
+"""Every public name has a page, and what the pages say is there is there."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from sedd.config import SECTIONS
+
+DOCS = ROOT / "docs"
+PUBLIC = ["sedd", "sedd.io", "sedd.io.plan", "sedd.metrics", "sedd.evaluation", "sedd.report"]
+
+
+def _names_with_a_page() -> set[str]:
+    """Return the full names in the lists of the reference."""
+    found = set()
+    for page in (DOCS / "reference").glob("*.md"):
+        module = ""
+        for line in page.read_text().splitlines():
+            if line.startswith(".. currentmodule:: "):
+                module = line.split()[-1]
+            elif re.fullmatch(r"   [A-Za-z_][\w.]*", line):
+                found.add(f"{module}.{line.strip()}")
+            elif line.startswith(".. autoclass:: "):
+                found.add(f"{module}.{line.split()[-1]}")
+    return found
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_has_a_page(module: str) -> None:
+    pages = {id(_resolved(name)) for name in _names_with_a_page()}
+    public = importlib.import_module(module)
+    assert not [name for name in public.__all__ if name != "__version__" and id(getattr(public, name)) not in pages]
+
+
+def _resolved(name: str) -> object:
+    found: object = importlib.import_module("sedd")
+    for part in name.split(".")[1:]:
+        found = getattr(found, part, None) or importlib.import_module(f"{getattr(found, '__name__', '')}.{part}")
+    return found
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    bare = [name for name in _names_with_a_page() if not (getattr(_resolved(name), "__doc__", None) or "").strip()]
+    assert not bare
+
+
+def test_every_group_of_settings_has_a_page() -> None:
+    assert {f"sedd.config.{section.__name__}" for section in SECTIONS.values()} <= _names_with_a_page()
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *sorted(DOCS.glob("**/*.md"))], ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_links_to_what_is_there(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", page.read_text())
+    local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
+    assert not [link for link in local if not (page.parent / link).exists()]
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = set()
+    for page in DOCS.glob("**/*.md"):
+        for block in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL):
+            listed |= {(page.parent / line).resolve() for line in block.splitlines() if line and not line.startswith(":")}
+    pages = [page for page in DOCS.glob("**/*.md") if "generated" not in page.parts and "_build" not in page.parts]
+    assert not [page.name for page in pages if page.with_suffix("").resolve() not in listed and page.name != "index.md"]
