@@ -260,7 +260,7 @@ class Append:
 
     def _tables(self, store: CellStore) -> _Tables:
         """Read the tables of all cells, before the matrices are touched."""
-        from sedd.io.conversion.tables import append_obs, append_uns
+        from sedd.io.conversion.joins import append_obs, append_uns
 
         kept = self._settings(store)
         with ExitStack() as stack:

@@ -98,9 +98,10 @@ def check(plan: Plan, runner: TaskRunner, gathered: Gathered) -> None:
     store = CellStore(root)
     spans = store.spans(CHECK_VALUES)
     hashes = runner.run(span_hashes, [(root, *span) for span in spans], [hi - lo for lo, hi in spans], title="check")
-    wrong = np.flatnonzero(np.concatenate(hashes) != gathered.hashes)
-    if wrong.size:
-        raise OSError(f"cell {wrong[0]} reads back differently from what was written")
+    for (lo, hi), found in zip(spans, hashes, strict=True):
+        wrong = np.flatnonzero(found != gathered.hashes[lo:hi])
+        if wrong.size:
+            raise OSError(f"cell {lo + wrong[0]} reads back differently from what was written")
 
 
 def report(store: CellStore, where: str) -> None:

@@ -45,7 +45,7 @@ class Statistics:
 
     def content(self) -> str:
         """Return a hash of the matrix: of every cell's entries, in order."""
-        return hashlib.blake2b(self.hashes.tobytes(), digest_size=16).hexdigest()
+        return hashlib.blake2b(self.hashes.data, digest_size=16).hexdigest()
 
 
 class OfStores(Statistics):

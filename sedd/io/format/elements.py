@@ -7,7 +7,7 @@ looks for it; what no Zarr store can hold under its name gets another; text with
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,9 @@ from sedd.io.format.plain import kind_of, made_unique, write_plain
 
 ROWS = 1 << 20
 """Rows of a column in one chunk of a Zarr store: few files."""
+
+TEXT_ROWS = 1 << 18
+"""Those of a column of text, which takes ten times the memory."""
 
 _RESERVED = {"", ".", "..", "zarr.json", ".zarray", ".zgroup", ".zattrs"}
 """What no part of a path in a Zarr store can be."""
@@ -55,7 +58,8 @@ def write_elements(group: Any, elements: Mapping[str, Any], *, rows: int | None 
             element = {names[name]: value for name, value in element.items()}
         shape: tuple[int, ...] = getattr(element, "shape", ())
         if rows is not None and iospec.encoding_type in ("array", "string-array") and len(shape) and 0 not in shape:
-            dataset_kwargs = {**dataset_kwargs, "chunks": (min(rows, shape[0]), *shape[1:])}
+            most = rows if iospec.encoding_type == "array" else min(rows, TEXT_ROWS)
+            dataset_kwargs = {**dataset_kwargs, "chunks": (min(most, shape[0]), *shape[1:])}
         func(store, key, element, dataset_kwargs=dataset_kwargs)
 
     def put(group: Any, key: str, element: Any) -> None:
@@ -86,9 +90,9 @@ def _write_table(func: Any, store: Any, key: str, table: pd.DataFrame, put: Any)
         plain = plain.rename_axis(None)
     func(store, key, plain, dataset_kwargs={})
     inside = store[key]
-    deep: dict[str, Any] = {name: _array(table[name]) for name in nested}
+    deep: dict[str, Any] = {name: array_of(table[name]) for name in nested}
     if index is not None and "/" in index:
-        deep[index] = _array(table.index)
+        deep[index] = array_of(table.index)
         del inside["_index"]
         inside.attrs["_index"] = index
     for name, values in deep.items():
@@ -98,17 +102,25 @@ def _write_table(func: Any, store: Any, key: str, table: pd.DataFrame, put: Any)
         inside.attrs["column-order"] = columns
 
 
-def _array(values: Any) -> Any:
+def array_of(values: Any) -> Any:
     """Return the array of a column or an index, as what it is to anndata."""
     array = values.array
     return array.to_numpy() if type(array) is pd.arrays.NumpyExtensionArray else array  # StringArray is a kind of it
 
 
-def writable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def writable_table(table: pd.DataFrame, *, is_index: Callable[[Any], bool] | None = None) -> tuple[pd.DataFrame, list[str]]:
     """Return a table that files can hold with every value and every missing value, and what had to be renamed.
 
     Repeated names of columns get numbers, as AnnData gives them to names of cells.
+
+    Parameters
+    ----------
+    is_index : whether a column has the values of the index, where `table` has not all rows
     """
+
+    def is_own_index(name: Any) -> bool:
+        return bool((table[name].astype(str) == table.index.astype(str)).all())
+
     names = free_names([str(name) for name in table.columns], reserved=("_index",))
     columns = [names.get(str(name), "") for name in table.columns]
     if len(set(columns)) < len(columns):
@@ -124,14 +136,13 @@ def writable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         columns=columns or None,
     )
     index = table.index
-    if index.dtype == object or isinstance(index, pd.CategoricalIndex) or not pd.api.types.is_string_dtype(index.dtype):
-        written.index = index.astype(str)
+    written.index = text_index(index)
     name = None if index.name is None else str(index.name)
     if name is not None and name != "_index":
         free = free_names([name])[name]
         if free != name:
             notes.append(f"index {name!r} is kept as {free!r}")
-        if free in columns and not (written[free].astype(str) == written.index.astype(str)).all():
+        if free in columns and not (is_index or is_own_index)(table.columns[columns.index(free)]):
             notes.append(
                 f"column {free!r} is kept; the index of that name, which differs from it, has no name any more"
             )
@@ -141,6 +152,12 @@ def writable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         name = free or None
     written.index = written.index.rename(name)  # a new one: the index is the caller's
     return written, notes
+
+
+def text_index(index: pd.Index) -> pd.Index:
+    """Return an index as text, unless it is."""
+    is_text = index.dtype != object and not isinstance(index, pd.CategoricalIndex) and pd.api.types.is_string_dtype(index.dtype)
+    return index if is_text else index.astype(str)
 
 
 def _shown(name: Any) -> str:

@@ -75,12 +75,21 @@ def _read_table(node: Any) -> Any:
     return frame
 
 
-def _read_nullable_strings(node: Any) -> Any:
-    text = pd.Index(["a"]).dtype  # a type of its own since pandas 3, in which a missing value is NaN
+def _nullable_strings(node: Any) -> Callable[..., Any]:
+    """Return what makes an array of a group of nullable strings from its `values` and `mask`."""
+    text: Any = pd.Index(["a"]).dtype  # a type of its own since pandas 3, in which a missing value is NaN
     is_text = isinstance(text, pd.StringDtype) and node.attrs.get("na-value") == "NaN"
-    values: Any = pd.array(read_element(node["values"]).astype(object), dtype=text if is_text else pd.StringDtype())
-    values[read_element(node["mask"])] = values.dtype.na_value
-    return values
+
+    def make(values: np.ndarray, *, mask: np.ndarray) -> Any:
+        array: Any = pd.array(values.astype(object), dtype=text if is_text else pd.StringDtype())
+        array[mask] = array.dtype.na_value
+        return array
+
+    return make
+
+
+def _read_nullable_strings(node: Any) -> Any:
+    return _nullable_strings(node)(read_element(node["values"]), mask=read_element(node["mask"]))
 
 
 def _read_csr(node: Any) -> sparse.csr_matrix:
@@ -90,6 +99,31 @@ def _read_csr(node: Any) -> sparse.csr_matrix:
 
 def _reader_of_masked(array: Any) -> Callable[[Any], Any]:
     return lambda node: array(read_element(node["values"]), mask=read_element(node["mask"]))
+
+
+def rows_of(node: Any) -> tuple[int, Callable[[int, int], Any]] | None:
+    """Return how long a column of a table is and what reads rows `lo:hi` of it, as `read_element` would; None for an uncommon encoding."""
+    found = node.attrs.get("encoding-type"), node.attrs.get("encoding-version")
+    kind = Kind(*found) if all(isinstance(word, str) for word in found) else None
+    if kind in (ARRAY, STRINGS) or (found == (None, None) and "categories" not in node.attrs):  # before anndata 0.8 nothing was said
+        is_text = hasattr(node, "asstr") and node.dtype.kind == "O"
+        if len(getattr(node, "shape", ())) != 1 or (node.dtype.kind not in "biuf" and not is_text and kind != STRINGS):
+            return None
+        rows = node.asstr() if is_text else node
+        return int(node.shape[0]), lambda lo, hi: rows[lo:hi]
+    if kind == CATEGORICAL:
+        codes, ordered = node["codes"], bool(node.attrs["ordered"])
+        dtype = pd.CategoricalDtype(read_element(node["categories"]), ordered=ordered)
+        return int(codes.shape[0]), lambda lo, hi: pd.Categorical.from_codes(codes[lo:hi], dtype=dtype)
+    masked: dict[Kind | None, Callable[..., Any]] = {
+        INTEGERS: pd.arrays.IntegerArray, BOOLEANS: pd.arrays.BooleanArray, NULLABLE_STRINGS: _nullable_strings(node),
+    }  # fmt: skip
+    if kind not in masked:
+        return None
+    values = rows_of(node["values"])
+    if values is None:
+        return None
+    return values[0], lambda lo, hi: masked[kind](values[1](lo, hi), mask=node["mask"][lo:hi])
 
 
 _READERS: dict[Kind, Callable[[Any], Any]] = {
@@ -141,33 +175,37 @@ def write_plain(
     """
     kind = kind_of(element)
     assert kind is not None
-    encoding = dict(zip(("encoding-type", "encoding-version"), kind, strict=True))
     if kind in (ARRAY, STRINGS, NUMBER, STRING):
-        _write_array(group, key, np.asarray(element), attributes=encoding, **dataset_kwargs)
+        _write_array(group, key, np.asarray(element), attributes=encoding(kind), **dataset_kwargs)
         return
-    more: dict[str, Any] = {}
-    inside: dict[str, Any] = {}
-    if kind == MAPPING:
-        inside = element
-    elif kind == TABLE:
-        index = "_index" if element.index.name is None else element.index.name
-        more = {"column-order": element.columns.tolist(), "_index": index}
-        inside = {index: element.index._values} | {name: column._values for name, column in element.items()}
-    elif kind == CATEGORICAL:
-        more = {"ordered": bool(element.ordered)}
-        inside = {"codes": element.codes, "categories": element.categories.to_numpy()}
-    elif kind == CSR:
-        more = {"shape": list(map(int, element.shape))}
-    elif kind == NULLABLE_STRINGS:
-        more = {"na-value": "NaN"}
-        inside = {"values": element.to_numpy(object, na_value=""), "mask": element.isna()}
-    else:
-        inside = {"values": element.to_numpy(na_value=0, dtype=element.dtype.numpy_dtype), "mask": element.isna()}
-    made = group.create_group(key, attributes=more | encoding, overwrite=True)
+    more, inside = parts_of(kind, element)
+    made = group.create_group(key, attributes=more | encoding(kind), overwrite=True)
     for name, part in inside.items():
         put(made, name, part)
     for name in ("data", "indices", "indptr") if kind == CSR else ():
         _write_array(made, name, getattr(element, name))
+
+
+def encoding(kind: Kind) -> dict[str, str]:
+    """Return the attributes that say how an element is encoded."""
+    return dict(zip(("encoding-type", "encoding-version"), kind, strict=True))
+
+
+def parts_of(kind: Kind, element: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what else the attributes of an element's group say, and the elements in it but for those of a matrix."""
+    if kind == MAPPING:
+        return {}, element
+    if kind == TABLE:
+        index = "_index" if element.index.name is None else element.index.name
+        columns = {index: element.index._values} | {name: column._values for name, column in element.items()}
+        return {"column-order": element.columns.tolist(), "_index": index}, columns
+    if kind == CATEGORICAL:
+        return {"ordered": bool(element.ordered)}, {"codes": element.codes, "categories": element.categories.to_numpy()}
+    if kind == CSR:
+        return {"shape": list(map(int, element.shape))}, {}
+    if kind == NULLABLE_STRINGS:
+        return {"na-value": "NaN"}, {"values": element.to_numpy(object, na_value=""), "mask": element.isna()}
+    return {}, {"values": element.to_numpy(na_value=0, dtype=element.dtype.numpy_dtype), "mask": element.isna()}
 
 
 def _write_array(group: Any, key: str, values: np.ndarray, **how: Any) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from sedd.errors import UserError
 from sedd.io.input.base import Input, Naming
+from sedd.io.input.cells import CellTable, LazyCells
 from sedd.io.input.faults import READ_ERRORS, reading
 from sedd.io.input.matrix import Matrix
 from sedd.io.input.slices import is_array
@@ -142,6 +143,29 @@ class AnnDataFile(Input):
     def _obs(self, drop: tuple[str, ...] = ()) -> pd.DataFrame:
         return self._frame("obs", drop)
 
+    def cells(self, columns: list[str] | None = None, drop: tuple[str, ...] = ()) -> CellTable:
+        """Return what `obs` returns, to be read in blocks of rows: nothing is read for it."""
+        node = self.root.get("obs")
+        if node is None or is_array(node):
+            return super().cells(columns, drop)
+        with reading(self.path, "obs"):
+            there = [_text(name) for name in node.attrs["column-order"] if f"obs/{_text(name)}" not in drop]
+            index, n_rows = _text(node.attrs.get("_index", "_index")), self.n_obs
+
+        def open_column(name: str | None) -> tuple[int, Callable[[int, int], Any]]:
+            place = "obs" if name is None else f"obs/{name}"
+            with reading(self.path, place, _leave_out(place) if name is not None else ""):
+                length, read = _rows_of(node[index if name is None else name])
+
+            def read_there(lo: int, hi: int) -> Any:
+                with reading(self.path, place, _leave_out(place) if name is not None else ""):
+                    return read(lo, hi)
+
+            return length, read_there
+
+        name = None if index == "_index" else index
+        return LazyCells(self.path, self._wanted(columns, there), name, n_rows, open_column)
+
     def _var(self, raw: bool = False, drop: tuple[str, ...] = ()) -> pd.DataFrame:
         return self._frame(self._var_name(raw), drop)
 
@@ -245,6 +269,17 @@ def _read_quietly(node: Any) -> Any:
             raise
         except Exception as error:  # anndata has types of its own for what a damaged attribute makes of an element
             raise ValueError(str(error)) from error
+
+
+def _rows_of(node: Any) -> tuple[int, Callable[[int, int], Any]]:
+    """Return how long a column is and what reads rows of it; one of an uncommon encoding is read whole, once."""
+    from sedd.io.format.plain import rows_of
+
+    found = None if is_array(node) and node.dtype.kind == "S" else rows_of(node)
+    if found is not None:
+        return found
+    whole = _read_quietly(node)
+    return len(whole), lambda lo, hi: whole[lo:hi]
 
 
 def _decoded(value: Any) -> Any:

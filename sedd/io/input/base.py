@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from sedd.errors import UserError
+from sedd.io.input.cells import CellTable
 from sedd.io.input.faults import READ_ERRORS
 from sedd.io.input.matrix import Matrix
 
@@ -175,12 +176,20 @@ class Input(ABC):
     def obs(self, columns: list[str] | None = None, drop: tuple[str, ...] = ()) -> pd.DataFrame:
         """Return the cells' table, or only some `columns` of it; elements in `drop`, such as `obs/NAME`, are not read."""
         frame = self._obs(drop)
+        return frame if columns is None else frame[self._wanted(columns, list(frame.columns))]
+
+    def cells(self, columns: list[str] | None = None, drop: tuple[str, ...] = ()) -> CellTable:
+        """Return what `obs` returns, to be read in blocks of rows."""
+        return CellTable(self.obs(columns, drop))
+
+    def _wanted(self, columns: list[str] | None, there: list[Any]) -> list[Any]:
+        """Return which columns of obs to take, all of them for None; refuses those that are not there."""
         if columns is None:
-            return frame
-        missing = [name for name in columns if name not in frame]
+            return there
+        missing = [name for name in columns if name not in there]
         if missing:
-            raise UserError(f"{self.path}: obs has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}.")
-        return frame[columns]
+            raise UserError(f"{self.path}: obs has no column {missing[0]!r}; it has {', '.join(map(str, there))}.")
+        return columns
 
     def var(self, raw: bool = False, drop: tuple[str, ...] = ()) -> pd.DataFrame:
         """Return the genes' table by the names that are asked for, of which some may repeat.
