@@ -105,7 +105,7 @@ def rows_of(node: Any) -> tuple[int, Callable[[int, int], Any]] | None:
     """Return how long a column of a table is and what reads rows `lo:hi` of it, as `read_element` would; None for an uncommon encoding."""
     found = node.attrs.get("encoding-type"), node.attrs.get("encoding-version")
     kind = Kind(*found) if all(isinstance(word, str) for word in found) else None
-    if kind in (ARRAY, STRINGS) or (found == (None, None) and "categories" not in node.attrs):  # before anndata 0.8 nothing was said
+    if kind in (ARRAY, STRINGS) or found == (None, None):  # before anndata 0.8 nothing was said
         is_text = hasattr(node, "asstr") and node.dtype.kind == "O"
         if len(getattr(node, "shape", ())) != 1 or (node.dtype.kind not in "biuf" and not is_text and kind != STRINGS):
             return None

@@ -144,13 +144,15 @@ class AnnDataFile(Input):
         return self._frame("obs", drop)
 
     def cells(self, columns: list[str] | None = None, drop: tuple[str, ...] = ()) -> CellTable:
-        """Return what `obs` returns, to be read in blocks of rows: nothing is read for it."""
+        """Return what `obs` returns, to be read in blocks of rows; tables from before anndata 0.8 are read whole."""
         node = self.root.get("obs")
         if node is None or is_array(node):
             return super().cells(columns, drop)
         with reading(self.path, "obs"):
             there = [_text(name) for name in node.attrs["column-order"] if f"obs/{_text(name)}" not in drop]
             index, n_rows = _text(node.attrs.get("_index", "_index")), self.n_obs
+            if any(name in node and "categories" in node[name].attrs for name in there):  # codes that only their table can tell from numbers
+                return super().cells(columns, drop)
 
         def open_column(name: str | None) -> tuple[int, Callable[[int, int], Any]]:
             place = "obs" if name is None else f"obs/{name}"
