@@ -76,7 +76,7 @@ def denoise(
     """Denoised counts: with the entry's own count, from the other genes alone, and by the mean of the logarithm."""
     settings: dict[str, Any] = {"folds": folds, "rounds": rounds, "seed": seed, "progress": False}
     made = tasks.denoise(model, adata, log1p=True, **settings)[:, adata.var_names]
-    others = tasks.denoise(model, adata, own_counts=False, **settings)[:, adata.var_names]
+    others = tasks.denoise(model, adata, own_counts="none", **settings)[:, adata.var_names]
     return {
         "sedd": np.asarray(made.X, np.float64),
         "sedd, other genes only": np.asarray(others.X, np.float64),

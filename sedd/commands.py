@@ -239,8 +239,8 @@ class Denoise(_Prediction):
     """Random partitions of the genes to average over."""
     folds: int = 4
     """Parts of a partition; each is hidden once."""
-    own_counts: bool = True
-    """Whether a count has a say in its own denoised value; --no_own_counts leaves it to the other genes."""
+    own_counts: Literal["learned", "full", "none"] = "learned"
+    """How much a count has a say in its own denoised value: as much as similar cells confirm, all that it can, or not at all."""
     log1p: bool = False
     """Also give the expected log1p(CP10k), in the layer sedd_log1p."""
     as_if: tuple[str, ...] = ()

@@ -68,7 +68,7 @@ def test_the_total_of_a_cell_does_not_give_hidden_counts_away(task: str, model: 
     else:  # one entry at a time: what the other genes say of it is independent of its own count
         more = adata.copy()
         more.X = values + 20 * (np.arange(values.shape[1]) == 7)
-        first, second = (denoise(model, a, own_counts=False, progress=False) for a in (adata, more))
+        first, second = (denoise(model, a, own_counts="none", progress=False) for a in (adata, more))
         np.testing.assert_array_equal(dense(first.X)[:, 7], dense(second.X)[:, 7])
 
 
@@ -127,7 +127,7 @@ def test_samples_are_counts_and_agree_with_the_mean(model: Pretrained) -> None:
 def test_draws_of_entries_that_are_hidden_in_turn_agree_with_their_posterior_means(model: Pretrained, task: str) -> None:
     adata, n = make_counts(30), 40
     run: Callable[..., ad.AnnData] = impute if task == "impute" else denoise
-    others = {} if task == "impute" else {"own_counts": False}
+    others = {} if task == "impute" else {"own_counts": "none"}
     out = run(model, adata, num_samples=n, num_steps=8, progress=False, **others)
     drawn, spread = dense(out.layers["sedd_mean"]), dense(out.layers["sedd_std"])
     known = np.zeros(out.shape, bool) if task == "denoise" else dense(adata.X) > 0

@@ -91,7 +91,7 @@ def test_denoising_by_the_other_genes_gives_the_enumerated_means_and_deviations(
     counts = np.minimum(rng.poisson(RATES[kind]), N_BINS - 1)
     model, adata = exact(joint), cells_of(counts)
     settings = {"folds": 4, "rounds": 1, "batch_size": 200, "progress": False}
-    others = denoise(model, adata, own_counts=False, **settings)
+    others = denoise(model, adata, own_counts="none", **settings)
     want = np.array([[moments(law(cell, gene, set(), joint.p.numpy())) for gene in range(4)] for cell in counts])
     np.testing.assert_allclose(dense(others.X), want[..., 0], rtol=1e-5)
     np.testing.assert_allclose(dense(others.layers["sedd_std"]), want[..., 1], rtol=1e-4)

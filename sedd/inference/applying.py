@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -43,6 +43,7 @@ def for_each_batch(
     details: dict[str, Any],
     *,
     beside: Callable[[dict[str, np.ndarray], Cells], Beside] | None = None,
+    first: Callable[[Cells, Sequence[str] | None], dict[str, Any]] | None = None,
 ) -> ad.AnnData:
     """Return what `make` gives for each batch of cells, put together.
 
@@ -56,6 +57,8 @@ def for_each_batch(
     beside
         Where what was made of the cells is to be put beside them: gives its places, from all of it and the cells, which are then
         seen whole. Else it is a new table.
+    first
+        What is to be learned from the cells before: is given them and the columns whose labels the model sees, and gives more details.
     """
     names = ("data", "cells", "layer", "raw", "batch_size", "output", "progress")
     data, cells, layer, raw, batch_size, output, progress = (arguments[name] for name in names)
@@ -70,12 +73,14 @@ def for_each_batch(
             check_tables(source.name, tables)
         if chosen.missing.any():
             details = {**details, "missing_genes": np.asarray(model.genes[chosen.missing], dtype=object)}
+        labels = arguments.get("given")
+        if labels is None:  # those that are replaced by others need not be known
+            labels = [column for column in model.categories if column not in (arguments.get("as_if") or ())]
+        if first is not None:
+            details = {**details, **first(chosen, labels)}
         done = described(model, task, details)
         with open_parts(task, model, arguments, len(chosen)) as parts:
-            whole, labels = beside is not None, arguments.get("given")
-            if labels is None:  # those that are replaced by others need not be known
-                labels = [column for column in model.categories if column not in (arguments.get("as_if") or ())]
-            for here in batches(model, chosen, batch_size, task, progress, parts, whole=whole, labels=labels):
+            for here in batches(model, chosen, batch_size, task, progress, parts, whole=beside is not None, labels=labels):
                 parts.add(here.lo, here.digest(), **make(here))
             chosen.report_rounded()
             if beside is None:

@@ -195,17 +195,25 @@ def predict(model: Pretrained, here: TaskBatch, hidden: np.ndarray) -> tuple[np.
 
 @torch.no_grad()
 def cross_predict(
-    model: Pretrained, here: TaskBatch, folds: int, rounds: int, seed: int, *, own_counts: bool = False, log1p: bool = False
+    model: Pretrained,
+    here: TaskBatch,
+    folds: int,
+    rounds: int,
+    seed: int,
+    *,
+    own_share: np.ndarray | None = None,
+    log1p: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Predict every entry while it is hidden with a random 1/folds of the genes, averaged over rounds.
 
     Parameters
     ----------
-    own_counts
-        Whether an entry's own count then has a say in it: its rate is the posterior under the averaged law, given the count.
+    own_share : (n_vars,), optional
+        How much an entry's own count has a say in it: its rate has the posterior law under the averaged one, given the count, with this
+        probability, and else the averaged law itself. Not at all if None.
     log1p
         Also give the expectation of `log1p(10,000 count / total)`, the total being that of the cell; with own counts the
-        predictive one, of the count if the same cells were measured once more.
+        predictive one, of the count if the same cells were measured once more, in which an own count has its full say.
 
     Returns
     -------
@@ -215,27 +223,41 @@ def cross_predict(
     n_vars = here.tokens.shape[1]
     known = ~here.missing
     tokens = here.hide(np.zeros(here.tokens.shape, bool), model.binning.n_bins)[0]
-    own = {"by_own": known} if own_counts else {}
     scale = 1e4 / np.maximum(here.counts[:, known].sum(1, dtype=np.float64), 1)
-    total = Sums.of_zeros(here.tokens.shape, log1p=log1p)
+    own = None if own_share is None else Sums.of_zeros(here.tokens.shape, log1p=log1p)
+    # Where own counts have all the say, nothing is asked of the others alone.
+    others = None if own_share is not None and (own_share == 1).all() else Sums.of_zeros(here.tokens.shape, log1p=log1p and own is None)
     for round_ in range(rounds):
         fold = _folds(seed, round_, np.zeros(1, np.int64), n_vars, folds)[0]
         parts = [np.flatnonzero(fold == k) for k in range(folds)]
         parts = [part for part in parts if len(part)]
         places = [torch.from_numpy(part).to(tokens.device) for part in parts]
         # A part is hidden in all cells, so the noise is that of one share.
-        shares = [(here.missing.sum() + known[part].sum()) / n_vars for part in parts]
-        sigmas = [model.noise.sigma_at(torch.full((len(tokens),), share, dtype=torch.float64)).float() for share in shares]
+        levels = [(here.missing.sum() + known[part].sum()) / n_vars for part in parts]
+        sigmas = [model.noise.sigma_at(torch.full((len(tokens),), level, dtype=torch.float64)).float() for level in levels]
         sigmas = [sigma.to(tokens.device) for sigma in sigmas]
         readouts = model.model.readout_by_part(tokens, sigmas, places, **here.context)
         for part, place, readout in zip(parts, places, readouts, strict=True):
-            given = {name: value[part] for name, value in own.items()}
-            if own_counts:
-                given["counts"] = np.ascontiguousarray(here.counts[:, part])
             everywhere = torch.ones(readout.shape[:2], dtype=torch.bool)
-            model.model.head.add_moments(total, readout, everywhere, genes=place, scale=scale, **given)
-    mean, std = total.mean_and_std()
-    return mean, std, total.log1p / total.evidence if log1p else None
+            if others is not None:
+                model.model.head.add_moments(others, readout, everywhere, genes=place, scale=scale)
+            if own is not None:
+                given = {"by_own": known[part], "counts": np.ascontiguousarray(here.counts[:, part])}
+                model.model.head.add_moments(own, readout, everywhere, genes=place, scale=scale, **given)
+    if own is None or own_share is None:
+        total = others if others is not None else Sums.of_zeros(here.tokens.shape)
+        return *total.mean_and_std(), total.log1p / total.evidence if log1p else None
+    log = own.log1p / own.evidence if log1p else None
+    mean, std = own.mean_and_std()
+    if others is None:
+        return mean, std, log
+    share = np.where(known, own_share, 1.0)
+    mean_by_others, std_by_others = others.mean_and_std()
+    # Of a count, which is Poisson around its rate; what is missing has no count of its own, in either.
+    spread = np.maximum(std_by_others**2 - mean_by_others, 0)
+    both = share * mean + (1 - share) * mean_by_others
+    variance = share * (std**2 + (mean - both) ** 2) + (1 - share) * (spread + (mean_by_others - both) ** 2)
+    return both, np.sqrt(variance), log
 
 
 def averaged(

@@ -50,16 +50,16 @@ def with_batch(adata: ad.AnnData, label: str) -> ad.AnnData:
 def test_as_if_is_what_a_cell_of_that_label_gets_by_its_other_genes(batched: Pretrained) -> None:
     adata = in_batches()[0][:40].copy()
     found = denoise(batched, adata, as_if={"batch": "b2"}, log1p=True, progress=False)
-    plain = denoise(batched, with_batch(adata, "b2"), own_counts=False, log1p=True, progress=False)
+    plain = denoise(batched, with_batch(adata, "b2"), own_counts="none", log1p=True, progress=False)
     for layer in (None, "sedd_std", "sedd_log1p"):
         one, other = (dense(result.X if layer is None else result.layers[layer]) for result in (found, plain))
         assert np.array_equal(one, other)
     assert found.obs["batch"].equals(adata.obs["batch"])
-    assert found.uns["sedd"]["as_if"] == {"batch": "b2"} and not found.uns["sedd"]["own_counts"]
+    assert found.uns["sedd"]["as_if"] == {"batch": "b2"} and found.uns["sedd"]["own_counts"] == "none"
     nowhere = denoise(batched, with_batch(adata, "a batch of today"), as_if={"batch": "b2"}, progress=False)
     assert np.array_equal(dense(nowhere.X), dense(found.X))  # its own label is not looked at
     drawn = denoise(batched, adata, as_if={"batch": "b2"}, num_samples=2, num_steps=4, progress=False)
-    again = denoise(batched, with_batch(adata, "b2"), own_counts=False, num_samples=2, num_steps=4, progress=False)
+    again = denoise(batched, with_batch(adata, "b2"), own_counts="none", num_samples=2, num_steps=4, progress=False)
     assert np.array_equal(dense(drawn.layers["sedd_mean"]), dense(again.layers["sedd_mean"]))
 
 

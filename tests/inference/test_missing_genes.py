@@ -54,14 +54,14 @@ def panel(cells: ad.AnnData, model: Pretrained) -> ad.AnnData:
 
 def test_denoising_does_not_count_missing_genes_as_zeros(model: Pretrained, cells: ad.AnnData, missing: np.ndarray) -> None:
     whole = panel(cells, model)
-    found = denoise(model, without(whole, missing), log1p=True, progress=False)
-    zeros = denoise(model, zeroed(whole, missing), log1p=True, progress=False)
+    found = denoise(model, without(whole, missing), own_counts="full", log1p=True, progress=False)
+    zeros = denoise(model, zeroed(whole, missing), own_counts="full", log1p=True, progress=False)
     assert list(found.uns["sedd"]["missing_genes"]) == list(model.genes[missing])
     assert "missing_genes" not in zeros.uns["sedd"]
     # What the other genes of a cell say changes when they see a mask in place of a zero.
     assert np.abs(found.X[:, ~missing] - zeros.X[:, ~missing]).max() > 1e-4
     # A missing gene has no count of its own: with or without own counts it is what the others say.
-    alone = denoise(model, without(whole, missing), own_counts=False, log1p=True, progress=False)
+    alone = denoise(model, without(whole, missing), own_counts="none", log1p=True, progress=False)
     np.testing.assert_allclose(found.X[:, missing], alone.X[:, missing], rtol=1e-4, atol=1e-6)
     assert (found.X[:, missing] > zeros.X[:, missing]).mean() > 0.9
 

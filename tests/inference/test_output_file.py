@@ -16,7 +16,7 @@ from conftest import dense, make_counts
 
 from sedd.cli import main
 from sedd.errors import UserError
-from sedd.inference import cells, output_file, output_parts, sources
+from sedd.inference import cells, output_file, output_parts, own_share, sources
 from sedd.inference.pretrained import Pretrained
 from sedd.tasks import denoise, generate, impute
 
@@ -96,6 +96,7 @@ def test_a_file_that_is_longer_takes_little_more_memory(
     monkeypatch.setattr(output_file, "_BLOCK", 1 << 14)
     monkeypatch.setattr(output_parts, "_CELLS", 64)
     monkeypatch.setattr(cells, "WINDOW", 128)
+    monkeypatch.setattr(own_share, "MAX_CELLS", 200)  # of which both files have more
     few, many = 300, 2000
     peak = {}
     for n in (few, many):
