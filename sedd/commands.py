@@ -341,6 +341,8 @@ class Evaluate(ReadingSettings, _OfModel):
     """Share of genes to hide; the --mask_ratio of the training run if not given."""
     n_masks: int = 32
     """Masks per cell of the likelihood bound."""
+    max_cells: int = 20_000
+    """Of more held-out cells, and of more training cells for the baselines, so many drawn at random; memory and time grow with it."""
     num_steps: int = 32
     """Steps of the sampler."""
     steps: tuple[int, ...] = (1, 4, 16)

@@ -11,6 +11,7 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 
@@ -72,6 +73,7 @@ def evaluate(
     generated: tasks.Data | None = None,
     hide: float | None = None,
     n_masks: int = 32,
+    max_cells: int = 20_000,
     num_steps: int = 32,
     steps: Sequence[int] = (1, 4, 16),
     umap: bool = True,
@@ -103,6 +105,9 @@ def evaluate(
         Share of genes to hide for imputation; the `mask_ratio` of the training run if not given.
     n_masks
         Masks per cell of the likelihood bound, stratified over the number of hidden genes.
+    max_cells
+        Of more held-out cells, and of more training cells for the baselines, a random sample of so many is measured; memory and time grow
+        with it, and not with the data.
     steps
         Fewer sampling steps to try, for the curve of quality against steps.
     overwrite
@@ -119,6 +124,8 @@ def evaluate(
     """
     if any(number < 1 for number in steps):
         raise UserError(f"--steps is {' '.join(map(str, steps))}; expected numbers of sampling steps, such as 1 4 16.")
+    if max_cells < 4:
+        raise UserError(f"--max_cells is {max_cells}; expected at least 4, as cells are compared with one another.")
     check_report(output, REPORT_FILES, overwrite=overwrite)
     model = Pretrained.load(model)
     with contextlib.ExitStack() as stack:
@@ -132,20 +139,25 @@ def evaluate(
         else:
             trained = opened(training_data(model, source.name, "the baselines are learned on its training cells"), reading=reading_of(model, {}))
             train = open_cells(model, stack.enter_context(trained), "train", None)
+        names, notes = held_out.obs.index, []
+        sample = _sample(held_out, max_cells, seed)
+        for kind, chosen, taken in (("held-out", held_out, sample), ("training", train, _sample(train, max_cells, seed + 1))):
+            if taken is not None:
+                notes.append(f"Measured on {len(taken):,} of the {len(chosen):,} {kind} cells, drawn at random (--max_cells).")
+                chosen.keep(taken)
         counts, train_counts = _matrix(held_out), _matrix(train)
         held_out.report_rounded()
         name = source.name
     hidden = None
     if model.knows_masks:
         hide = hide if hide is not None else model.config.model.mask_ratio
-        hidden = _hidden_entries(model, held_out, imputed, hide, seed)
+        hidden = _hidden_entries(model, held_out, imputed, hide, seed, names, sample)
     if generated is None:  # what cannot be drawn with is said before hours of measuring
         model.sampler("analytic", num_steps=num_steps, batch_size=batch_size)
 
     likelihood, nats = _likelihood(model, held_out, counts, train_counts, n_masks, batch_size, seed, progress)
     metrics: dict[str, Any] = {"likelihood": likelihood}
     arrays: dict[str, Any] = {"nats": nats}
-    notes = []
     if model.categories:
         notes.append(
             f"The NELBO and the imputation are given each cell's {', '.join(model.categories)}; the baselines are not."
@@ -183,6 +195,11 @@ def evaluate(
     return replace(
         found, report=_write(model, found, (counts, fake, train_counts), held_out, made, name, umap, Path(output))
     )
+
+
+def _sample(cells: Cells, most: int, seed: int) -> np.ndarray | None:
+    """Return places of `most` of the cells, in order; None where there are no more."""
+    return None if len(cells) <= most else np.sort(np.random.default_rng(seed).choice(len(cells), most, replace=False))
 
 
 def _matrix(cells: Cells) -> sp.csr_matrix:
@@ -242,20 +259,22 @@ def _likelihood(
     return rows, per_cell
 
 
-def _hidden_entries(model: Pretrained, cells: Cells, imputed: tasks.Data | None, hide: float, seed: int) -> np.ndarray:
-    """Which entries were hidden, (n_cells, n_vars) bool."""
+def _hidden_entries(
+    model: Pretrained, cells: Cells, imputed: tasks.Data | None, hide: float, seed: int, names: pd.Index, sample: np.ndarray | None
+) -> np.ndarray:
+    """Which entries of the `cells` were hidden, (n_cells, n_vars) bool; they are a `sample` of those of these `names`, if not all of them."""
     if imputed is None:
         if not 0 < hide < 1:
             raise UserError(f"--hide is {hide}; expected a share between 0 and 1, such as 0.15.")
         hidden = exact_mask(seed, 0, cells.indices, len(model.genes), max(1, round(hide * len(model.genes))))
     else:
         with opened(imputed) as made:
-            if "sedd_hidden" not in made.layers or list(made.obs.index) != list(cells.obs.index):
+            if "sedd_hidden" not in made.layers or list(made.obs.index) != list(names):
                 raise UserError(
-                    f"--imputed: was not made from these {len(cells)} cells by `sedd impute --hide`; expected the same cells "
+                    f"--imputed: was not made from these {len(names)} cells by `sedd impute --hide`; expected the same cells "
                     "in the same order and the layer sedd_hidden. Leave --imputed out to have it made here."
                 )
-            hidden = made.rows("sedd_hidden").take(np.arange(len(cells))).toarray().astype(bool)
+            hidden = made.rows("sedd_hidden").take(np.arange(len(cells)) if sample is None else sample).toarray().astype(bool)
     hidden[:, cells.missing] = False  # shown to nobody: there is no truth to compare with
     if not hidden.any():
         raise UserError("no entry is hidden, so there is nothing to recover; pass --hide 0.15.")
