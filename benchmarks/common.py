@@ -9,8 +9,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,15 +75,31 @@ def machine(packages: Sequence[str] = PACKAGES, device: str = "cpu") -> dict[str
     }
 
 
+@contextmanager
+def trees(commit: str | None) -> Iterator[dict[str, Path]]:
+    """Folders of the code that is here, "now", and of that of a commit, by its name; what is on the path decides which is imported."""
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        if commit is not None:
+            content = subprocess.run(["git", "archive", commit], cwd=root, stdout=subprocess.PIPE, check=True).stdout
+            subprocess.run(["tar", "-x"], cwd=folder, input=content, check=True)
+        yield {"now": root} | ({} if commit is None else {commit: Path(folder)})
+
+
+def with_code_of(tree: Path) -> dict[str, str]:
+    """Return the environment in which Python imports the package of `tree`."""
+    return {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+
+
 def peak_mib() -> int:
     """The most memory that this process has held."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used >> (20 if sys.platform == "darwin" else 10)
 
 
-def in_process(words: list[str], timeout: float | None = None) -> dict[str, Any]:
+def in_process(words: list[str], timeout: float | None = None, env: dict[str, str] | None = None) -> dict[str, Any]:
     """Run a contestant and read the JSON on its last line."""
-    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} failed: {done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
@@ -99,6 +117,15 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         else:
             result[name] = first
     return result
+
+
+def ratios(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """How many times that of `before` each figure is; of one round, so that both were measured on the same busy machine."""
+    return {
+        name: ratios(value, before[name]) if isinstance(value, dict) else value / before[name]
+        for name, value in now.items()
+        if before.get(name)
+    }
 
 
 def median(figure: Any) -> float:

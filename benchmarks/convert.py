@@ -3,10 +3,12 @@
     python benchmarks/atlas.py atlas.h5ad --cells 120000
     python benchmarks/convert.py atlas.h5ad --work /tmp/work --peer_python /path/to/venv/bin/python
     python benchmarks/convert.py atlas.h5ad --work /tmp/work --append more.h5ad
+    python benchmarks/convert.py atlas.h5ad --work /tmp/work --against a89df50
 
 Every contender runs in a process of its own, all of them once per round, so that a noisy machine is noisy for all; only the
 ratios within a run mean something. With `--append` there are two contenders: the cells of another file appended to a store of the
-first, and both files converted anew. `--peer_python` is an interpreter that has annbatch (it needs Python 3.12), which is never
+first, and both files converted anew. With `--against` the peer is the code of another commit of this project, and how many times its figures
+ours are is said round by round. `--peer_python` is an interpreter that has annbatch (it needs Python 3.12), which is never
 installed beside sedd. Results go to `benchmarks/results/`.
 """
 
@@ -19,8 +21,9 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from common import RESULTS, machine, write_result
+from common import RESULTS, machine, ratios, summary, trees, with_code_of, write_result
 
 ANNDATA = """
 import sys, warnings
@@ -79,15 +82,15 @@ def command(name: str, source: str, output: Path, args: argparse.Namespace) -> l
     return [args.peer_python if name.startswith("annbatch") else sys.executable, "-c", PEERS[name], source, str(output)]
 
 
-def run_once(words: list[str], output: Path, kept: Path | None = None) -> dict[str, float]:
-    """Run one contender; what it cost. Its output is there before if there is one that is `kept`."""
+def run_once(words: list[str], output: Path, kept: Path | None = None, tree: Path | None = None) -> dict[str, float]:
+    """Run one contender, with the code of `tree`; what it cost. Its output is there before if there is one that is `kept`."""
     if output.exists():
         shutil.rmtree(output)
     if kept is not None:
         shutil.copytree(kept, output)
     os.sync()
     start = time.perf_counter()
-    pid = os.posix_spawn(words[0], words, os.environ)
+    pid = os.posix_spawn(words[0], words, os.environ if tree is None else with_code_of(tree))
     _, status, usage = os.wait4(pid, 0)
     seconds = time.perf_counter() - start
     if status:
@@ -103,6 +106,26 @@ def run_once(words: list[str], output: Path, kept: Path | None = None) -> dict[s
     }
 
 
+def against(args: argparse.Namespace) -> None:
+    """Convert by turns with the code that is here and with that of another commit, and write how the two compare."""
+    rounds: list[dict[str, Any]] = []
+    with trees(args.against) as codes:
+        for number in range(args.rounds + 1):  # the first fills caches
+            found: dict[str, Any] = {which: {} for which in codes}
+            for name in SEDD:
+                for which in list(codes)[:: 1 if number % 2 else -1]:
+                    output = Path(args.work) / "out.zarr"
+                    found[which][name] = run_once(command(name, args.source, output, args), output, tree=codes[which])
+                    shutil.rmtree(output)
+            found["ratio"] = ratios(found["now"], found[args.against])
+            rounds.append(found)
+            print({name: {key: round(value, 2) for key, value in one.items()} for name, one in found["ratio"].items()}, flush=True)
+    output = Path(args.output or RESULTS / f"convert_{Path(args.source).stem}_against.json")
+    result = {"source": Path(args.source).name, "against": args.against, "budget": args.budget, "rounds": args.rounds}
+    write_result(output, result | {"machine": machine(), "rates": summary(rounds[1:])})
+    print(output)
+
+
 def main() -> None:
     """Run the rounds, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -113,8 +136,12 @@ def main() -> None:
     parser.add_argument("--peer_python", default=None)
     parser.add_argument("--only", nargs="*", default=[*SEDD, *PEERS])
     parser.add_argument("--append", default=None)
+    parser.add_argument("--against", default=None, help="a commit to compare with")
     parser.add_argument("--output", default=None)
     args = parser.parse_args()
+    if args.against:
+        against(args)
+        return
     kept = Path(args.work) / "kept.zarr"
     if args.append:
         args.only = [APPEND, ANEW]

@@ -1,10 +1,12 @@
 """Throughput of the loader against its peers and against what the machine can do, in interleaved rounds.
 
     python benchmarks/loader.py atlas.h5ad --peer_python annbatch=/path/to/python --rounds 5
+    python benchmarks/loader.py atlas.h5ad --against a89df50 --batches 512
 
 Every contestant runs in a process of its own, one after the other, `--rounds` times; medians and ranges go to
 `benchmarks/results/loader_NAME.json`. Rates are given by the clock and per second of processor time: on a machine that does other
-work as well, the second is what can be compared.
+work as well, the second is what can be compared. With `--against` the one peer is the code of another commit of this project, and how many
+times its figures ours are is said round by round.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, in_process, machine, peak_mib, summary, write_result
+from common import RESULTS, in_process, machine, peak_mib, ratios, summary, trees, with_code_of, write_result
 from loader_peers import N_BINS, mean_entropy, rate
 
 from sedd.binning import Binning
@@ -282,6 +284,21 @@ def rank_bytes(store: str, world: int = 8) -> list[int]:
     return read
 
 
+def against(own: list[str], args: argparse.Namespace) -> None:
+    """Have the code that is here and that of another commit compete by turns, and write how the two compare."""
+    rounds: list[dict[str, Any]] = []
+    with trees(args.against) as codes:
+        for number in range(args.rounds):
+            order = list(codes)[:: 1 if number % 2 else -1]
+            found = {which: in_process(own, env=with_code_of(codes[which])) for which in order}
+            rounds.append({**found, "ratio": ratios(found["now"], found[args.against])})
+            print(f"round {number + 1}", file=sys.stderr)
+    output = args.output or RESULTS / f"loader_{args.h5ad.stem}_against.json"
+    about = {"against": args.against, "machine": machine(), "data": {"file": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds}}
+    write_result(output, about | {"rates": summary(rounds)})
+    print(output)
+
+
 def main() -> None:
     """Run the contest."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -295,6 +312,7 @@ def main() -> None:
     parser.add_argument("--gzip", type=Path, help="the same h5ad, gzipped")
     parser.add_argument("--large", type=Path, help="a store of more cells, to compare rates with")
     parser.add_argument("--s3", action="store_true", help="measure over a local S3 server too; needs moto")
+    parser.add_argument("--against", help="a commit to compare with")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--output", type=Path, help="by default results/loader_NAME.json")
     parser.add_argument("--contest", action="store_true", help=argparse.SUPPRESS)
@@ -315,6 +333,9 @@ def main() -> None:
     here = Path(__file__).resolve()
     common = ["--batches", args.batches, "--seconds", str(args.seconds)]
     commands = {"sedd": [sys.executable, str(here), str(args.h5ad), "--store", str(store), "--contest", *common]}
+    if args.against:
+        against(commands["sedd"], args)
+        return
     for text in args.peer_python:
         peer, python = text.split("=", 1)
         script = str(here.with_name("loader_peers.py"))

@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, machine, median, summary, write_result
+from common import RESULTS, machine, median, summary, trees, with_code_of, write_result
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "import sedd": ["-c", "import sedd"],
     "sedd --help": ["-m", "sedd", "--help"],
@@ -38,9 +37,8 @@ LIMITS = {"import sedd": 0.2, "sedd --help": 0.5}
 def cost(words: list[str], tree: Path, store: Path) -> dict[str, float]:
     """Seconds by the clock and of processors that Python takes for `words` with the package of `tree`."""
     own = [sys.executable, *(str(store) if word == "STORE" else word for word in words)]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     before, began = os.times(), time.perf_counter()
-    done = subprocess.run(own, cwd=tree, env=environment, capture_output=True, text=True)
+    done = subprocess.run(own, cwd=tree, env=with_code_of(tree), capture_output=True, text=True)
     wall, after = time.perf_counter() - began, os.times()
     if done.returncode:
         raise SystemExit(f"{' '.join(own)} failed in {tree}: {done.stderr[-2000:]}")
@@ -56,19 +54,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "startup.json")
     args = parser.parse_args()
     rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        trees = {"now": ROOT, args.against: Path(scratch) / "tree"}
-        trees[args.against].mkdir()
-        content = subprocess.run(["git", "archive", args.against], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
-        subprocess.run(["tar", "-x"], cwd=trees[args.against], input=content, check=True)
+    with trees(args.against) as codes, tempfile.TemporaryDirectory() as scratch:
         for name, words in COMMANDS.items():
             rounds: list[dict[str, Any]] = []
             for number in range(args.rounds + 1):
-                order = list(trees)[:: 1 if number % 2 else -1]
-                costs = {which: cost(words, trees[which], Path(scratch) / f"{which}.zarr") for which in order}
+                order = list(codes)[:: 1 if number % 2 else -1]
+                costs = {which: cost(words, codes[which], Path(scratch) / f"{which}.zarr") for which in order}
                 rounds.append({
                     which: costs[which] | {f"{unit}_ratio": costs[which][unit] / costs[args.against][unit] for unit in costs[which]}
-                    for which in trees
+                    for which in codes
                 })  # fmt: skip
             rows[name] = summary(rounds[1:])
             now, then = rows[name]["now"], rows[name][args.against]

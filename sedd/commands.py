@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional
 
 from sedd.config import ConversionSettings, ReadingSettings
-from sedd.errors import UserError
+from sedd.errors import UserError, counted
 from sedd.processes import is_main
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Convert(ConversionSettings):
         convert = called_by(self)
         store = convert(list(inputs), output, **given(self, convert))
         if store is not None:
-            print(f"{output}: {store.n_obs} cells x {store.n_vars} genes, {store.nnz} counts as {store.dtype}")
+            print(f"{output}: {counted(store.n_obs, 'cell')} x {counted(store.n_vars, 'gene')}, {counted(store.nnz, 'count')} as {store.dtype}")
         return 0
 
 
@@ -192,7 +192,7 @@ class _Task(_OfModel):
         """Do the task and say what was written."""
         result: ad.AnnData = called_by(self)(self.model(), **self.settings())
         if is_main():
-            print(f"{self.output}: {result.n_obs} cells x {result.n_vars} genes")
+            print(f"{self.output}: {counted(result.n_obs, 'cell')} x {counted(result.n_vars, 'gene')}")
         return 0
 
 

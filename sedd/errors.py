@@ -3,6 +3,32 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_CALLED: dict[str, str] = {}
+"""Paths of files that sedd made for itself, and what the user knows their content as."""
+
+
+@contextmanager
+def called(path: str, name: str) -> Iterator[None]:
+    """Have messages say `name` where they would name a file that the user never saw."""
+    _CALLED[path] = name
+    try:
+        yield
+    finally:
+        del _CALLED[path]
+
+
+def _as_known(message: str) -> str:
+    for path, name in list(_CALLED.items()):
+        message = message.replace(path, name)
+    return message
+
+
+def counted(n: int, noun: str) -> str:
+    """Return a number of things in words: `1 cell`, `2 cells`."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 class UserError(ValueError):
@@ -10,6 +36,9 @@ class UserError(ValueError):
 
     The command line prints the message and exits with status 2; from Python it is an ordinary `ValueError`.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_as_known(message))
 
 
 class SeveralPartsError(UserError):
@@ -34,4 +63,4 @@ class SeddWarning(UserWarning):
 
 def warn_user(message: str) -> None:
     """Emit `message` once as a `SeddWarning` that points at the caller's caller."""
-    warnings.warn(message, SeddWarning, stacklevel=3)
+    warnings.warn(_as_known(message), SeddWarning, stacklevel=3)

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pandas as pd
 from sedd.checkpoint import find
 from sedd.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from sedd.config_files import setting_types
-from sedd.errors import UserError, warn_user
+from sedd.errors import UserError, called, warn_user
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import AnnDataSource, Reading
 from sedd.io.convert import convert
@@ -31,7 +32,8 @@ from sedd.options import keywords_of
 from sedd.processes import launched
 from sedd.trainer import SEDDTrainer
 from sedd.training.directory import RunDirectory
-from sedd.training.run_data import check_column, counts_or_real
+from sedd.training.first_look import check_column, split_of_cells
+from sedd.training.run_data import counts_or_real
 from sedd.training.stopping import EXIT_INTERRUPTED, TrainingInterrupted
 
 _OWN = ("data_path", "checkpoint_dir")
@@ -91,7 +93,8 @@ def train(
         store = _stored(data, config, directory)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_path=store, drop=()))
     try:
-        SEDDTrainer(config).fit()
+        with called(config.data.named, "the AnnData") if isinstance(data, ad.AnnData) else nullcontext():
+            SEDDTrainer(config).fit()
     except TrainingInterrupted as stopped:
         if run is None:
             raise
@@ -168,6 +171,8 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
     source = AnnDataSource(adata, reading=Reading(config.data))  # its checks are those of the tasks
     for column in columns:
         check_column(column, source.obs.columns)
+    if adata.n_obs:
+        split_of_cells(config, adata.n_obs)
     layer, raw = config.data.layer, config.data.raw
     matrix = source.rows(layer, raw).take(np.arange(adata.n_obs))
     var = adata.raw.var if raw else adata.var
@@ -179,8 +184,10 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
     if raw:
         slim.raw = ad.AnnData(matrix, obs=slim.obs, var=bare)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="cells-", dir=directory) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cells-", dir=directory))
         path = Path(folder, "cells.h5ad")
+        stack.enter_context(called(str(path), "the AnnData"))
         slim.write_h5ad(path)
         with h5py.File(path, "r+") as file:  # tables hold what anndata itself refuses to write, such as dates
             for group, name, table in ((file, "obs", obs), (file["raw"] if raw else file, "var", var)):

@@ -189,3 +189,43 @@ def test_every_task_takes_and_returns_an_anndata() -> None:
     ):
         assert isinstance(made, ad.AnnData)
     assert sedd.evaluate(model, cells, n_masks=2, num_steps=2, steps=(), umap=False, progress=False).metrics["likelihood"]
+
+
+def _nameless(table: str) -> ad.AnnData:
+    cells = make_counts(60)
+    names = getattr(cells, f"{table}_names").to_numpy(object).copy()
+    names[[3, 5]] = np.nan, None
+    getattr(cells, table).index = pd.Index(names, dtype=object)
+    return cells
+
+
+@pytest.mark.filterwarnings("ignore:the AnnData. has 58 of the model's 60 genes")
+@pytest.mark.parametrize("table", ["obs", "var"])
+@pytest.mark.parametrize("call", ["train", "impute", "denoise", "embed", "annotate", "score"])
+def test_cells_and_genes_without_a_name_are_refused_with_the_way_out(call: str, table: str, tiny_run: Path) -> None:
+    cells, noun = _nameless(table), {"obs": "cells", "var": "genes"}[table]
+
+    def go(cells: ad.AnnData) -> None:
+        sedd.train(cells, **TINY) if call == "train" else getattr(sedd, call)(tiny_run, cells, progress=False)
+
+    with pytest.raises(sedd.UserError, match=rf"^the AnnData: 2 {noun} of 60 have no name \(first: number 3, counted from 0\)"):
+        go(cells)
+    setattr(cells, f"{table}_names", getattr(cells, f"{table}_names").fillna("unknown"))
+    getattr(cells, f"{table}_names_make_unique")()
+    go(cells)
+
+
+def test_messages_of_cells_in_memory_name_no_file_that_is_not_theirs(tmp_path: Path) -> None:
+    cells = make_counts(60)
+    for wrong, said in ((cells[:0], "the AnnData: has no cells"), (cells[:, :0], "the AnnData: has no genes")):
+        for run in ({}, {"checkpoint_dir": tmp_path / "run"}):
+            with pytest.raises(sedd.UserError, match=f"^{said}"):
+                sedd.train(wrong.copy(), **run, **TINY)
+    cells.X = -cells.X
+    with pytest.raises(sedd.UserError, match="^the AnnData: X has negative"):
+        sedd.train(cells, **TINY)
+    cells.X = np.abs(cells.X.toarray()) * (np.arange(60) > 2)[:, None]
+    with pytest.warns(UserWarning, match="^the AnnData: ") as said:
+        sedd.train(cells, **TINY)
+    assert "the AnnData: 3 of 60 cells have no counts; they were kept." in {str(one.message) for one in said}
+    assert not any("cells.h5ad" in str(one.message) for one in said)

@@ -60,6 +60,8 @@ class Rows:
 
     def take(self, rows: np.ndarray) -> sp.csr_matrix:
         """Return rows by their numbers, which increase."""
+        if not rows.size:
+            return sp.csr_matrix((0, self.shape[1] if self._columns is None else int(self._columns.sum())))
         found = []
         edges = np.searchsorted(rows // _AT_ONCE, np.unique(rows // _AT_ONCE))
         for chosen in np.split(rows, edges[1:]):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import anndata as ad
 
 from sedd.errors import UserError
+from sedd.io.input.opening import without_slash
 from sedd.io.outputs import check_folder, check_replaceable, partial_folder
 from sedd.processes import is_main
 
@@ -43,7 +44,7 @@ def check_output(output: str | Path | None, *, overwrite: bool, resume: bool = F
         raise UserError(f"{output}: a result is an .h5ad file or a .zarr store; expected a name that ends so.")
     if not is_main():  # the main process may be at work on it already
         return
-    origin = data.filename if isinstance(data, ad.AnnData) else data  # None of one in memory
+    origin = data.filename if isinstance(data, ad.AnnData) else None if data is None else without_slash(data)  # None of one in memory
     if origin is not None and os.path.exists(origin) and target.exists() and os.path.samefile(origin, target):
         raise UserError(f"{output}: is the data itself, which is not replaced by a result; choose another output.")
     check_free(target, "store" if target.suffix == ".zarr" else "file", overwrite=overwrite)

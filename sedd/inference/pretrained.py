@@ -14,7 +14,7 @@ import torch
 from sedd import checkpoint
 from sedd.binning import Binning
 from sedd.config import TrainConfig
-from sedd.errors import UserError
+from sedd.errors import UserError, counted
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
 from sedd.inference.export import is_export, read_export, write_export
 from sedd.io.loading.selection import label_text
@@ -218,7 +218,7 @@ class Pretrained:
             f"genes       {len(self.genes)}: {', '.join(self.genes[:5])}, ...",
             f"values      {self.binning.describe()}",
             f"diffusion   {self.config.model.graph} graph, {self.config.model.noise} noise, {self.config.model.objective}",
-            f"data        {data['path']}: {data['n_obs']} cells, {split['n_train']} trained on, {split['n_val']} held out",
+            f"data        {data['path']}: {counted(data['n_obs'], 'cell')}, {split['n_train']} trained on, {split['n_val']} held out",
         ]
         for column, labels in self.categories.items():
             lines.append(f"condition   {column}: {', '.join(labels)}")

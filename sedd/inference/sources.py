@@ -17,7 +17,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from sedd.config import ReadingSettings
-from sedd.errors import SeveralPartsError, UserError, warn_user
+from sedd.errors import SeveralPartsError, UserError, counted, warn_user
 from sedd.inference.matrices import Rows
 from sedd.inference.pretrained import Pretrained
 from sedd.io.input.base import Input, Naming, check_drop, check_names, has_names, renamed
@@ -148,9 +148,10 @@ class AnnDataSource(Source):
         self.name, self._adata = name, adata
         if reading.asked.modality is not None:
             raise UserError(f"{name}: has no modalities; leave --modality {reading.asked.modality} out.")
-        self.naming = reading.naming(name, _in_memory(adata.var))
+        self.naming = reading.naming(name, self._genes())
         self._drop = reading.asked.drop
         obs = _in_memory(adata.obs)
+        _check_named(name, obs.index, "cell")
         there = [f"{group}/{key}" for group, of in (("obs", obs), ("var", adata.var), ("obsm", adata.obsm), ("uns", adata.uns)) for key in of]
         check_drop(name, there, self._drop)
         self.obs = obs.drop(columns=[column for column in obs if f"obs/{column}" in self._drop])
@@ -161,8 +162,13 @@ class AnnDataSource(Source):
 
     def var(self, raw: bool = False) -> pd.DataFrame:
         """Return the genes' table, or that of `.raw`."""
-        table = _in_memory(self._adata.raw.var if raw else self._adata.var)
+        table = self._genes(raw)
         return renamed(table.drop(columns=[column for column in table if f"var/{column}" in self._drop]), self.naming)
+
+    def _genes(self, raw: bool = False) -> pd.DataFrame:
+        table: pd.DataFrame = _in_memory(self._adata.raw.var if raw else self._adata.var)
+        _check_named(f"{self.name}: .raw" if raw else self.name, table.index, "gene")
+        return table
 
     def obsm(self) -> dict[str, Any]:
         """Return obsm."""
@@ -192,6 +198,18 @@ class AnnDataSource(Source):
             for name in [name for name in getattr(whole, group) if not self._kept(group, name)]:
                 del getattr(whole, group)[name]
         return whole
+
+
+def _check_named(where: str, names: pd.Index, noun: str) -> None:
+    """Refuse cells or genes without a name, which no file can hold and which are no genes of a model."""
+    missing = np.asarray(names.isna())
+    if missing.any():
+        table = "obs" if noun == "cell" else "var"
+        raise UserError(
+            f"{where}: {counted(int(missing.sum()), noun)} of {len(names)} {'has' if missing.sum() == 1 else 'have'} no name (first: number "
+            f"{int(np.argmax(missing))}, counted from 0); expected one each. Name them, for instance by "
+            f"`adata.{table}_names = adata.{table}_names.fillna('unknown')` and `adata.{table}_names_make_unique()`."
+        )
 
 
 def _in_memory(element: Any) -> Any:

@@ -21,7 +21,7 @@ from urllib.parse import quote
 from sedd.config import ConversionSettings, InputSettings
 from sedd.errors import UserError
 from sedd.io import remote
-from sedd.io.input.opening import is_zarr
+from sedd.io.input.opening import is_zarr, without_slash
 from sedd.options import grouped, keywords_of
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ def convert(
     """
     from sedd.io.conversion.job import Job
 
-    paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    paths = [without_slash(path) for path in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
     target = str(output).rstrip("/")
     if not target.endswith(".zarr"):
         raise UserError(f"{target}: the output is a Zarr store; expected a name that ends in .zarr. Name the output last, after all inputs.")
     if append:
-        return _append([str(path) for path in paths], target, resume, overwrite, dry_run, progress, settings)
+        return _append(paths, target, resume, overwrite, dry_run, progress, settings)
     job = Job(
-        [str(path) for path in paths],
+        paths,
         remote.staging(target) if remote.is_remote(target) else target,
         *grouped(settings, ConversionSettings),
         progress=progress,
@@ -140,7 +140,7 @@ def ensure_store(
     from sedd.io.conversion.job import Job
     from sedd.io.store import CellStore
 
-    paths = [str(one).rstrip("/") or "/" for one in ([path] if isinstance(path, str | os.PathLike) else path)]
+    paths = [without_slash(one) for one in ([path] if isinstance(path, str | os.PathLike) else path)]
     (own,) = grouped(settings, InputSettings)
     if len(paths) == 1 and is_store(paths[0]):
         store = CellStore(paths[0])

@@ -17,7 +17,7 @@ import pandas as pd
 import zarr
 from scipy import sparse
 
-from sedd.errors import UserError
+from sedd.errors import UserError, counted
 from sedd.io.format.plain import read_element
 from sedd.io.format.reader import ChunkReader, side_by_side
 from sedd.io.format.tally import cell_hashes
@@ -90,7 +90,7 @@ class CellStore:
             self.__dict__.pop(name, None)
 
     def __repr__(self) -> str:
-        return f"CellStore({self.path!r}: {self.n_obs} cells x {self.n_vars} genes, {self.nnz} non-zeros, {self.dtype})"
+        return f"CellStore({self.path!r}: {counted(self.n_obs, 'cell')} x {counted(self.n_vars, 'gene')}, {counted(self.nnz, 'non-zero')}, {self.dtype})"
 
     @property
     def grown(self) -> list[dict[str, Any]]:

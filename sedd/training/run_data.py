@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,10 +26,11 @@ from sedd.io.format.json_table import packed_table
 from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch
 from sedd.io.loading.selection import encode_label, label_text
-from sedd.io.plan import BLOCK, CellList, Split
+from sedd.io.plan import CellList, Split
 from sedd.io.store import CellStore
 from sedd.model import SEDDTransformer
 from sedd.nn.gene_vectors import read_gene_vectors
+from sedd.training.first_look import check_column, check_inputs, split_of_cells
 
 T = TypeVar("T")
 
@@ -163,12 +164,13 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
         On bad input; nothing is left behind but a converted store.
     """
     data = config.data
+    check_inputs(config)
     store = _open_store(data)
     if resumed is not None:
         store = _as_trained_on(store, resumed, data.named)
     if resumed is not None:
         return _resumed_panel(config, resumed, store)
-    train, val = _split(config, store)
+    train, val = split_of_cells(config, store.n_obs, shuffled=bool(store.uns_sedd["settings"]["shuffle"]) and not store.grown)
     hist = _count(store, train, val)
     genes = _choose_genes(data, store, hist, train.n_cells)
     index = pd.Index(store.var_names).get_indexer(genes)
@@ -215,40 +217,6 @@ def counts_or_real(data: DataConfig, make: Callable[[Literal["counts", "real"]],
         if data.binning not in ("linear", "log", "quantile") or isinstance(error, NegativeValuesError):
             raise
         return make("real")
-
-
-def check_column(column: str, columns: Iterable[str]) -> None:
-    """Check that a condition is a column of obs.
-
-    Raises
-    ------
-    UserError
-        If it is not; the message lists those there are.
-    """
-    there = list(columns)
-    if column not in there:
-        raise UserError(f"--condition {column}: no such obs column; there are: {', '.join(map(str, there)) or 'none'}.")
-
-
-def _split(config: TrainConfig, store: CellStore) -> tuple[Split, Split]:
-    """Training and validation cells; a limit is shared between them in the same proportion."""
-    fraction, seed, limit = config.data.val_fraction, config.run.seed, config.data.limit_cells
-    n_val = None if limit is None else max(1, round(limit * fraction))
-    n_train = None if limit is None or n_val is None else max(1, limit - n_val)
-    shuffled = bool(store.uns_sedd["settings"]["shuffle"]) and not store.grown
-    capped = round(fraction * store.n_obs) > config.data.val_cells
-    # Where fewer than their share are taken of a store whose neighbours are no kin, they may as well lie together.
-    block = min(BLOCK, config.data.val_cells) if capped and shuffled else 1
-    most = config.data.val_cells if capped else None
-    train = Split(store.n_obs, fraction, seed, "train", n_train, most, block)
-    val = Split(store.n_obs, fraction, seed, "val", n_val, most, block)
-    for part in (train, val):
-        if part.n_cells == 0:
-            raise UserError(
-                f"{config.data.named}: {store.n_obs} cells with --val_fraction {fraction} leave no cell to "
-                f"{'train on' if part is train else 'validate with'}; expected at least one of each."
-            )
-    return train, val
 
 
 def _as_trained_on(store: CellStore, state: dict[str, Any], named: str) -> CellStore:

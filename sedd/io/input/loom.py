@@ -45,7 +45,7 @@ class LoomFile(Input):
     def layers(self) -> list[str]:
         """Names of the layers."""
         with reading(self.path, "layers"):
-            return list(self._root["layers"]) if "layers" in self._root else []
+            return list(_arrays_in(self._root.get("layers")))
 
     def _matrix(self, layer: str | None, raw: bool) -> Matrix:
         name = "raw" if raw else "matrix" if layer is None else f"layers/{layer}"
@@ -75,12 +75,11 @@ class LoomFile(Input):
         place = _ATTRIBUTES[table]
         length = self.n_obs if table == "obs" else self.n_vars()
         with reading(self.path, place):
-            for name in self._root.get(place) or ():
+            for name, node in _arrays_in(self._root.get(place)).items():
                 if f"{table}m/{name}" in drop or f"{table}/{name}" in drop:
                     continue
                 with reading(self.path, f"{place}/{name}", f"Leave it out with --drop {table}{'m' * wide}/{name}."):
-                    node = self._root[place][name]
-                    if is_array(node) and node.shape[:1] == (length,) and (node.ndim > 1) == wide:
+                    if node.shape[:1] == (length,) and (node.ndim > 1) == wide:
                         found[name] = _plain(node[:])
         return found
 
@@ -102,6 +101,15 @@ class LoomFile(Input):
     def mapping(self, name: str, drop: tuple[str, ...] = ()) -> dict[str, Any]:
         """Attributes of cells that have columns, as `obsm`."""
         return dict(self._attributes("obs", drop, wide=True)) if name == "obsm" and name not in drop else {}
+
+
+def _arrays_in(group: Any, prefix: str = "") -> dict[str, Any]:
+    """Arrays by name; those with a slash lie in groups."""
+    found: dict[str, Any] = {}
+    for name in group if group is not None and not is_array(group) else ():
+        node = group[name]
+        found |= {prefix + name: node} if is_array(node) else _arrays_in(node, f"{prefix}{name}/")
+    return found
 
 
 def _plain(values: np.ndarray) -> np.ndarray:

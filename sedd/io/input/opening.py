@@ -19,7 +19,7 @@ from sedd.io.input.loom import LoomFile
 from sedd.io.input.slices import is_array
 from sedd.io.remote import filesystem, is_remote
 
-_ENDINGS = (".h5ad", ".h5mu", ".h5", ".loom", ".mtx", ".h5ad.gz", ".mtx.gz")
+_ENDINGS = (".h5ad", ".h5mu", ".h5", ".loom", ".mtx", ".h5ad.gz", ".mtx.gz", ".zip")
 """Of files that are said to be inputs even where they are not."""
 
 _ZARR = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
@@ -42,14 +42,14 @@ def open_input(
     UserError
         If there is no such file, it cannot be read, or it holds no matrix of cells and genes.
     """
-    path = str(path).rstrip("/") or str(path)
+    path = without_slash(path)
     naming = Naming(gene_names, strip_version)
     if is_zarr(path):
         return _of_anndata(path, _open_zarr(path), naming, modality, _nothing, "zarr")
     if not is_remote(path):
         if not os.path.exists(path):
             unfinished = f" There is {path}.partial: its conversion did not finish." if os.path.isdir(f"{path}.partial") else ""
-            raise UserError(f"{path}: there is no such file.{unfinished}")
+            raise UserError(f"{path}: {_why_not_there(path)}.{unfinished}")
         if os.path.isdir(path):
             if not any(name.endswith(("matrix.mtx", "matrix.mtx.gz")) for name in os.listdir(path)):
                 raise UserError(f"{path}: is a directory with neither a Zarr store nor a matrix.mtx in it. Expected {READ}.")
@@ -77,12 +77,24 @@ def is_zarr(path: str) -> bool:
 
 
 def is_input(path: str) -> bool:
-    """Whether a local path is that of an input by its first bytes or its files, whether or not it can be read."""
+    """Whether a local path is that of an input rather than of a checkpoint, by its name, first bytes or files, whether or not it can be read."""
+    path = without_slash(path)
     if os.path.isdir(path):
         return is_zarr(path) or any(name.endswith(("matrix.mtx", "matrix.mtx.gz")) for name in os.listdir(path))
     with open(path, "rb") as file:
         start = file.read(8)
-    return start == b"\x89HDF\r\n\x1a\n" or path.endswith(_ENDINGS)
+    return path.endswith(_ENDINGS) or not (path.endswith(".pt") or start.startswith(b"PK"))
+
+
+def without_slash(path: str | os.PathLike[str]) -> str:
+    """Return a path without slashes at its end, which shells put there and which a file cannot be opened with."""
+    return os.fspath(path).rstrip("/") or os.fspath(path)
+
+
+def _why_not_there(path: str) -> str:
+    if os.path.islink(path):
+        return f"is a link to {os.readlink(path)}, which is not there"
+    return "there is no such file" + ("; give the path in full, as ~ stands for a home in shells only" if path.startswith("~") else "")
 
 
 def _nothing() -> None:
@@ -193,6 +205,7 @@ def _open_remote(path: str) -> Any:
 
 def input_fingerprint(path: str) -> str:
     """Identity of an input, of whatever files it consists."""
+    path = without_slash(path)
     if is_zarr(path):
         return tree_fingerprint(path)
     if not is_remote(path) and (os.path.isdir(path) or path.endswith((".mtx", ".mtx.gz"))):

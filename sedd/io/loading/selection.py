@@ -50,8 +50,8 @@ def find_genes(store: CellStore, genes: Sequence[str] | None) -> np.ndarray | No
 
 
 def label_text(label: object) -> str:
-    """Return a label as text: 7, 7.0 and "7" are one."""
-    text = str(label)
+    """Return a label as text: 7, 7.0 and "7" are one; of bytes the text that files keep of them."""
+    text = label.decode("utf-8", "replace") if isinstance(label, bytes) else str(label)
     whole = text.removesuffix(".0")
     return whole if whole.lstrip("-").isdigit() else text
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import anndata as ad
@@ -19,6 +20,7 @@ from scipy import sparse
 
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
+from sedd.inference.output_place import check_output
 from sedd.io.convert import convert
 from sedd.io.input.opening import input_fingerprint, open_input
 from sedd.io.verify import verify
@@ -286,3 +288,46 @@ def test_every_modality_is_described(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     for word in ("70 x 40", "70 x 7", f"sedd train --data_path {path} --modality adt"):
         assert word in said
+
+
+def test_info_says_of_what_is_no_input_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    h5ad(tmp_path / "a", cells(counts()))
+    wanted = {"m.csv": "is a file of text", "m.csv.gz": "is a file of text", "m.h5ad.gz": "is compressed with gzip", "m.zip": "is a zip archive", "m": "no HDF5"}
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        archive.write(tmp_path / "a.h5ad", "a.h5ad")
+    (tmp_path / "m.csv").write_text("cell,gene\na,1\n")
+    (tmp_path / "m").write_text("cell,gene\na,1\n")
+    for name, source in (("m.csv.gz", "m.csv"), ("m.h5ad.gz", "a.h5ad")):
+        (tmp_path / name).write_bytes(gzip.compress((tmp_path / source).read_bytes()))
+    for name, said in wanted.items():
+        for arguments in (["info", str(tmp_path / name)], ["convert", str(tmp_path / name), str(tmp_path / "b.zarr")]):
+            assert main(arguments) == 2
+            assert said in capsys.readouterr().err
+
+
+def test_a_slash_at_the_end_of_a_path_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = h5ad(tmp_path / "a", cells(counts()))
+    for arguments in (["info", f"{path}/"], ["convert", f"{path}/", str(tmp_path / "b.zarr")], ["info", f"{tmp_path}/b.zarr/"]):
+        assert main(arguments) == 0, capsys.readouterr().err
+    with pytest.raises(UserError, match="is the data itself"):
+        check_output(path, overwrite=True, data=f"{path}/")
+
+
+def test_a_link_to_nowhere_and_a_home_that_is_not_expanded_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.h5ad").symlink_to("gone.h5ad")
+    with pytest.raises(UserError, match="is a link to gone.h5ad, which is not there"):
+        open_input(tmp_path / "a.h5ad")
+    with pytest.raises(UserError, match="~ stands for a home in shells only"):
+        open_input("~/a.h5ad")
+
+
+def test_names_with_slashes_in_a_loom_are_read(tmp_path: Path) -> None:
+    adata = cells(counts())
+    path = loom(tmp_path / "a", adata)
+    with h5py.File(path, "r+") as file:
+        file["layers/un/spliced"] = file["matrix"][:] * 2
+        file["col_attrs/G1/S"] = np.arange(adata.n_obs)
+    store = convert(path, tmp_path / "a.zarr", layer="un/spliced", progress=False)
+    assert store is not None
+    assert np.array_equal(store.obs["G1/S"], np.arange(adata.n_obs))
+    assert store.nnz == adata.X.nnz and ad.read_zarr(store.path).X.sum() == 2 * adata.X.sum()
