@@ -9,6 +9,7 @@ from sedd.errors import UserError, counted
 from sedd.io.convert import is_store
 from sedd.io.input.opening import opened_as
 from sedd.io.plan import BLOCK, Split
+from sedd.io.remote import is_remote
 
 
 def check_inputs(config: TrainConfig) -> None:
@@ -20,7 +21,7 @@ def check_inputs(config: TrainConfig) -> None:
         If they are, or one cannot be read.
     """
     data = config.data
-    if is_store(data.paths[0]):
+    if is_store(data.paths[0]) or any(map(is_remote, data.paths)):  # over a network a look costs more than it saves
         return
     n_obs, columns = 0, list[str]()
     for path in data.paths:
