@@ -14,6 +14,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sedd.model import SEDDTransformer
 from sedd.training.directory import RunDirectory
 from sedd.training.dry_run import forecast
 from sedd.training.failures import check_finite, explained
-from sedd.training.learner import Learner
+from sedd.training.learner import Learner, Outcome
 from sedd.training.logs import Progress, Tracker, resolve_logger
 from sedd.training.parallel import Ranks, from_first, make_accelerator, together
 from sedd.training.resuming import state_to_resume
@@ -65,6 +66,7 @@ class SEDDTrainer:
         self.step = 0
         self.best_loss = math.inf
         self._sums = dict.fromkeys(("loss", "cells", *_TIMES), 0.0)  # of the epoch under way
+        self._unsettled: Callable[[], None] | None = None
 
     @property
     def model(self) -> SEDDTransformer:
@@ -108,7 +110,7 @@ class SEDDTrainer:
             stack.callback(self._validator.close)
             if run.dry_run:
                 step = functools.partial(self._learner.step, step=self.step, epoch=self.epoch)
-                self.accelerator.print(forecast(self.config, self._panel, self.model, self._loader, step))
+                self.accelerator.print(forecast(self.config, self._panel, self.model, self._loader, lambda group: step(group).read()))
                 return self.history
             together(self.accelerator, functools.partial(self._open_directory, stack, fresh=resumed is None))
             self._ranks = Ranks(self.accelerator)
@@ -204,7 +206,7 @@ class SEDDTrainer:
         """Train through the rest of the epoch under way: all of it, or what a checkpoint left to do."""
         if self._loader.epoch != self.epoch:
             self._loader.set_epoch(self.epoch)
-        config, sums = self.config.optim, self._sums
+        config = self.config.optim
         bar = Progress(
             self.epoch,
             config.epochs_of(len(self._loader)),
@@ -217,18 +219,30 @@ class SEDDTrainer:
         start, waited = time.monotonic(), self._loader.wait_seconds
         with bar:
             while group := list(islice(batches, config.gradient_accumulation_steps)):
-                per_cell, n_cells = self._learner.step(group, step=self.step, epoch=self.epoch)
+                outcome = self._learner.step(group, step=self.step, epoch=self.epoch)
                 self.step += 1
+                self._settle()  # the step before, while this one is at work
                 now, wait = time.monotonic(), self._loader.wait_seconds
-                # Sums of this rank's cells; they are added up over ranks when an epoch ends or its state is saved.
-                sums["loss"] += per_cell * n_cells
-                sums["cells"] += n_cells
-                sums["seconds"] += now - start
-                sums["wait"] += wait - waited
-                bar.step(per_cell, n_cells * self.accelerator.num_processes, now - start, wait - waited)
+                self._unsettled = functools.partial(self._count, bar, outcome, self.step, self._learner.learning_rate, now - start, wait - waited)
                 start, waited = now, wait
-                self._tracker.step(self.step, per_cell, self._learner.learning_rate, bar)
                 self._save_or_stop()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count the step that was taken last, if it was not yet; whatever is saved or said comes after this."""
+        count, self._unsettled = self._unsettled, None
+        if count is not None:
+            count()
+
+    def _count(self, bar: Progress, outcome: Outcome, step: int, rate: float, seconds: float, wait: float) -> None:
+        """Add a step to the sums of this rank's cells; they are added up over ranks when an epoch ends or its state is saved."""
+        per_cell, n_cells = outcome.read()
+        self._sums["loss"] += per_cell * n_cells
+        self._sums["cells"] += n_cells
+        self._sums["seconds"] += seconds
+        self._sums["wait"] += wait
+        bar.step(per_cell, n_cells * self.accelerator.num_processes, seconds, wait)
+        self._tracker.step(step, per_cell, rate, bar)
 
     def _finish_epoch(self) -> None:
         """Validate, write the epoch's line and its checkpoints."""
@@ -311,6 +325,8 @@ class SEDDTrainer:
     def _save_or_stop(self) -> None:
         """Stop if a rank was asked to, save if one finds it due; every rank does so at the same step."""
         signal_number, due = self._ranks.largest(self._stop.signal_number, int(self._saver.due(self.step)))
+        if signal_number or due:
+            self._settle()
         if signal_number:
             self._interrupt(signal_number)
         if due:

@@ -25,6 +25,48 @@ from sedd.training.resuming import check_same_vectors
 from sedd.training.run_data import Panel
 
 
+class Outcome:
+    """What a step came to, copied from the device while it works on: whoever reads it a step later does not make it wait.
+
+    Parameters
+    ----------
+    seen : (2,)
+        The sum of the losses of the cells and the norm of the gradient, on the device.
+    n_cells
+        Of this process.
+    place
+        Of the step, for messages.
+    check_norm
+        Whether a norm that is not finite is a failure.
+    """
+
+    def __init__(self, seen: torch.Tensor, n_cells: int, place: str, *, check_norm: bool) -> None:
+        self._n_cells, self._place, self._check_norm = n_cells, place, check_norm
+        self._seen = seen.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if seen.device.type == "cuda" else None
+        if self._copied is not None:
+            self._copied.record()
+        elif seen.device.type != "cpu":
+            self._seen = seen  # read when it is asked for
+
+    def read(self) -> tuple[float, int]:
+        """Return the mean loss in nats per cell and the number of cells, of this process.
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss or its gradients were not finite; the weights are then spoilt, and are not to be saved.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        total, norm = self._seen.tolist()
+        mean = total / self._n_cells
+        check_finite(mean, f"loss is {mean} {self._place}")
+        if self._check_norm:
+            check_finite(norm, f"gradient's norm is {norm} {self._place}")
+        return mean, self._n_cells
+
+
 class Learner:
     """The network of a run and what fits it.
 
@@ -85,8 +127,8 @@ class Learner:
         """Return the rate of the next step."""
         return float(self._scheduler.get_last_lr()[0])
 
-    def step(self, group: list[Batch], *, step: int, epoch: int) -> tuple[float, int]:
-        """Take one optimizer step.
+    def step(self, group: list[Batch], *, step: int, epoch: int) -> Outcome:
+        """Take one optimizer step, and wait for none of it.
 
         Parameters
         ----------
@@ -97,13 +139,8 @@ class Learner:
 
         Returns
         -------
-        loss, n_cells
-            The mean loss in nats per cell and the number of cells, of this process.
-
-        Raises
-        ------
-        FloatingPointError
-            If the loss or its gradients are not finite; the weights are then as before.
+        outcome
+            To be read before anything of the weights is saved.
         """
         accelerator, self._batch = self._accelerator, group[0]
         n_cells = sum(len(batch.cell) for batch in group)
@@ -118,17 +155,17 @@ class Learner:
             total += per_cell.sum()
         # Without clipping only the norm is of interest: infinity leaves the gradients unchanged.
         norm = whole(accelerator.clip_grad_norm_(self._module.parameters(), self._config.optim.grad_clip or math.inf))
-        total, norm = torch.stack([total, norm.to(total)]).tolist()  # together: a step waits for a GPU once
-        mean, place = total / n_cells, f"at step {step} of epoch {epoch + 1} (cells {group[0].cell[:4].tolist()} ...)"
-        check_finite(mean, f"loss is {mean} {place}")
-        if accelerator.scaler is None:  # steps in fp16 whose gradients overflow are left out by the scaler
-            check_finite(norm, f"gradient's norm is {norm} {place}")
+        place = f"at step {step} of epoch {epoch + 1} (cells {group[0].cell[:4].tolist()} ...)"
+        # Those in fp16 whose gradients overflow are left out by the scaler.
+        outcome = Outcome(torch.stack([total, norm.to(total)]), n_cells, place, check_norm=accelerator.scaler is None)
         self._optimizer.step()
-        self._scheduler.step()
+        # A fused optimizer leaves a step in fp16 out on the device and says so to nobody; fp16 alone waits for it.
+        if accelerator.scaler is None or math.isfinite(norm):
+            self._scheduler.step()
+            if self.ema is not None:
+                self.ema.update(self.model)
         self._optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.model)
-        return mean, n_cells
+        return outcome
 
     def _loss(self, batch: Batch, module: torch.nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         config, device = self._config.model, self._accelerator.device

@@ -1,7 +1,7 @@
 """A training step, as a GPU runs it, has no shape that depends on data and nothing that waits for the device.
 
 The device is torch's `meta`, whose tensors have shapes and no values: it takes the ways of a GPU, not those of the CPU's kernels, and there is
-nothing to look at. The one place where the host may look is `Learner.step`'s copy of the loss and the norm, which is not in this step.
+nothing to look at. The one place where the host may look is `Outcome.read`, one step late: `test_late_look.py`.
 """
 
 from __future__ import annotations
