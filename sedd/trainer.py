@@ -29,6 +29,7 @@ from sedd.model import SEDDTransformer
 from sedd.training.directory import RunDirectory
 from sedd.training.dry_run import forecast
 from sedd.training.failures import check_finite, explained
+from sedd.training.heartbeat import heartbeat
 from sedd.training.learner import Learner, Outcome
 from sedd.training.logs import Progress, Tracker, resolve_logger
 from sedd.training.parallel import Ranks, from_first, make_accelerator, together
@@ -99,6 +100,7 @@ class SEDDTrainer:
         resolve_logger(run.log_with)
         self.accelerator = make_accelerator(self.config.optim.mixed_precision)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(heartbeat(self.accelerator.process_index, self.accelerator.num_processes))
             self._stop = stack.enter_context(StopRequest())
             with self._stop.at_once():
                 resumed = self._state_to_resume()
@@ -194,6 +196,7 @@ class SEDDTrainer:
             world_size=self.accelerator.num_processes,
             threads=config.data.loader_threads,
             memory_budget=config.data.memory_budget,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
 
     def _largest_batch(self) -> int | None:

@@ -47,7 +47,8 @@ def draw(log_p: Tensor, u: Tensor) -> Tensor:
         If a probability is not a number.
     """
     log_p = log_p.double()
-    cumulative = (log_p - log_p.amax(-1, keepdim=True)).exp_().cumsum(-1)
+    # A GPU adds up in parts, whose sums need not ascend.
+    cumulative = (log_p - log_p.amax(-1, keepdim=True)).exp_().cumsum(-1).cummax(-1).values
     total = cumulative[..., -1]
     if not bool(torch.isfinite(total).all()):
         raise UserError("a probability of the model is not a number: its training has diverged. Use an earlier checkpoint.")

@@ -59,14 +59,14 @@ def forecast(
         f"cells {panel.train_cells.n_cells} to train, {panel.val_cells.n_cells} to validate; genes {len(panel.genes)}; "
         f"values {panel.binning.describe()}\n"
         f"parameters {n_parameters:,}; weights, gradients and optimizer {4 * n_parameters * copies / 2**20:.0f} MiB; "
-        f"{_peak_memory()} with batches of {config.batch_size}\n"
+        f"{_peak_memory(next(model.parameters()).device)} with batches of {config.batch_size}\n"
         f"matrix products of {flops / 1e9:.3g} GFLOP a cell, {flops * config.batch_size * accumulation / a_step / 1e9:.2g} GFLOP a second\n"
         f"steps {steps} an epoch, {steps * epochs} in all; {a_step:.3f} s a step, "
         f"about {steps * epochs * a_step / 60:.1f} minutes of training"
     )
 
 
-def _peak_memory() -> str:
-    if torch.cuda.is_available():
-        return f"the GPU's memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+def _peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"the GPU's memory {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB"
     return f"the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"

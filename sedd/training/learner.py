@@ -32,16 +32,18 @@ class Outcome:
     ----------
     seen : (2,)
         The sum of the losses of the cells and the norm of the gradient, on the device.
-    n_cells
-        Of this process.
+    group
+        The batches of the step; they are kept until it was read, as their memory, which the loader fills again once nobody holds it, may still
+        be on its way to the device.
     place
         Of the step, for messages.
     check_norm
         Whether a norm that is not finite is a failure.
     """
 
-    def __init__(self, seen: torch.Tensor, n_cells: int, place: str, *, check_norm: bool) -> None:
-        self._n_cells, self._place, self._check_norm = n_cells, place, check_norm
+    def __init__(self, seen: torch.Tensor, group: list[Batch], place: str, *, check_norm: bool) -> None:
+        self._group, self._place, self._check_norm = group, place, check_norm
+        self._n_cells = sum(len(batch.cell) for batch in group)
         self._seen = seen.to("cpu", non_blocking=True)
         self._copied = torch.cuda.Event() if seen.device.type == "cuda" else None
         if self._copied is not None:
@@ -60,6 +62,7 @@ class Outcome:
         if self._copied is not None:
             self._copied.synchronize()
         total, norm = self._seen.tolist()
+        self._group = []
         mean = total / self._n_cells
         check_finite(mean, f"loss is {mean} {self._place}")
         if self._check_norm:
@@ -157,7 +160,7 @@ class Learner:
         norm = whole(accelerator.clip_grad_norm_(self._module.parameters(), self._config.optim.grad_clip or math.inf))
         place = f"at step {step} of epoch {epoch + 1} (cells {group[0].cell[:4].tolist()} ...)"
         # Those in fp16 whose gradients overflow are left out by the scaler.
-        outcome = Outcome(torch.stack([total, norm.to(total)]), n_cells, place, check_norm=accelerator.scaler is None)
+        outcome = Outcome(torch.stack([total, norm.to(total)]), group, place, check_norm=accelerator.scaler is None)
         self._optimizer.step()
         # A fused optimizer leaves a step in fp16 out on the device and says so to nobody; fp16 alone waits for it.
         if accelerator.scaler is None or math.isfinite(norm):

@@ -54,6 +54,7 @@ class Validator:
             world_size=accelerator.num_processes,
             threads=1,
             memory_budget=config.data.memory_budget,
+            pin_memory=accelerator.device.type == "cuda",
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ def test_a_step_looks_at_no_number_before_it_is_read(small: tuple[Learner, list[
     monkeypatch.undo()
     loss, n_cells = outcome.read()
     assert loss > 0 and n_cells == 16
+
+
+def test_batches_are_held_until_their_step_is_read(small: tuple[Learner, list[Any], Any]) -> None:
+    """Page-locked memory that nobody holds is filled again, and may still be on its way to the GPU."""
+    one, batches, _ = small
+    group = batches[:3]
+    held = [weakref.ref(batch.tokens) for batch in group]
+    outcome = one.step(group, step=0, epoch=0)
+    one.step(batches[3:4], step=1, epoch=0)
+    del group
+    batches.clear()
+    assert all(tokens() is not None for tokens in held)
+    outcome.read()
+    assert all(tokens() is None for tokens in held)
 
 
 def test_a_loss_that_is_not_finite_is_noticed_at_the_next_step(

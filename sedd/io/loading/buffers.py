@@ -20,8 +20,8 @@ class Slabs:
     Parameters
     ----------
     pinned : bool
-        Give page-locked memory. It comes from torch's own caching allocator, which also waits for copies to a GPU that are
-        under way before it gives the memory out again.
+        Give page-locked memory. Whoever copies it to a GPU without waiting must hold it until the copy is done, as it may be given out
+        again once nobody does.
     keep : int
         Slabs that are kept when they come back.
     """
