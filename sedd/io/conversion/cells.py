@@ -50,7 +50,7 @@ class JoinedCells:
         if labels is not None:
             self._source, self.news = source_column(frames)
             frames = [frame.assign(**{self._source: pd.Categorical([label], [label])}) for frame, label in zip(frames, labels, strict=True)]
-        self.sample = frames[0] if labels is None else concatenated(frames, [{}] * len(frames)).obs
+        self.sample = frames[0] if labels is None else concatenated(frames, [{}] * len(frames))[0]
         if order is not None:
             self.sample = self.sample.assign(**{CELL: np.zeros(len(self.sample), order.dtype)})
         self._repeated = self._find_repeated()

@@ -5,36 +5,72 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from natsort import natsorted
 
 from sedd.errors import UserError
+from sedd.io.format.plain import made_unique
 from sedd.io.input.cells import CellTable
 
-if TYPE_CHECKING:
-    from anndata import AnnData  # imported only to join several inputs, as that takes long
 
+def concatenated(frames: list[pd.DataFrame], obsm: list[dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Tables and embeddings one after the other, as `anndata.concat` does: categories are united, what a table lacks is missing.
 
-def concatenated(frames: list[pd.DataFrame], obsm: list[dict[str, Any]]) -> AnnData:
-    """Tables one after the other, as `anndata.concat` does: categories are united, what a table lacks is missing."""
+    Importing anndata takes longer than to append 10,000 cells, so tables with the same columns of the same types do without.
+    """
+    if _are_alike(frames, obsm):
+        return _plainly_concatenated(frames), {name: np.concatenate([arrays[name] for arrays in obsm]) for name in obsm[0]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that repeat: they are made unique, or may
         import anndata as ad
 
         cells = [ad.AnnData(obs=frame, obsm=arrays) for frame, arrays in zip(frames, obsm, strict=True)]
-        return ad.concat(cells, join="outer")
+        joined = ad.concat(cells, join="outer")
+    return joined.obs, dict(joined.obsm)
+
+
+def _are_alike(frames: list[pd.DataFrame], obsm: list[dict[str, Any]]) -> bool:
+    """Whether all tables have the same columns of the same types (categories may differ, if they are text without an order), and the same embeddings."""
+    first = frames[0]
+    same = all(frame.columns.equals(first.columns) and len(frame) and _is_text(frame.index) for frame in frames) and first.columns.is_unique
+    if not same or not all(_are_one_type([frame[name].dtype for frame in frames]) for name in first):
+        return False
+    found = [{name: (type(array), array.dtype, np.shape(array)[1:]) for name, array in arrays.items() if type(array) is np.ndarray} for arrays in obsm]
+    return all(len(kinds) == len(arrays) and kinds == found[0] for kinds, arrays in zip(found, obsm, strict=True))
+
+
+def _are_one_type(dtypes: list[Any]) -> bool:
+    if isinstance(dtypes[0], pd.CategoricalDtype):
+        return all(isinstance(own, pd.CategoricalDtype) and not own.ordered and _is_text(own.categories) for own in dtypes)
+    return all(own == dtypes[0] for own in dtypes)
+
+
+def _is_text(names: pd.Index) -> bool:
+    """Whether an index is of text, of one type for all tables."""
+    return bool(names.dtype == pd.Index(["a"]).dtype and names.inferred_type in ("string", "empty"))
+
+
+def _plainly_concatenated(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of which `_are_alike` is true, one after the other."""
+    united = {}
+    for name in frames[0]:
+        if isinstance(frames[0][name].dtype, pd.CategoricalDtype):
+            categories: list[pd.Index] = [frame[name].cat.categories for frame in frames]
+            united[name] = pd.CategoricalDtype(natsorted(categories[0].append(categories[1:]).unique()))
+    joined = pd.concat([frame.astype(united) for frame in frames])
+    joined.columns = frames[0].columns
+    return joined
 
 
 def _stacked(frames: list[pd.DataFrame], obsm: list[dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Tables and embeddings one after the other; names of cells are made unique."""
-    joined = concatenated(frames, obsm)
-    if not joined.obs_names.is_unique:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names that end like those it makes
-            joined.obs_names_make_unique()
-    return joined.obs, dict(joined.obsm)
+    obs, arrays = concatenated(frames, obsm)
+    if not obs.index.is_unique:
+        obs.index = pd.Index(made_unique(obs.index.tolist()), dtype=obs.index.dtype, name=obs.index.name)
+    return obs, arrays
 
 
 def join_obsm(tables: list[CellTable], obsm: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
@@ -49,7 +85,7 @@ def join_obsm(tables: list[CellTable], obsm: list[dict[str, Any]]) -> tuple[dict
     joined: dict[str, Any] = {name: np.concatenate([arrays[name] for arrays in fit]) for name in plain}
     if len(plain) < len(kept):
         frames = [pd.DataFrame(index=table.names(0, table.n_rows)) for table in tables]
-        joined |= concatenated(frames, [{name: array for name, array in arrays.items() if name not in plain} for arrays in fit]).obsm
+        joined |= concatenated(frames, [{name: array for name, array in arrays.items() if name not in plain} for arrays in fit])[1]
     return {name: joined[name] for name in kept if name in joined}, news
 
 
@@ -175,9 +211,11 @@ def join_uns(uns: list[dict[str, Any]], obs: pd.DataFrame, first: pd.DataFrame) 
         mapping.pop("sedd", None)
     if len(uns) == 1:
         return uns[0], []
-    import anndata as ad
+    kept: Any = {}
+    if set(uns[0]).intersection(*uns[1:]):
+        import anndata as ad
 
-    kept = ad.concat([ad.AnnData(obs=pd.DataFrame(index=[str(k)]), uns=own) for k, own in enumerate(uns)], uns_merge="same").uns
+        kept = ad.concat([ad.AnnData(obs=pd.DataFrame(index=[str(k)]), uns=own) for k, own in enumerate(uns)], uns_merge="same").uns
     for name in [name for name in kept if name.endswith("_colors")]:
         column = name.removesuffix("_colors")
         if column in obs and column in first and obs[column].dtype != first[column].dtype:

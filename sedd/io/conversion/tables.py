@@ -74,7 +74,7 @@ def label_codes(files: list[Input], column: str) -> np.ndarray:
     frames = [pd.DataFrame({column: table.column(column, 0, table.n_rows).array}) for table in tables]
     for frame in frames:
         frame.index = frame.index.astype(str)
-    labels = frames[0][column] if len(frames) == 1 else concatenated(frames, [{}] * len(frames)).obs[column]
+    labels = frames[0][column] if len(frames) == 1 else concatenated(frames, [{}] * len(frames))[0][column]
     found: np.ndarray = labels.astype("category").cat.codes.to_numpy().astype(np.int64)
     return found
 
@@ -137,7 +137,7 @@ def join_var(frames: list[pd.DataFrame], genes: pd.Index) -> pd.DataFrame:
         wanted = frame.index.isin(genes) & ~known
         if wanted.any():
             pieces.append(frame[wanted])
-    joined = pieces[0] if len(pieces) == 1 else concatenated(pieces, [{}] * len(pieces)).obs
+    joined = pieces[0] if len(pieces) == 1 else concatenated(pieces, [{}] * len(pieces))[0]
     return joined.reindex(genes)
 
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sedd.errors import SeddWarning
+from sedd.io.conversion.joins import concatenated
 from sedd.io.convert import convert
 from sedd.io.format.elements import free_names, write_elements
 from tests.io.h5ads import counts, write
@@ -175,3 +176,40 @@ def test_what_several_inputs_have_in_common_in_uns_and_obsm_is_kept_and_the_rest
     messages = [str(warning.message) for warning in said]
     assert any(message.startswith("obsm X_pca: left out") for message in messages)
     assert any(message.startswith("uns kind_colors, lane: left out") for message in messages)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_tables_of_the_same_columns_are_joined_as_anndata_joins_them(data: Any) -> None:
+    """Those that are joined without anndata are most of them; all are as it has them."""
+    kinds = data.draw(st.dictionaries(st.sampled_from(NAMES), st.sampled_from(sorted(KINDS)), max_size=3))
+    frames = []
+    for number in range(data.draw(st.integers(2, 3))):
+        n = data.draw(st.integers(1, 5))
+        made = {name: column(kind, n, data.draw(st.booleans()), data.draw(st.integers(0, 9))).array for name, kind in kinds.items()}
+        index = pd.Index([f"{number * data.draw(st.integers(0, 1))}-{k}" for k in range(n)], name=data.draw(st.sampled_from([None, "barcode"])))
+        frame = pd.DataFrame(made, index=index)
+        for name in (name for name in frame if isinstance(frame[name].dtype, pd.CategoricalDtype) and data.draw(st.booleans())):
+            frame[name] = frame[name].cat.remove_unused_categories()
+        frames.append(frame)
+    arrays = [{"X_pca": np.full((len(frame), 2), k)} for k, frame in enumerate(frames)]
+    obs, obsm = concatenated(frames, arrays)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = ad.concat([ad.AnnData(obs=frame, obsm=own) for frame, own in zip(frames, arrays, strict=True)], join="outer")
+    pd.testing.assert_frame_equal(obs, wanted.obs, check_column_type=False)
+    for name in (name for name in kinds if isinstance(obs[name].dtype, pd.CategoricalDtype)):
+        assert obs[name].cat.categories.tolist() == wanted.obs[name].cat.categories.tolist()
+    assert np.array_equal(obsm["X_pca"], wanted.obsm["X_pca"])
+
+
+@pytest.mark.parametrize("categories", [(["y", "x"], ["y", "x"]), (["y", "x"], ["x", "y"]), (["y10", "y9"], ["z", "y9"]), (["y"], [])])
+def test_categories_of_joined_tables_are_in_the_order_of_anndata(categories: tuple[list[str], list[str]]) -> None:
+    frames = [
+        pd.DataFrame({"kind": pd.Categorical([*own, None], categories=own)}, index=[f"{k}-{at}" for at in range(len(own) + 1)])
+        for k, own in enumerate(categories)
+    ]
+    wanted = ad.concat([ad.AnnData(obs=frame) for frame in frames], join="outer").obs["kind"]
+    found = concatenated(frames, [{}, {}])[0]["kind"]
+    assert found.cat.categories.tolist() == wanted.cat.categories.tolist()
+    assert found.astype(object).equals(wanted.astype(object))

@@ -139,13 +139,17 @@ def test_repeated_names_get_the_numbers_of_anndata(names: list[str]) -> None:
     assert made_unique(names) == expected
 
 
-def test_the_shipped_file_is_converted_described_verified_and_trained_on_without_anndata_and_dask(tmp_path: Path) -> None:
-    store, run = tmp_path / "pbmc.zarr", tmp_path / "run"
+def test_the_shipped_file_is_converted_described_verified_joined_and_trained_on_without_anndata_and_dask(tmp_path: Path) -> None:
+    store, run, both, more = tmp_path / "pbmc.zarr", tmp_path / "run", tmp_path / "both.zarr", tmp_path / "more.h5ad"
+    cells = ad.read_h5ad(PBMC)[:50].copy()
+    cells.X *= 2
+    cells.write_h5ad(more)
     code = f"""
 import sys
 from sedd.cli import main
 for words in (["convert", {str(PBMC)!r}, {str(store)!r}], ["info", {str(PBMC)!r}], ["info", {str(store)!r}],
-              ["verify", {str(store)!r}, "--against", {str(PBMC)!r}]):
+              ["verify", {str(store)!r}, "--against", {str(PBMC)!r}],
+              ["convert", {str(PBMC)!r}, {str(more)!r}, {str(both)!r}], ["convert", {str(more)!r}, {str(store)!r}, "--append"]):
     assert main(words) == 0
 print("found:", *[name for name in ("anndata", "dask", "distributed", "torch") if name in sys.modules])
 size = "--genes 50 --limit_cells 400 --num_epochs 1 --hidden_dim 8 --num_layers 1 --num_heads 1".split()
