@@ -59,7 +59,7 @@ def run(task: Task, args: argparse.Namespace, design: str, batch_size: int, firs
     clock, curve, step, marks = Stopwatch(), [], 0, sorted(args.seconds)
 
     def look(n_masks: int) -> Record:
-        with ema.applied(model):
+        with ema.applied():
             found = nelbo(model, graph, NOISE, test[: args.cells].split(16), n_masks=n_masks)
         curve.append({"epoch": epoch, "step": step, "cpu_seconds": round(clock.cpu, 1), "nelbo": round(found.mean, 2)})
         if first is not None and n_masks == args.masks:

@@ -186,4 +186,4 @@ def training_step(
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    ema.update(model)
+    ema.update()

@@ -26,8 +26,8 @@ from sedd.io.plan import Split
 
 T = TypeVar("T")
 
-FORMAT = 5
-"""Older ones are not read: in format 4 the weights of readouts lie in another order, in 3 models answer no labels."""
+FORMAT = 6
+"""Older ones are not read: in format 5 all weights are fitted at one rate, in 4 the weights of readouts lie in another order, in 3 models answer no labels."""
 _NUMBERED = re.compile(r"(epoch|step)_(\d+)\.pt$")
 
 

@@ -278,7 +278,8 @@ class OptimConfig:
     batch_size: int | None = None
     """Cells per step and process; from --model if not given (small and medium: 32, large: 64)."""
     learning_rate: float | None = None
-    """Learning rate of AdamW, constant after the warm-up. From --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4)."""
+    """Learning rate of AdamW, constant after the warm-up, for the laws of genes. The network gets five times of it (less beyond 128 channels, in
+    proportion), the vectors of genes ten times. From --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4)."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.01

@@ -54,7 +54,7 @@ def tiny_h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TINY_FLAGS = [
-    *("--genes", "all", "--num_epochs", "2", "--batch_size", "16", "--learning_rate", "1e-2", "--hidden_dim", "16"),
+    *("--genes", "all", "--num_epochs", "2", "--batch_size", "16", "--learning_rate", "2e-3", "--hidden_dim", "16"),
     *("--num_layers", "1", "--num_heads", "2", "--num_latents", "1", "--num_bins", "64", "--warmup_steps", "5"),
     *("--ema_decay", "0.9", "--num_threads", "1", "--log_with", "none"),
 ]

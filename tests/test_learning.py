@@ -26,7 +26,7 @@ from sedd.config import SECTIONS
 from sedd.options import meanings_of
 
 TINY: dict[str, Any] = {
-    "genes": "all", "num_epochs": 1, "batch_size": 16, "learning_rate": 1e-2, "hidden_dim": 16, "num_layers": 1, "num_heads": 2,
+    "genes": "all", "num_epochs": 1, "batch_size": 16, "learning_rate": 2e-3, "hidden_dim": 16, "num_layers": 1, "num_heads": 2,
     "warmup_steps": 5, "ema_decay": 0.9, "num_threads": 1, "log_with": "none",
 }  # fmt: skip
 

@@ -21,7 +21,8 @@ class EMA:
     Parameters
     ----------
     model
-        Whose trainable parameters are averaged. Buffers are not: nothing of a `sedd` model is learned in them.
+        Whose trainable parameters are averaged, and change places with their averages. Buffers are not: nothing of a `sedd` model is
+        learned in them.
     decay
         Decay per update once `k / (k + 9)` has passed it.
 
@@ -36,36 +37,34 @@ class EMA:
             raise UserError(f"decay of the averaged weights is {decay}; expected 0 <= decay < 1, such as 0.999.")
         self.decay = float(decay)
         self.updates = 0
-        self.average = {name: p.detach().clone() for name, p in _trainable(model).items()}
+        # Looked up once: going through all modules takes longer than an update.
+        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self._weights.items()}
 
     def decay_at(self, update: int) -> float:
         """Return the decay of the given update, counted from 1; the first one keeps a tenth of the initial weights."""
         return min(self.decay, update / (update + 9))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """Move the average towards the model's weights."""
         self.updates += 1
-        weights = _trainable(model)
-        averages = list(self.average.values())
-        torch._foreach_lerp_(
-            averages, [weights[name].detach() for name in self.average], 1 - self.decay_at(self.updates)
-        )
+        weights = [p.detach() for p in self._weights.values()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - self.decay_at(self.updates))
 
     @contextlib.contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Give the model the averaged weights, and its own back afterwards, bit for bit.
 
         The two sets of tensors change places; nothing is copied and nothing is computed.
         """
-        weights = _trainable(model)
-        own = {name: p.data for name, p in weights.items()}
-        for name, p in weights.items():
+        own = {name: p.data for name, p in self._weights.items()}
+        for name, p in self._weights.items():
             p.data = self.average[name]
         try:
             yield
         finally:
-            for name, p in weights.items():
+            for name, p in self._weights.items():
                 p.data = own[name]
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,7 +88,3 @@ class EMA:
         for name, value in self.average.items():
             value.copy_(average[name])
         self.updates = int(state["updates"])
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ from sedd.training.masking import device_masks, drop_conditions, hide_labels
 from sedd.training.parallel import divide_like, divide_optimizer_state, whole
 from sedd.training.resuming import check_same_vectors
 from sedd.training.run_data import Panel
+
+GENE_VECTORS, GENE_RATE = "backbone.genes.weight", 10.0
+NETWORK_RATE, NETWORK_WIDTH = 5.0, 128
+"""How many times the learning rate the vectors of genes get, and the network up to this width; a wider one gets less in proportion to its
+width (Yang et al. 2022, arXiv:2203.03466). The laws of genes get it once: they start at a fit. docs/tried.md has the trials."""
 
 
 class Outcome:
@@ -118,8 +123,11 @@ class Learner:
         )
         module = self.model.compiled() if config.optim.compile else self.model
         self._module, self._optimizer = accelerator.prepare(module, optimizer)
+        self._parameters = list(self._module.parameters())
         warmup = config.optim.warmup_steps
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / max(1, warmup)))
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, [_rate(group["faster"], warmup) for group in optimizer.param_groups]
+        )
         # Of the weights where and as the optimizer has them: on the device, and divided if they are.
         self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
         if resumed is not None:
@@ -127,8 +135,8 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Return the rate of the next step."""
-        return float(self._scheduler.get_last_lr()[0])
+        """Return the rate of the next step, that of the laws of genes."""
+        return self._config.learning_rate * _rate(1.0, self._config.optim.warmup_steps)(self._scheduler.last_epoch)
 
     def step(self, group: list[Batch], *, step: int, epoch: int) -> Outcome:
         """Take one optimizer step, and wait for none of it.
@@ -157,7 +165,7 @@ class Learner:
                 accelerator.backward(loss * (len(batch.cell) / n_cells))
             total += per_cell.sum()
         # Without clipping only the norm is of interest: infinity leaves the gradients unchanged.
-        norm = whole(accelerator.clip_grad_norm_(self._module.parameters(), self._config.optim.grad_clip or math.inf))
+        norm = whole(accelerator.clip_grad_norm_(self._parameters, self._config.optim.grad_clip or math.inf))
         place = f"at step {step} of epoch {epoch + 1} (cells {group[0].cell[:4].tolist()} ...)"
         # Those in fp16 whose gradients overflow are left out by the scaler.
         outcome = Outcome(torch.stack([total, norm.to(total)]), group, place, check_norm=accelerator.scaler is None)
@@ -166,7 +174,7 @@ class Learner:
         if accelerator.scaler is None or math.isfinite(norm):
             self._scheduler.step()
             if self.ema is not None:
-                self.ema.update(self.model)
+                self.ema.update()
         self._optimizer.zero_grad(set_to_none=True)
         return outcome
 
@@ -219,7 +227,7 @@ class Learner:
         elif self.ema is None:
             yield self.model
         else:
-            with self.ema.applied(self.model):
+            with self.ema.applied():
                 yield self.model
 
     def state(self) -> dict[str, Any]:
@@ -249,9 +257,20 @@ class Learner:
             self._accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices; none on biases, norms and what belongs to single genes: decay would make rare counts frequent."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.ndim >= 2 and name not in PER_GENE]
-    others = [p for name, p in named if p.ndim < 2 or name in PER_GENE]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def _rate(faster: float, warmup: int) -> Callable[[int], float]:
+    return lambda step: faster * min(1.0, (step + 1) / max(1, warmup))
+
+
+def _parameter_groups(model: SEDDTransformer, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the weights by how they are fitted, each group with how many times the learning rate it gets as `faster`.
+
+    Weight decay is on matrices only, not on biases, norms and what belongs to single genes: decay would make rare counts frequent.
+    """
+    network = NETWORK_RATE * min(1.0, NETWORK_WIDTH / model.config["hidden_dim"])
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            faster = 1.0 if name.startswith("head.") else GENE_RATE if name == GENE_VECTORS else network
+            decay = weight_decay if p.ndim >= 2 and name not in PER_GENE else 0.0
+            groups.setdefault((faster, decay), []).append(p)
+    return [{"params": own, "weight_decay": decay, "faster": faster} for (faster, decay), own in groups.items()]

@@ -29,7 +29,7 @@ def test_average_is_the_closed_form_of_its_recursion() -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(value)
-        ema.update(model)
+        ema.update()
         kept = min(decay, k / (k + 9))
         weights = [w * kept for w in weights] + [1 - kept]
         values.append(value)
@@ -45,7 +45,7 @@ def test_a_short_run_does_not_remember_its_first_weights() -> None:
     for p in model.parameters():
         p.data.fill_(1.0)
     for _ in range(50):
-        ema.update(model)
+        ema.update()
     assert float(ema.average["bias"][0]) == pytest.approx(1.0, abs=1e-3)
 
 
@@ -54,10 +54,10 @@ def test_weights_come_back_bit_for_bit_after_the_average_was_applied() -> None:
     ema = EMA(model, decay=0.9)
     for p in model.parameters():
         p.data.add_(torch.randn_like(p))
-    ema.update(model)
+    ema.update()
     before = copy.deepcopy(model.state_dict())
     averages = {name: value.clone() for name, value in ema.average.items()}
-    with ema.applied(model):
+    with ema.applied():
         for name, value in model.named_parameters():
             assert torch.equal(value, averages[name])
         assert not torch.equal(model[0].weight, before["0.weight"])
@@ -70,20 +70,19 @@ def test_weights_come_back_when_validation_fails() -> None:
     model = model_with(1.0)
     ema = EMA(model, decay=0.5)
     ema.average["weight"].fill_(9.0)
-    with pytest.raises(RuntimeError, match="stop"), ema.applied(model):
+    with pytest.raises(RuntimeError, match="stop"), ema.applied():
         raise RuntimeError("stop")
     assert torch.equal(model.weight.detach(), torch.ones(2, 3, dtype=torch.float64))
 
 
 def test_an_average_continues_from_its_state() -> None:
-    model = model_with(0.0)
-    whole, first = EMA(model, decay=0.9), EMA(model, decay=0.9)
-    second = EMA(model_with(7.0), decay=0.9)
+    model, later = model_with(0.0), model_with(7.0)
+    whole, first, second = EMA(model, decay=0.9), EMA(model, decay=0.9), EMA(later, decay=0.9)
     for k in range(10):
-        for p in model.parameters():
+        for p in (*model.parameters(), *later.parameters()):
             p.data.fill_(float(k))
-        whole.update(model)
-        (first if k < 5 else second).update(model)
+        whole.update()
+        (first if k < 5 else second).update()
         if k == 4:
             second.load_state_dict(first.state_dict())
     assert all(torch.equal(second.average[name], value) for name, value in whole.average.items())

@@ -72,7 +72,7 @@ def step(model: SEDDTransformer, ema: EMA, optimizer: torch.optim.Optimizer, *, 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    ema.update(model)
+    ema.update()
     return torch.stack([per_cell.sum(), norm])
 
 

@@ -125,7 +125,7 @@ def test_what_does_not_change_the_steps_may_change(tiny_h5ad: Path, tiny_run: Pa
         "model": "medium",
         "cache_dir": tmp_path / "cache",
         "checkpoint_dir": runs[1],
-        "learning_rate": "1e-2",
+        "learning_rate": "2e-3",
     }
     flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     assert train(Path(moved), runs[1], *CONDITIONED, *flags) == 0

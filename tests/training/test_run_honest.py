@@ -95,7 +95,7 @@ def test_weights_that_the_last_step_of_an_epoch_ruins_are_not_saved(
     # And the way out that the line names is one: the rate is the new one, not that of the checkpoint.
     lower = ["--learning_rate", "1e-3", "--num_epochs", "10", "--resume", "auto"]
     assert train(tiny_h5ad, run, *one_step, *lower) == 0
-    assert [entry["learning_rate"] for entry in json.loads((run / "history.json").read_text())[-2:]] == [1e-2, 1e-3]
+    assert [entry["learning_rate"] for entry in json.loads((run / "history.json").read_text())[-2:]] == [2e-3, 1e-3]
 
 
 def test_conditions_are_hidden_from_the_network_together_and_apart_at_their_rates(

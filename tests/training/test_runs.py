@@ -39,7 +39,7 @@ def test_runs_are_listed_with_state_progress_and_settings(
     said = capsys.readouterr().out
     assert len(said.splitlines()) == 6
     best = min(history, key=lambda entry: entry["val_nelbo"])
-    settings = ["small", "latent", "all", "16", "0.01", "0"]
+    settings = ["small", "latent", "all", "16", "0.002", "0"]
     done = cells(said, "done")
     assert done[1:6] == ["done", "2/2", "28", f"{best['val_nelbo']:.1f}", str(best["epoch"])]
     assert done[7:] == settings

@@ -1,0 +1,29 @@
+"""How fast each kind of weight learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_FLAGS
+
+from sedd import checkpoint
+from sedd.cli import main
+
+
+@pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
+def test_the_network_learns_five_times_as_fast_as_the_laws_of_genes_and_their_vectors_ten_times(tiny_h5ad: Path, tmp_path: Path) -> None:
+    weights = {}
+    for rate in ("1e-3", "1e-9"):  # the second stays where it starts
+        flags = ["--num_epochs", "2", "--batch_size", "1000", "--warmup_steps", "0", "--weight_decay", "0", "--learning_rate", rate]
+        paths = ["--data_path", str(tiny_h5ad), "--checkpoint_dir", str(tmp_path / rate)]
+        assert main(["train", *paths, *TINY_FLAGS, *flags]) == 0
+        weights[rate] = checkpoint.load(tmp_path / rate / "final.pt")["model"]
+    # The first step of Adam is the rate for each weight that has a gradient. Vectors of genes have none until `write` has left zero, so of
+    # their two steps the first is nothing and the second (.1 / (1 - .9^2)) / sqrt(.01 / (1 - .99^2)) of the rate.
+    moved = {name: (weights["1e-3"][name] - start).abs().max().item() for name, start in weights["1e-9"].items()}
+    assert moved["backbone.genes.weight"] == pytest.approx(1e-2 * (0.1 / 0.19) / (0.01 / 0.0199) ** 0.5, rel=1e-2)
+    assert 1e-3 < moved["head.start"] < 2.01e-3
+    assert 5e-3 < moved["backbone.write.weight"] < 1.005e-2
+    assert torch.equal(weights["1e-3"]["backbone.usual"], weights["1e-9"]["backbone.usual"])
