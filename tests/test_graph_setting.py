@@ -50,7 +50,7 @@ def joint_h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uniform_run(request: pytest.FixtureRequest, joint_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / request.param
     flags = ["--graph", "uniform", "--noise", request.param, "--num_bins", "4", "--dropout", "0", "--batch_size", "64"]
-    size = ["--hidden_dim", "32", "--num_epochs", "15", "--learning_rate", "1e-3", "--ema_decay", "0.99"]
+    size = ["--hidden_dim", "32", "--num_epochs", "15", "--learning_rate", "5e-4", "--ema_decay", "0.99"]
     where = ["--data_path", str(joint_h5ad), "--checkpoint_dir", str(directory)]
     assert main(["train", *where, *TINY_FLAGS, *flags, *size]) == 0
     return directory
@@ -113,7 +113,7 @@ def test_a_model_of_before_the_setting_is_of_the_absorbing_graph(tiny_run: Path,
 
 def test_geometric_noise_trains_with_the_absorbing_graph_and_draws(joint_h5ad: Path, tmp_path: Path) -> None:
     flags = ["--noise", "geometric", "--binning", "identity", "--num_bins", "4", "--dropout", "0", "--batch_size", "64", "--hidden_dim", "32"]
-    flags += ["--num_epochs", "16", "--learning_rate", "1e-3", "--ema_decay", "0.99"]
+    flags += ["--num_epochs", "16", "--learning_rate", "5e-4", "--ema_decay", "0.99"]
     where = ["--data_path", str(joint_h5ad), "--checkpoint_dir", str(tmp_path / "run")]
     assert main(["train", *where, *TINY_FLAGS, *flags]) == 0
     last = json.loads((tmp_path / "run" / "history.json").read_text())[-1]
