@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,16 @@ def test_repeated_gene_names_empty_cells_and_unseen_genes_are_reported(tmp_path:
     assert "1 of 70 cells have no counts" in said
     assert "1 of 40 genes are never seen" in said
     assert store.var_names[:2].tolist() == ["g", "g-1"]
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+@pytest.mark.parametrize("kind", ["tidy", "stored zero", "layers"])
+def test_repeated_names_of_genes_are_said_once(kind: str, tmp_path: Path) -> None:
+    matrix = counts()
+    if kind == "stored zero":
+        matrix.data[0] = 0
+    path = write(tmp_path / "a.h5ad", matrix, genes=["same", "same", *(f"gene{k}" for k in range(38))], layers={"counts": matrix.copy(), "more": matrix.tocsc()})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        convert(path, tmp_path / "a.zarr", progress=False, keep_layers=("counts", "more") if kind == "layers" else ())
+    assert sum("gene names repeat" in str(one.message) for one in said) == 1

@@ -55,6 +55,7 @@ class Job:
             progress=progress,
         )  # fmt: skip
         self._news: list[str] = []
+        self._genes_are_said = False
 
     def made(self, store: CellStore) -> bool:
         """Whether `store` is what this conversion would make."""
@@ -161,8 +162,9 @@ class Job:
 
     def _plan(self, *, direct_allowed: bool) -> Plan:
         memory = self.asked.budget / self.runner.workers
+        aloud, self._genes_are_said = not self._genes_are_said, True
         return planning.make_plan(
-            self.folder, self.paths, self.fingerprints, self.settings, memory=memory, direct_allowed=direct_allowed
+            self.folder, self.paths, self.fingerprints, self.settings, memory=memory, direct_allowed=direct_allowed, aloud=aloud
         )
 
     def _convert(self, plan: Plan) -> CellStore:
@@ -254,6 +256,7 @@ class Job:
         job = Job(self.paths, output, asked, progress=self.runner.progress)
         # The matrix is all that is wanted of it.
         job.settings = {**self.settings, "layer": name, "values": values, "keep_layers": [], "obs": []}
+        job._genes_are_said = True
         return job
 
 

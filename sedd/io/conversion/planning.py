@@ -50,7 +50,7 @@ class _Opened(NamedTuple):
     stored: int
 
 
-def _open(stack: ExitStack, paths: list[str], settings: dict[str, Any]) -> _Opened:
+def _open(stack: ExitStack, paths: list[str], settings: dict[str, Any], *, aloud: bool = True) -> _Opened:
     """Open the inputs, closed with `stack`; refuses empty ones and what is no count."""
     files, matrices = [], []
     for path in paths:
@@ -63,7 +63,7 @@ def _open(stack: ExitStack, paths: list[str], settings: dict[str, Any]) -> _Open
                 raise UserError(f"{path}: has no {what}; there is nothing to convert.")
         files.append(file)
         matrices.append(matrix)
-    genes, maps = match_inputs(files, settings)
+    genes, maps = match_inputs(files, settings, aloud=aloud)
     kinds = [_sample(file, matrix, settings) for file, matrix in zip(files, matrices, strict=True)]
     stored = sum(matrix.nnz if matrix.nnz is not None else matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     return _Opened(files, matrices, genes, maps, max(kinds, key=lambda dtype: dtype.itemsize), stored)
@@ -77,6 +77,7 @@ def make_plan(
     *,
     memory: float,
     direct_allowed: bool,
+    aloud: bool = True,
 ) -> Plan:
     """Decide on the parts, and write the plan and what goes with it into `folder`.
 
@@ -87,9 +88,10 @@ def make_plan(
     settings : of the store
     memory : bytes that one task may hold
     direct_allowed : whether shards may come straight from the input where it seems tidy
+    aloud : say what there is to be said of the genes
     """
     with ExitStack() as stack:
-        files, matrices, genes, maps, narrow, stored = _open(stack, paths, settings)
+        files, matrices, genes, maps, narrow, stored = _open(stack, paths, settings, aloud=aloud)
         offsets = np.concatenate([[0], np.cumsum([matrix.shape[0] for matrix in matrices])])
         n_all = int(offsets[-1])
         n_obs = min(n_all, settings["limit_cells"] or n_all)
