@@ -188,11 +188,18 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cells-", dir=directory))
         path = Path(folder, "cells.h5ad")
         stack.enter_context(called(str(path), "the AnnData"))
-        slim.write_h5ad(path)
-        with h5py.File(path, "r+") as file:  # tables hold what anndata itself refuses to write, such as dates
-            for group, name, table in ((file, "obs", obs), (file["raw"] if raw else file, "var", var)):
-                del group[name]
-                write_elements(group, {name: table}, rows=None)
+        try:
+            slim.write_h5ad(path)
+            with h5py.File(path, "r+") as file:  # tables hold what anndata itself refuses to write, such as dates
+                for group, name, table in ((file, "obs", obs), (file["raw"] if raw else file, "var", var)):
+                    del group[name]
+                    write_elements(group, {name: table}, rows=None)
+        except OSError as error:
+            why = os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the AnnData: cannot be written into {directory} ({why}), where it is read from in training. Make room there, or pass another "
+                "--checkpoint_dir (without one the system's folder for temporary files is taken)."
+            ) from error
         taken = {name: value for name, value in config.data.of_inputs().items() if name != "drop"}  # what they name is not there
 
         def make(values: Any) -> str:

@@ -8,6 +8,8 @@ import inspect
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -229,3 +231,21 @@ def test_messages_of_cells_in_memory_name_no_file_that_is_not_theirs(tmp_path: P
         sedd.train(cells, **TINY)
     assert "the AnnData: 3 of 60 cells have no counts; they were kept." in {str(one.message) for one in said}
     assert not any("cells.h5ad" in str(one.message) for one in said)
+
+
+def test_a_disk_without_room_for_cells_in_memory_is_said_and_nothing_stays(tmp_path: Path) -> None:
+    code = f"""
+import resource, signal, sys, warnings
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sedd
+from conftest import make_counts
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    sedd.train(make_counts(), checkpoint_dir={str(tmp_path / "run")!r}, num_epochs=1)
+except sedd.UserError as error:
+    print("said:", error)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert "said: the AnnData: cannot be written into" in done.stdout and "(File too large)" in done.stdout, done.stderr[-2000:]
+    assert not list((tmp_path / "run").glob("cells*"))
