@@ -24,6 +24,7 @@ from sedd.io.plan import (
     split_cells,
     weighted_ranks,
 )
+from sedd.kernels.mask import random_mask
 
 WINDOW = LANES * LANE_WINDOW
 
@@ -208,6 +209,41 @@ print(time.process_time() - began, peak.split()[1])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, kibibytes = map(float, done.stdout.split())  # ru_maxrss would count the memory of the tests' process
     assert seconds < 10 and kibibytes < 1 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "window"])
+def test_ten_plans_of_eight_ranks_and_their_restarts_are_the_order_of_one(mode: str) -> None:
+    """Of ten million cells: every step of eight ranks, before and after a restart on three, has the cells, times and masks of one rank's step."""
+    rng, batch, split = np.random.default_rng(0), 512, Split(10**7)
+    for plan in range(10):
+        order = EpochOrder(split.n_cells, plan, plan + 1, mode)
+        alone = RankSteps(split.n_cells, 8 * batch)
+        whole = order.ranks(alone.positions(0, alone.n_mine))
+        assert np.array_equal(np.bincount(whole, minlength=split.n_cells), np.ones(split.n_cells))
+        stop = int(rng.integers(1, alone.n_steps))
+        before = [RankSteps(split.n_cells, batch, rank, 8).positions(0, stop * batch) for rank in range(8)]
+        again = [RankSteps(split.n_cells, batch, rank, 8, stop * batch * 8) for rank in range(8)]
+        fewer = [RankSteps(split.n_cells, batch, rank, 3, stop * batch * 8) for rank in range(3)]
+        assert np.array_equal(np.sort(np.concatenate([steps.positions(0, steps.n_mine) for steps in fewer])), np.arange(stop * batch * 8, split.n_cells))
+        for step in (0, stop - 1):
+            mine = np.concatenate([own[step * batch : (step + 1) * batch] for own in before])
+            check_step(mine, whole, order, split, step * batch * 8, plan)
+        for step in (0, 1, again[0].n_steps - 2):
+            mine = np.concatenate([steps.positions(step * batch, (step + 1) * batch) for steps in again])
+            check_step(mine, whole, order, split, (stop + step) * batch * 8, plan)
+
+
+def check_step(positions: np.ndarray, whole: np.ndarray, order: EpochOrder, split: Split, first: int, seed: int) -> None:
+    """The positions of one step of all ranks are those of one rank, with its cells, times and masks."""
+    mine, expected = np.sort(positions), np.arange(first, min(first + positions.size, whole.size))
+    np.testing.assert_array_equal(mine, expected)
+    np.testing.assert_array_equal(order.ranks(positions), whole[positions])
+    back = np.argsort(positions)
+    np.testing.assert_array_equal(noise_times(seed, 0, positions)[back], noise_times(seed, 0, expected))
+    few = back[:16]
+    masks = [random_mask(seed, 0, order.ranks(own), 50, np.full(16, 0.3)) for own in (positions[few], expected[:16])]
+    np.testing.assert_array_equal(*masks)
 
 
 @pytest.mark.parametrize("mode", ["full", "window"])

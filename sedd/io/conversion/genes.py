@@ -172,6 +172,11 @@ def match_genes(
             genes = [name for name in genes if name in theirs]
         else:
             genes = genes + [name for name in other if name not in ours]
+    if not genes:
+        raise UserError(
+            f"{', '.join(paths)}: have no gene in common that each of them has, which is all that --join inner keeps. Pass --join outer, or "
+            "leave an input out."
+        )
     if wanted is not None:
         there = set(genes)
         kept = wanted if join == "wanted" else list(dict.fromkeys(name for name in wanted if name in there))
