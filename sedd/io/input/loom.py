@@ -98,6 +98,17 @@ class LoomFile(Input):
     def _var(self, raw: bool = False, drop: tuple[str, ...] = ()) -> pd.DataFrame:
         return self._frame("var", drop)
 
+    def elements(self) -> list[str]:
+        """Names of what `drop` can leave out; nothing is read, as some of it may be what cannot be."""
+        found = []
+        for table, place in _ATTRIBUTES.items():
+            length = self.n_obs if table == "obs" else self.n_vars()
+            with reading(self.path, place):
+                for name, node in _arrays_in(self._root.get(place)).items():
+                    if node.shape[:1] == (length,) and (table == "obs" or node.ndim == 1):
+                        found.append(f"{table}{'m' if node.ndim > 1 else ''}/{name}")
+        return found
+
     def mapping(self, name: str, drop: tuple[str, ...] = ()) -> dict[str, Any]:
         """Attributes of cells that have columns, as `obsm`."""
         return dict(self._attributes("obs", drop, wide=True)) if name == "obsm" and name not in drop else {}
@@ -114,6 +125,8 @@ def _arrays_in(group: Any, prefix: str = "") -> dict[str, Any]:
 
 def _plain(values: np.ndarray) -> np.ndarray:
     """Text of any kind as text."""
+    if values.dtype.kind == "V":
+        raise ValueError(f"it holds records of {', '.join(values.dtype.names or ())}, which no column can")
     if values.dtype.kind not in "SO":
         return values
     texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values.ravel()]

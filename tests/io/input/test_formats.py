@@ -331,3 +331,15 @@ def test_names_with_slashes_in_a_loom_are_read(tmp_path: Path) -> None:
     assert store is not None
     assert np.array_equal(store.obs["G1/S"], np.arange(adata.n_obs))
     assert store.nnz == adata.X.nnz and ad.read_zarr(store.path).X.sum() == 2 * adata.X.sum()
+
+
+def test_an_attribute_of_records_in_a_loom_is_named_and_can_be_left_out(tmp_path: Path) -> None:
+    adata = cells(counts())
+    path = loom(tmp_path / "a", adata)
+    with h5py.File(path, "r+") as file:
+        file["col_attrs/pair"] = np.zeros(adata.n_obs, [("a", "i4"), ("b", "f4")])
+    with pytest.raises(UserError, match=r"col_attrs/pair \(it holds records of a, b, which no column can\). Leave it out with --drop obs/pair"):
+        convert(path, tmp_path / "a.zarr", progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.loom"]
+    store = convert(path, tmp_path / "a.zarr", progress=False, drop=("obs/pair",))
+    assert store is not None and store.n_obs == adata.n_obs
