@@ -45,7 +45,7 @@ from sedd.metrics.baselines import CountBaselines
 
 RESULT = RESULTS / "annotate.json"
 SHARES, WAYS, ALWAYS_HIDDEN, BINS = (0.0, 0.1, 0.3, 0.5, 0.7), 3, 0.1, 15
-FLAGS = ["--val_fraction", "0.15", "--batch_size", "16", "--learning_rate", "1e-3", "--ema_decay", "0.995", "--warmup_steps", "50"]
+FLAGS = ["--val_fraction", "0.15", "--batch_size", "16", "--learning_rate", "2e-4", "--ema_decay", "0.995", "--warmup_steps", "50"]
 FLAGS += ["--hidden_dim", "128", "--num_layers", "3", "--num_heads", "4", "--num_latents", "1", "--num_threads", "1", "--log_with", "none"]
 STRENGTHS, NEIGHBOURS, COMPONENTS = (0.003, 0.01, 0.03, 0.1, 0.3), (5, 10, 20, 40), 50
 

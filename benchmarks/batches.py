@@ -23,7 +23,7 @@ import numpy as np
 RESULT = Path(__file__).parent / "results" / "batches.json"
 COLUMNS = ("iLISI", "KBET", "BRAS", "PCR comparison", "Graph connectivity", "Isolated labels", "Silhouette label", "cLISI")
 COLUMNS += ("KMeans ARI", "KMeans NMI", "Batch correction", "Bio conservation", "Total")
-FLAGS = ["--genes", "2000", "--val_fraction", "0.15", "--num_epochs", "1", "--batch_size", "16", "--learning_rate", "1e-3", "--ema_decay", "0.995"]
+FLAGS = ["--genes", "2000", "--val_fraction", "0.15", "--num_epochs", "1", "--batch_size", "16", "--learning_rate", "2e-4", "--ema_decay", "0.995"]
 FLAGS += ["--warmup_steps", "50", "--hidden_dim", "128", "--num_layers", "3", "--num_heads", "4", "--num_latents", "1", "--num_threads", "1"]
 
 

@@ -2,20 +2,24 @@ r"""What the network and its law of counts cost and what their cells are like, b
 
     python benchmarks/network.py --against a89df50                      rates on one thread, cells per second of processor time
     python benchmarks/network.py --against a89df50 --what marks --data data/pbmc3k.h5ad other.h5ad --epochs 5 20
+    python benchmarks/network.py --against a89df50 --what time --data split.h5ad          seconds of one thread to a bound on validation cells
 
 Each side is run by its own code in processes of its own, in turn; of the other commit a work tree is made. Only what users call is
 called, so that any two commits compare. A rate is that of the whole call less that of a small one, so start-up and
 compilation are not in it; training contains its validation. The marks, of cells that the model did not see: the share of counts
 above the largest training count of their gene, percentiles over genes of the variance of generated cells over that of training
 cells, the mean of hidden genes that are rare (training mean below .01) over their true mean, and MMD2. Anchors are the held-out
-cells themselves. Adds to `benchmarks/results/network.json`.
+cells themselves. The time is that of the processor from the start of the command to the end of the first epoch whose bound on validation
+cells is at most `--target`; `split.h5ad` is what `quality.py --export` writes. Adds to `benchmarks/results/network.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,17 +35,21 @@ ROOT = Path(__file__).resolve().parent.parent
 Record = dict[str, Any]
 
 
-SETTINGS = {  # of the quick run; named one by one, since the other commit has another file of them
-    **{"batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.995, "warmup_steps": 50, "num_threads": 1, "num_bins": 128},
+SETTINGS = {  # of the quick run; named one by one, since the other commit has another file of them, and another rate in it
+    **{"batch_size": 16, "ema_decay": 0.995, "warmup_steps": 50, "num_threads": 1, "num_bins": 128},
     **{"hidden_dim": 128, "num_layers": 3, "num_heads": 4, "num_latents": 1, "log_with": "none"},
 }
 
 
 def train(data: str, directory: str, *flags: str) -> float:
     """Train as the quick run does and return the processor's seconds."""
+    import sedd
     from sedd.cli import main
 
-    words = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+    quick = (Path(sedd.__file__).parent.parent / "configs" / "quick.yaml").read_text()
+    rate = re.search(r"^learning_rate: (\S+)", quick, re.MULTILINE)
+    settings = {**SETTINGS, "learning_rate": rate and rate[1]}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     words += ["--data_path", data, "--checkpoint_dir", directory, "--cache_dir", str(Path(directory).parent), "--overwrite"]
     began = time.process_time()
     if main(["train", *words, *flags]):
@@ -76,6 +84,9 @@ def rates(data: str, directory: str) -> Record:
     quiet = {"progress": False}
     found["impute, 15 % hidden"] = rate(lambda n: sedd.impute(directory, adata[:n].copy(), hide=0.15, **quiet), 256, 2560)
     found["denoise"] = rate(lambda n: sedd.denoise(directory, adata[:n].copy(), **quiet), 64, 448)
+    if "folds" in inspect.signature(sedd.denoise).parameters:
+        fast = {"rounds": 1, "folds": 2, **quiet}
+        found["denoise, one round of two folds"] = rate(lambda n: sedd.denoise(directory, adata[:n].copy(), **fast), 64, 1024)
     found["impute, the zeros"] = rate(lambda n: sedd.impute(directory, adata[:n].copy(), **quiet), 50, 450)
     many = ad.concat([adata] * 6, index_unique="-")
     found["embed"] = rate(lambda n: sedd.embed(directory, many[:n].copy(), **quiet), 256, 16000)
@@ -83,6 +94,28 @@ def rates(data: str, directory: str) -> Record:
     found["generate, 32 steps"] = rate(lambda n: sedd.generate(directory, n, num_steps=32, **quiet), 128, 1152)
     found["generate, 16 steps"] = rate(lambda n: sedd.generate(directory, n, num_steps=16, **quiet), 128, 1152)
     return found
+
+
+def time_to(data: str, directory: str, target: float, epochs: int, seed: int) -> Record:
+    """Seconds of the processor, of a whole command, until the bound on the validation cells is at most `target`."""
+    from tqdm import tqdm
+
+    found: list[tuple[float, float]] = []
+
+    def note(line: str, **_: object) -> None:
+        bound = re.search(r"^epoch .*validation ([\d.]+)", line)
+        if bound:
+            found.append((time.process_time(), float(bound[1])))
+
+    tqdm.write = note  # type: ignore[assignment]
+    train(data, directory, "--genes", "all", "--num_epochs", str(epochs), "--seed", str(seed))
+    reached = [k for k, (_, bound) in enumerate(found) if bound <= target]
+    first = reached[0] if reached else None
+    best = min(found, key=lambda one: one[1])
+    return {
+        **{"target": target, "seconds": None if first is None else found[first][0], "epochs": None if first is None else first + 1},
+        **{"best bound": best[1], "seconds to the best": best[0]},
+    }
 
 
 def marks(data: str, directory: str, epochs: int, seed: int) -> Record:
@@ -143,7 +176,8 @@ def codes(commit: str | None) -> Iterator[dict[str, Path]]:
 def main() -> None:
     """Run both sides in turn and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--what", choices=("rates", "marks"), default="rates")
+    parser.add_argument("--what", choices=("rates", "marks", "time"), default="rates")
+    parser.add_argument("--target", type=float, default=640.0, help="nats per cell, of --what time")
     parser.add_argument("--against", help="a commit to compare with")
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "data" / "pbmc3k.h5ad")])
     parser.add_argument("--epochs", nargs="+", type=int, default=[5])
@@ -155,7 +189,11 @@ def main() -> None:
     if args.side:
         with tempfile.TemporaryDirectory() as folder:
             directory = str(Path(folder) / "run")
-            of = rates(args.data[0], directory) if args.what == "rates" else marks(args.data[0], directory, args.epochs[0], args.seed)
+            of = {
+                "rates": lambda: rates(args.data[0], directory),
+                "marks": lambda: marks(args.data[0], directory, args.epochs[0], args.seed),
+                "time": lambda: time_to(args.data[0], directory, args.target, args.epochs[0], args.seed),
+            }[args.what]()
         print(json.dumps(of))
         return
     # Not above: the other commit's code runs this file too, and knows nothing of what is beside it here.
@@ -163,12 +201,12 @@ def main() -> None:
 
     with codes(args.against) as sides:
         for data in args.data:
-            for epochs in args.epochs if args.what == "marks" else [0]:
+            for epochs in [0] if args.what == "rates" else args.epochs:
                 found: dict[str, list[Record]] = {name: [] for name in sides}
                 for _ in range(args.repeats if args.what == "rates" else 1):
                     for name, code in sides.items():
                         words = [sys.executable, __file__, "--side", name, "--what", args.what, "--data", data]
-                        words += ["--epochs", str(epochs), "--seed", str(args.seed)]
+                        words += ["--epochs", str(epochs), "--seed", str(args.seed), "--target", str(args.target)]
                         os.environ.update(PYTHONPATH=f"{code}{os.pathsep}{Path(__file__).parent}", OMP_NUM_THREADS="1")
                         found[name].append(in_process(words))
                         print(data, epochs, name, found[name][-1], flush=True)

@@ -42,7 +42,7 @@ PERTURBATIONS = {"A": (0, 1), "B": (1, 2), "C": (0, 2)}  # the programs that eac
 SIZE = 0.8  # standard deviation of a gene's log fold change in a program
 ENOUGH = 5.0  # mean CP10k, of perturbed or control cells, from which a gene is scored; also added before the logarithm
 STEPS, CELLS = 64, 200
-FLAGS = ["--genes", "all", "--num_bins", "128", "--batch_size", "16", "--learning_rate", "1e-3", "--ema_decay", "0.995"]
+FLAGS = ["--genes", "all", "--num_bins", "128", "--batch_size", "16", "--learning_rate", "2e-4", "--ema_decay", "0.995"]
 FLAGS += ["--warmup_steps", "50", "--hidden_dim", "128", "--num_layers", "3", "--num_heads", "4", "--num_latents", "1"]
 FLAGS += ["--val_fraction", "0.05", "--num_threads", "1", "--log_with", "none"]
 
