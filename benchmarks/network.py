@@ -1,7 +1,7 @@
 r"""What the network and its law of counts cost and what their cells are like, beside another commit of this project.
 
     python benchmarks/network.py --against a89df50                      rates on one thread, cells per second of processor time
-    python benchmarks/network.py --against a89df50 --what marks --data data/pbmc3k.h5ad other.h5ad --epochs 5 20
+    python benchmarks/network.py --against a89df50 --what marks --data data/pbmc3k.h5ad other.h5ad --epochs 5 20 --scvi PYTHON
     python benchmarks/network.py --against a89df50 --what time --data split.h5ad          seconds of one thread to a bound on validation cells
 
 Each side is run by its own code in processes of its own, in turn; of the other commit a work tree is made. Only what users call is
@@ -118,26 +118,40 @@ def time_to(data: str, directory: str, target: float, epochs: int, seed: int) ->
     }
 
 
-def marks(data: str, directory: str, epochs: int, seed: int) -> Record:
-    """What cells made by a model trained for some epochs are like, and how well hidden rare genes are met."""
+def marks(data: str, directory: str, epochs: int, seed: int, exchange: str | None) -> Record:
+    """What cells made by a model trained for some epochs are like, and how well hidden rare genes are met.
+
+    Of the code that is here `exchange` becomes a file of what it was asked, for another method.
+    """
     import anndata as ad
 
     import sedd
-    from sedd.metrics import generation_table
 
     flags = ["--num_epochs", str(epochs), "--seed", str(seed)]
-    record: Record = {"seconds to train": round(train(data, directory, *flags), 1)}
+    seconds = train(data, directory, *flags)
     adata = ad.read_h5ad(data)
     imputed = sedd.impute(directory, adata, cells="val", hide=0.15, progress=False)
     whole = adata[:, imputed.var_names].to_df()
     held_out = whole.index.isin(imputed.obs_names)
     real, trained = whole[held_out].to_numpy(), whole[~held_out].to_numpy()
     made = np.asarray(sedd.generate(directory, 500, seed=seed, progress=False).to_df())
-    top, mean, usual = trained.max(0), trained.mean(0), trained.var(0)
+    hidden = np.asarray(imputed.to_df("sedd_hidden")).astype(bool)
+    if exchange:
+        np.savez(exchange, trained=trained, real=real, hidden=hidden, seed=seed)
+    record = {"seconds to train": round(seconds, 1), **marks_of(made, np.asarray(imputed.to_df()), hidden, real, trained, seed)}
+    record["nats per held-out cell"] = json.loads((Path(directory) / "history.json").read_text())[-1]["val_nelbo"]
+    return record
+
+
+def marks_of(made: np.ndarray, mean: np.ndarray, hidden: np.ndarray, real: np.ndarray, trained: np.ndarray, seed: int) -> Record:
+    """Return the marks of cells that were made and of means of hidden genes, all (cells, genes)."""
+    from sedd.metrics import generation_table
+
+    top, of_gene, usual = trained.max(0), trained.mean(0), trained.var(0)
     seen = (trained > 0).sum(0) >= 3
-    layers = {name: np.asarray(imputed.to_df(name)) for name in ("sedd_hidden",)}
-    asked = layers["sedd_hidden"].astype(bool) & (mean < 0.01)
+    asked = hidden & (of_gene < 0.01)
     table = generation_table(*(sparse_of(x) for x in (made, real, trained)), seed=seed)["mmd2"]
+    record: Record = {}
     for name, cells in (("generated", made), ("held out", real)):
         ratio = (cells.var(0) / np.maximum(usual, 1e-12))[seen]
         record[name] = {
@@ -145,10 +159,20 @@ def marks(data: str, directory: str, epochs: int, seed: int) -> Record:
             "variance ratio, 95th percentile": float(np.percentile(ratio, 95)),
             "variance ratio, 99th percentile": float(np.percentile(ratio, 99)),
         }
-    record["rare genes, predicted over true"] = float(np.asarray(imputed.to_df())[asked].sum() / max(real[asked].sum(), 1))
+    record["rare genes, predicted over true"] = float(mean[asked].sum() / max(real[asked].sum(), 1))
     record["mmd2"] = {"sedd": table["sedd"], **table["baselines"]}
-    record["nats per held-out cell"] = json.loads((Path(directory) / "history.json").read_text())[-1]["val_nelbo"]
     return record
+
+
+def marks_of_scvi(python: str, exchange: str) -> Record:
+    """Return the marks of scVI on the same cells, hidden entries and seed."""
+    answers = f"{exchange}.answers.npz"
+    subprocess.run([python, Path(__file__).with_name("network_scvi.py"), exchange, answers], check=True, capture_output=True)
+    with np.load(exchange) as task, np.load(answers) as found:
+        given = [task[name] for name in ("hidden", "real", "trained")]
+        record = marks_of(found["made"].astype(np.float64), found["mean"], *given, int(task["seed"]))
+        record["mmd2"]["scVI"] = record["mmd2"].pop("sedd")
+        return {"seconds to train": float(found["seconds"]), "version": str(found["version"]), **record}
 
 
 def sparse_of(cells: np.ndarray) -> Any:
@@ -184,14 +208,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "network.json")
+    parser.add_argument("--scvi", help="the Python of an environment with scvi-tools, whose marks are taken too")
     parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--exchange", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         with tempfile.TemporaryDirectory() as folder:
             directory = str(Path(folder) / "run")
             of = {
                 "rates": lambda: rates(args.data[0], directory),
-                "marks": lambda: marks(args.data[0], directory, args.epochs[0], args.seed),
+                "marks": lambda: marks(args.data[0], directory, args.epochs[0], args.seed, args.exchange),
                 "time": lambda: time_to(args.data[0], directory, args.target, args.epochs[0], args.seed),
             }[args.what]()
         print(json.dumps(of))
@@ -199,7 +225,8 @@ def main() -> None:
     # Not above: the other commit's code runs this file too, and knows nothing of what is beside it here.
     from common import in_process, machine, with_record, write_result
 
-    with codes(args.against) as sides:
+    with codes(args.against) as sides, tempfile.TemporaryDirectory() as folder:
+        exchange = str(Path(folder) / "cells.npz")
         for data in args.data:
             for epochs in [0] if args.what == "rates" else args.epochs:
                 found: dict[str, list[Record]] = {name: [] for name in sides}
@@ -207,6 +234,7 @@ def main() -> None:
                     for name, code in sides.items():
                         words = [sys.executable, __file__, "--side", name, "--what", args.what, "--data", data]
                         words += ["--epochs", str(epochs), "--seed", str(args.seed), "--target", str(args.target)]
+                        words += ["--exchange", exchange] if name == "here" else []
                         os.environ.update(PYTHONPATH=f"{code}{os.pathsep}{Path(__file__).parent}", OMP_NUM_THREADS="1")
                         found[name].append(in_process(words))
                         print(data, epochs, name, found[name][-1], flush=True)
@@ -217,6 +245,9 @@ def main() -> None:
                     }
                 else:
                     record["found"] = {name: rounds[0] for name, rounds in found.items()}
+                    if args.what == "marks" and args.scvi:
+                        record["found"]["scVI"] = marks_of_scvi(args.scvi, exchange)
+                        print(data, "scVI", record["found"]["scVI"], flush=True)
                 write_result(args.output, with_record(args.output, record, ("what", "data", "epochs", "seed")))
 
 
