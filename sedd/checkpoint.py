@@ -2,7 +2,8 @@
 
 A checkpoint is one file of tensors and plain containers: the model, its averaged weights, the optimizer, the position in
 the data, and everything a user of the model needs (genes, binning, split). It appears under its name only when complete,
-and loading it executes nothing: `torch.load(weights_only=True)` on a zip archive whose checksums were verified first.
+and loading it executes nothing and reads nothing outside it: `torch.load(weights_only=True)` on a zip archive whose checksums
+were verified, and whose list of contents was found to ask for no more than is in the file (`sedd.io.format.pickled`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from sedd.errors import UserError, warn_user
+from sedd.errors import DamagedFileError, MissingFileError, UserError, WrongFileError, warn_user
 from sedd.io.files import new_file
+from sedd.io.format.pickled import check_contents
 from sedd.io.plan import Split
 
 T = TypeVar("T")
@@ -53,8 +55,9 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
         with new_file(path, sync=True) as file:
             torch.save(state, file)
             file.flush()
-            torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)  # what cannot be loaded is no checkpoint
-    except pickle.UnpicklingError as error:
+            check_contents(Path(file.name))  # what cannot be loaded is no checkpoint
+            torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, ValueError) as error:
         raise TypeError(f"{path}: the state holds something other than tensors and plain data; nothing was written.") from error
     except RuntimeError as error:  # torch reports a failed write of the archive as one of its own, after the disk's error
         cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).splitlines()[0])
@@ -78,8 +81,9 @@ def load(path: str | Path, *, header: bool = False) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; expected a .pt file or the directory of a run.")
+        raise MissingFileError(f"{path}: no such checkpoint; expected a .pt file or the directory of a run.")
     try:
+        check_contents(path)
         if not header:
             _verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=header)
@@ -89,18 +93,18 @@ def load(path: str | Path, *, header: bool = False) -> dict[str, Any]:
             f"{path}: holds objects that are not plain data, which could run a program; nothing of it was loaded. Expected "
             "a checkpoint written by sedd."
         ) from error
-    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: the checkpoint is damaged or not one ({reason[:200]}).") from error
+        raise DamagedFileError(f"{path}: the checkpoint is damaged or not one ({reason[:200]}).") from error
     if not isinstance(state, dict) or state.get("sedd_format") != FORMAT:
         found = state.get("sedd_format") if isinstance(state, dict) else type(state).__name__
         if isinstance(found, int):
-            raise UserError(
+            raise WrongFileError(
                 f"{path}: was written by another version of sedd (format {found}; this one reads {FORMAT}). Train again, or use that version."
             )
-        raise UserError(f"{path}: is not a sedd checkpoint (found {found!r} where its format should be).")
+        raise WrongFileError(f"{path}: is not a sedd checkpoint (found {found!r} where its format should be).")
     return state
 
 
@@ -116,13 +120,13 @@ def find(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or directory; expected a checkpoint or the directory of a run.")
+        raise MissingFileError(f"{path}: no such file or directory; expected a checkpoint or the directory of a run.")
     for name in ("best.pt", "final.pt"):
         if (path / name).is_file():
             return path / name
     numbered = numbered_checkpoints(path)
     if not numbered:
-        raise UserError(f"{path}: holds no checkpoint (best.pt, final.pt or epoch_N.pt); train a model there first.")
+        raise MissingFileError(f"{path}: holds no checkpoint (best.pt, final.pt or epoch_N.pt); train a model there first.")
     return numbered[-1]
 
 
@@ -178,9 +182,9 @@ def _verify(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: the checkpoint is damaged or not one ({error}).") from error
+        raise DamagedFileError(f"{path}: the checkpoint is damaged or not one ({error}).") from error
     if damaged is not None:
-        raise UserError(f"{path}: the checkpoint is damaged (checksum of {damaged}); use another one of the run.")
+        raise DamagedFileError(f"{path}: the checkpoint is damaged (checksum of {damaged}); use another one of the run.")
 
 
 def split_of(state: dict[str, Any], part: str) -> Split:
@@ -203,6 +207,14 @@ def pack_histogram(histogram: sp.csr_array) -> dict[str, Any]:
 
 
 def unpack_histogram(packed: dict[str, Any]) -> sp.csr_array:
-    """Return the inverse of `pack_histogram`."""
+    """Return the inverse of `pack_histogram`.
+
+    Raises
+    ------
+    ValueError
+        If an entry lies outside the matrix: compiled code would read or write there.
+    """
     parts = tuple(packed[name].numpy() for name in ("data", "indices", "indptr"))
-    return sp.csr_array(parts, shape=tuple(packed["shape"]))
+    found = sp.csr_array(parts, shape=tuple(packed["shape"]))
+    found.check_format(full_check=True)
+    return found

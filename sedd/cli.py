@@ -21,7 +21,7 @@ from sedd import __version__
 from sedd.commands import COMMANDS
 from sedd.config import TrainConfig
 from sedd.config_files import config_file_arguments, environment_arguments
-from sedd.errors import SeddWarning, UserError
+from sedd.errors import SeddWarning, UserError, without_secrets
 from sedd.training.stopping import EXIT_INTERRUPTED, TrainingInterrupted, follow_launcher, report_status
 
 _TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.DisallowNone)
@@ -87,7 +87,7 @@ def _run(name: str, rest: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (OSError, FloatingPointError, MemoryError) as error:
-            print(f"sedd {name}: error: {str(error) or type(error).__name__}", file=sys.stderr)
+            print(f"sedd {name}: error: {without_secrets(str(error)) or type(error).__name__}", file=sys.stderr)
             return 1
 
 

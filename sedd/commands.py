@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional
 
 from sedd.config import ConversionSettings, ReadingSettings
-from sedd.errors import UserError, counted
+from sedd.errors import MissingFileError, UserError, counted, without_secrets
 from sedd.processes import is_main
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class Convert(ConversionSettings):
         convert = called_by(self)
         store = convert(list(inputs), output, **given(self, convert))
         if store is not None:
-            print(f"{output}: {counted(store.n_obs, 'cell')} x {counted(store.n_vars, 'gene')}, {counted(store.nnz, 'count')} as {store.dtype}")
+            size = f"{counted(store.n_obs, 'cell')} x {counted(store.n_vars, 'gene')}"
+            print(f"{without_secrets(str(output))}: {size}, {counted(store.nnz, 'count')} as {store.dtype}")
         return 0
 
 
@@ -90,7 +91,7 @@ class Info:
         """Print it."""
         path = Path(self.path)
         if "://" not in self.path and not path.exists():
-            raise UserError(f"{path}: no such file or directory; expected cells, a store, a checkpoint, the directory of a run or of a model.")
+            raise MissingFileError(f"{path}: no such file or directory; expected cells, a store, a checkpoint, the directory of a run or of a model.")
         from sedd.io.convert import is_store
         from sedd.io.input.opening import is_input
 

@@ -7,11 +7,12 @@ The command line of `train.py` is made from these classes (a field is a flag, th
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sedd.errors import UserError
-from sedd.options import parse_bytes
+from sedd.errors import SettingError
+from sedd.options import parse_bytes, recorded_path
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
     "small": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4},
@@ -34,7 +35,7 @@ _WHERE = ("memory_budget", "workers", "scheduler", "slurm_workers")
 
 def _require(ok: bool, flag: str, value: object, expected: str) -> None:
     if not ok:
-        raise UserError(f"--{flag} is {value!r}; expected {expected}.")
+        raise SettingError(f"--{flag} is {value!r}; expected {expected}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class ReadingSettings:
         for name in self.drop:
             group, _, element = name.partition("/")
             if name not in ("obsm", "uns") and (group not in ("obs", "var", "obsm", "uns") or not element):
-                raise UserError(f"--drop {name!r}: expected obsm, uns, or an element of obs, var, obsm or uns, such as obsm/X_umap.")
+                raise SettingError(f"--drop {name!r}: expected obsm, uns, or an element of obs, var, obsm or uns, such as obsm/X_umap.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,9 @@ class InputSettings(ReadingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer is not None and self.raw:
-            raise UserError("give --layer or --raw, not both.")
+            raise SettingError("give --layer or --raw, not both.")
         if len(set(self.keys)) < len(self.keys):
-            raise UserError(f"--keys {' '.join(self.keys)}: names the same input twice; expected a name of its own for each.")
+            raise SettingError(f"--keys {' '.join(self.keys)}: names the same input twice; expected a name of its own for each.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,27 +115,27 @@ class ConversionSettings(InputSettings):
 
     def __post_init__(self) -> None:
         if self.values not in ("counts", "real"):
-            raise UserError(f"values must be counts or real, not {self.values!r}.")
+            raise SettingError(f"values must be counts or real, not {self.values!r}.")
         super().__post_init__()
         if self.round and self.values == "real":
-            raise UserError("--round makes whole numbers and --values real keeps fractions; leave one of them out.")
+            raise SettingError("--round makes whole numbers and --values real keeps fractions; leave one of them out.")
         if self.raw and self.keep_layers:
-            raise UserError(f"--raw has other genes than the layers; {', '.join(self.keep_layers)} cannot be kept beside it.")
+            raise SettingError(f"--raw has other genes than the layers; {', '.join(self.keep_layers)} cannot be kept beside it.")
         if self.slurm_workers and self.scheduler is not None:
-            raise UserError("--slurm_workers starts a Dask scheduler of its own; leave it or --scheduler out.")
+            raise SettingError("--slurm_workers starts a Dask scheduler of its own; leave it or --scheduler out.")
         if self.slurm_workers < 0:
-            raise UserError(f"--slurm_workers must be 0 or more, not {self.slurm_workers}.")
+            raise SettingError(f"--slurm_workers must be 0 or more, not {self.slurm_workers}.")
         if self.budget < LEAST_BUDGET:
-            raise UserError(f"--memory_budget is {self.memory_budget}; expected at least {LEAST_BUDGET >> 20}MiB.")
+            raise SettingError(f"--memory_budget is {self.memory_budget}; expected at least {LEAST_BUDGET >> 20}MiB.")
         if self.limit_cells is not None and self.limit_cells < 1:
-            raise UserError(f"the number of cells must be positive, not {self.limit_cells}.")
+            raise SettingError(f"the number of cells must be positive, not {self.limit_cells}.")
         if self.group_by is not None:
             if self.shuffle:
-                raise UserError("--shuffle spreads the cells that --group_by puts together; leave one of them out.")
+                raise SettingError("--shuffle spreads the cells that --group_by puts together; leave one of them out.")
             if (self.obs and self.group_by not in self.obs) or f"obs/{self.group_by}" in self.drop:
-                raise UserError(f"--group_by {self.group_by}: the column is left out; name it in --obs, and not in --drop.")
+                raise SettingError(f"--group_by {self.group_by}: the column is left out; name it in --obs, and not in --drop.")
         if self.codec not in ("lz4", "zstd", "none"):
-            raise UserError(f"there is no codec {self.codec!r}; choose one of lz4, zstd, none.")
+            raise SettingError(f"there is no codec {self.codec!r}; choose one of lz4, zstd, none.")
 
     @property
     def budget(self) -> int:
@@ -249,12 +250,12 @@ class ModelConfig:
         assert self.hidden_dim is not None and self.num_heads is not None
         if self.hidden_dim % self.num_heads:
             fits = [h for h in range(1, self.hidden_dim + 1) if self.hidden_dim % h == 0 and h <= 2 * self.num_heads]
-            raise UserError(
+            raise SettingError(
                 f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}; "
                 f"expected a whole number of channels per head. Use --num_heads {fits[-1]} or another --hidden_dim."
             )
         if self.graph == "uniform" and self.objective == "masked":
-            raise UserError("--objective masked hides genes and --graph uniform hides none; expected --graph absorbing with it.")
+            raise SettingError("--objective masked hides genes and --graph uniform hides none; expected --graph absorbing with it.")
         _require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "a share between 0 and 1, such as 0.15")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
         _require(0 <= self.condition_dropout < 1, "condition_dropout", self.condition_dropout, "a probability below 1")
@@ -353,7 +354,7 @@ class RunConfig:
                 return int(text), None
         except ValueError:
             pass
-        raise UserError(f"--checkpoint_every is {text!r}; expected steps such as 500 or minutes such as 10min.")
+        raise SettingError(f"--checkpoint_every is {text!r}; expected steps such as 500 or minutes such as 10min.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,8 +384,12 @@ class TrainConfig:
         return self.optim.learning_rate
 
     def to_flat(self) -> dict[str, Any]:
-        """All settings as one dictionary of flag name to plain value, as in args.json."""
-        return {k: v for part in dataclasses.asdict(self).values() for k, v in part.items()}
+        """All settings as one dictionary of flag name to plain value, as in args.json; paths without what is private in them."""
+        flat = {k: v for part in dataclasses.asdict(self).values() for k, v in part.items()}
+        for name in PATHS:
+            value = flat[name]
+            flat[name] = tuple(map(recorded_path, value)) if isinstance(value, tuple) else value and recorded_path(value)
+        return flat
 
     @classmethod
     def from_flat(cls, flat: dict[str, Any]) -> TrainConfig:
@@ -401,10 +406,14 @@ class TrainConfig:
             fields = [f.name for f in dataclasses.fields(section)]
             parts[name] = {k: left.pop(k) for k in fields if k in left}
         if left:
-            raise UserError(f"unknown settings {sorted(left)}; `sedd train --help` lists those there are.")
+            raise SettingError(f"unknown settings {sorted(left)}; `sedd train --help` lists those there are.")
         for part in parts.values():  # JSON knows no tuples
             part.update({name: tuple(value) for name, value in part.items() if isinstance(value, list)})
+            for name in PATHS.intersection(part):
+                value = part[name]
+                part[name] = tuple(map(os.path.expanduser, value)) if isinstance(value, tuple) else value and os.path.expanduser(value)
         return cls(**{name: section(**parts[name]) for name, section in SECTIONS.items()})
 
 
+PATHS = {"data_path", "cache_dir", "genes", "gene_embeddings", "checkpoint_dir", "resume"}
 SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}

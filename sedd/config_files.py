@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
-from sedd.config import SECTIONS
+from sedd.config import PATHS, SECTIONS
 from sedd.errors import UserError
 
 
@@ -46,7 +47,7 @@ def config_file_arguments(path: str) -> list[str]:
     try:
         text = Path(path).read_text()
         flat = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         detail = str(error).replace("\n", " ")
         raise UserError(f"{path}: cannot be read as a settings file ({detail}); expected YAML.") from error
     if not isinstance(flat, dict):
@@ -59,8 +60,14 @@ def config_file_arguments(path: str) -> list[str]:
             raise UserError(f"{path}: unknown setting {key!r}; `sedd train --help` lists those there are.")
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict | list) for one in value)):
+            raise UserError(f"{path}: {key} holds lists or mappings in one another; expected one value, or a list of values.")
         elif isinstance(value, list | tuple):
-            arguments += [f"--{name}", *map(str, value)]
+            arguments += [f"--{name}", *(_as_argument(name, one) for one in value)]
         elif value is not None:
-            arguments += [f"--{name}", str(value)]
+            arguments += [f"--{name}", _as_argument(name, value)]
     return arguments
+
+
+def _as_argument(name: str, value: object) -> str:
+    return os.path.expanduser(str(value)) if name in PATHS else str(value)  # args.json keeps the home directory as ~

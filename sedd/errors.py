@@ -1,7 +1,26 @@
-"""Errors and warnings for users: one line for bad input, one line for a warning."""
+"""Errors and warnings for users: one line for bad input, one line for a warning.
+
+::
+
+    ValueError
+      UserError                  bad input, of whatever kind
+        MissingFileError         there is no such file, store, checkpoint or model
+        WrongFileError           a file of another kind, or of another version of sedd, than what is read
+        DamagedFileError         a file that is not as it was written, or that asks for more than it holds
+        ExistsError              an output that is there already; `overwrite` replaces it where it is sedd's own
+        SettingError             a setting that cannot be, or that disagrees with another or with the run to resume
+        SeveralPartsError        an input that holds several matrices, of which one must be chosen
+        NotCountsError           values that are no counts, such as log-normalised ones
+          NegativeValuesError    values below 0, which no binning takes
+    UserWarning
+      SeddWarning                something to know that does not stop the work
+
+A message that quotes a URL leaves out what is secret in it.
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,14 +50,43 @@ def counted(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
+_USER = re.compile(r"(?<=://)[^/@\s'\"]+@")
+_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\",;)]*?(?=:?(?:[\s'\",;)]|$))")
+
+
+def without_secrets(text: str) -> str:
+    """Return text in which URLs have no name, password, key or signature: only scheme, host and path of each are left."""
+    return _QUERY.sub(r"\1", _USER.sub("", text)) if "://" in text else text
+
+
 class UserError(ValueError):
     """Bad input. The message is one line: what was found, what was expected and the way out.
 
     The command line prints the message and exits with status 2; from Python it is an ordinary `ValueError`.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(_as_known(message))
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(_as_known(message)))
+
+
+class MissingFileError(UserError):
+    """A file, folder, store, checkpoint or model that is not there."""
+
+
+class WrongFileError(UserError):
+    """A file of another kind, or of another version of sedd, than what is read."""
+
+
+class DamagedFileError(UserError):
+    """A file that is not as it was written, or that asks for more than it holds."""
+
+
+class ExistsError(UserError):
+    """An output that is there already."""
+
+
+class SettingError(UserError):
+    """A setting that cannot be, or that disagrees with another or with the run to resume."""
 
 
 class SeveralPartsError(UserError):
@@ -63,4 +111,4 @@ class SeddWarning(UserWarning):
 
 def warn_user(message: str) -> None:
     """Emit `message` once as a `SeddWarning` that points at the caller's caller."""
-    warnings.warn(_as_known(message), SeddWarning, stacklevel=3)
+    warnings.warn(without_secrets(_as_known(message)), SeddWarning, stacklevel=3)

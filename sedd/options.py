@@ -8,13 +8,14 @@ import difflib
 import functools
 import inspect
 import itertools
+import os
 import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sedd.errors import UserError
+from sedd.errors import UserError, without_secrets
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,6 +35,14 @@ def parse_bytes(text: str | int) -> int:
     if not 1 <= size < 1 << 63:
         raise UserError(f"{text!r} is not a size of memory; expected one such as 1GiB, 500MB or a number of bytes.")
     return int(size)
+
+
+def recorded_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as files keep it that others may see: the home directory as `~`, a URL without names, passwords and signatures."""
+    text, home = str(path), os.path.expanduser("~")
+    if "://" in text:
+        return without_secrets(text)
+    return f"~{text[len(home):]}" if home != "/" and (text == home or text.startswith(f"{home}/")) else text
 
 
 def keywords_of(*groups: type, without: tuple[str, ...] = ()) -> Callable[[Function], Function]:

@@ -30,7 +30,7 @@ from sedd.io.outputs import only_writer_in
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
-from sedd.options import keywords_of
+from sedd.options import keywords_of, recorded_path
 from sedd.report.page import ReportData, write_report
 
 REPORT_FILES = ("metrics.json", "steps.json", "report.html")
@@ -333,7 +333,7 @@ def _write(
     real, fake, train = matrices
     settings = {
         "Data": {
-            "data": name,
+            "data": recorded_path(name),
             "held-out cells": real.shape[0],
             "training cells": train.shape[0],
             "genes": real.shape[1],
@@ -341,7 +341,7 @@ def _write(
         "Model": {k: args[k] for k in ("attention", "hidden_dim", "num_layers", "num_latents", "objective")}
         | {"graph": model.config.model.graph, "noise": model.config.model.noise},
         "Training": {k: args[k] for k in ("batch_size", "learning_rate", "ema_decay", "num_bins", "binning", "seed")},
-        "Run": {"checkpoint": str(model.path), "epochs": model.state["epoch"], "machine": platform.machine()},
+        "Run": {"checkpoint": recorded_path(model.path), "epochs": model.state["epoch"], "machine": platform.machine()},
     }
     column = next((c for c in model.categories if c in held_out.obs), None)
     report = write_report(

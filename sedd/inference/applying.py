@@ -19,7 +19,7 @@ from sedd.inference.output_parts import open_parts
 from sedd.inference.posterior import TaskBatch, batches
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import opened, reading_of
-from sedd.options import grouped
+from sedd.options import grouped, recorded_path
 
 Data: TypeAlias = ad.AnnData | str | Path
 
@@ -91,5 +91,5 @@ def for_each_batch(
 
 def described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:
     """Return what `uns["sedd"]` of a result records of how it was made."""
-    done = {"task": task, "version": __version__, "checkpoint": str(model.path), "epoch": int(model.state["epoch"])}
+    done = {"task": task, "version": __version__, "checkpoint": recorded_path(model.path), "epoch": int(model.state["epoch"])}
     return {**done, "binning": model.binning.kind, **details}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def training_data(model: Pretrained, name: str, why: str) -> str:
     """
     # Of several inputs the cells are those of the store that was made of them.
     paths = model.config.data.paths
-    path: str = paths[0] if len(paths) == 1 else model.state["data"]["path"]
+    path = os.path.expanduser(paths[0] if len(paths) == 1 else model.state["data"]["path"])
     if not Path(path).exists():
         raise UserError(
             f"{name}: is not the data of the training run, and that ({path}) is not there any more; {why}. Put it back, or use the data of "

@@ -24,7 +24,7 @@ from torch import Tensor
 from sedd import __version__
 from sedd.binning import Binning
 from sedd.checkpoint import FORMAT
-from sedd.errors import UserError
+from sedd.errors import DamagedFileError, ExistsError, MissingFileError, UserError, WrongFileError
 from sedd.io.outputs import clear, move_into_place, only_writer
 
 _WEIGHTS, _CONFIG, _PANEL, _CARD = "model.safetensors", "config.json", "panel.json", "README.md"
@@ -37,8 +37,13 @@ def is_export(path: str | Path) -> bool:
     """Whether `path` is a directory with the settings of an exported model in it."""
     try:
         return bool(json.loads((Path(path) / _CONFIG).read_text()).get("library_name") == "sedd")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
+
+
+def is_part_of_export(path: str | Path) -> bool:
+    """Whether `path` is a directory with at least one file of an exported model in it, so that it is no directory of a run."""
+    return any((Path(path) / name).is_file() for name in (_CONFIG, _WEIGHTS, _PANEL))
 
 
 def write_export(
@@ -83,7 +88,7 @@ def write_export(
             raise UserError(f"{target}: is a link to {os.readlink(target)}, so it is not replaced. Name that, or choose another directory.")
         if target.exists() and not (overwrite and is_export(target)):
             way_out = "choose another directory" if overwrite else "pass --overwrite to replace it, if it is an exported model"
-            raise UserError(f"{target}: exists already; {way_out}.")
+            raise ExistsError(f"{target}: exists already; {way_out}.")
         clear(folder)  # of a process that was killed
         part = Path(folder, target.name)
         part.mkdir()
@@ -135,21 +140,21 @@ def read_export(directory: str | Path) -> dict[str, Any]:
     try:
         settings = json.loads(config)
         if settings["sedd_format"] != FORMAT:
-            raise UserError(f"{folder}: is of format {settings['sedd_format']!r}; this version of sedd reads format {FORMAT}.")
+            raise WrongFileError(f"{folder}: is of format {settings['sedd_format']!r}; this version of sedd reads format {FORMAT}.")
         if settings.pop("digest") != _digest(settings):
-            raise UserError(f"{folder / _CONFIG}: is damaged (not as it was written); export the model again.")
+            raise DamagedFileError(f"{folder / _CONFIG}: is damaged (not as it was written); export the model again.")
         if settings["sha256"].keys() != {_WEIGHTS, _PANEL}:  # no file is read that is not one of a model, wherever it is
-            raise UserError(f"{folder / _CONFIG}: names other files than those of an exported model; expected {_WEIGHTS} and {_PANEL}. Export it again.")
+            raise WrongFileError(f"{folder / _CONFIG}: names other files than those of an exported model; expected {_WEIGHTS} and {_PANEL}. Export it again.")
         for name, expected in settings["sha256"].items():
             if _sha256(_read(folder, name)) != expected:
-                raise UserError(f"{folder / name}: is damaged (its checksum is not that of config.json); export the model again.")
+                raise DamagedFileError(f"{folder / name}: is damaged (its checksum is not that of config.json); export the model again.")
         panel = json.loads(_read(folder, _PANEL))
         tensors = load_file(folder / _WEIGHTS)
-    except (ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: is damaged or not an exported model ({reason[:200]}); export it again.") from error
+        raise DamagedFileError(f"{folder}: is damaged or not an exported model ({reason[:200]}); export it again.") from error
     histogram = {name: tensors[f"histogram.{name}"] for name in ("indptr", "indices", "data")}
     return {
         **{name: settings[name] for name in ("sedd_format", "args", *_SETTINGS)},
@@ -162,10 +167,12 @@ def read_export(directory: str | Path) -> dict[str, Any]:
 
 
 def _read(folder: Path, name: str) -> bytes:
-    try:
-        return (folder / name).read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: lacks {name}; expected all files of an exported model. Copy or export it again.") from error
+    path = folder / name
+    if not os.path.lexists(path):
+        raise MissingFileError(f"{folder}: lacks {name}; expected all files of an exported model. Copy or export it again.")
+    if not path.is_file():  # a device or a pipe may have no end
+        raise WrongFileError(f"{path}: is not a file; expected all files of an exported model. Copy or export it again.")
+    return path.read_bytes()
 
 
 def _sha256(data: bytes) -> str:
@@ -269,7 +276,7 @@ def _use(panel: dict[str, Any], knows_masks: bool) -> str:
     if knows_masks:
         commands = ["sedd impute DIRECTORY mine.h5ad -o imputed.h5ad", "sedd denoise DIRECTORY mine.h5ad -o denoised.h5ad", *commands]
         calls = ['denoised = sedd.denoise(model, "mine.h5ad")', *calls]
-    lines = ["import sedd", "", 'model = sedd.Pretrained.from_pretrained("DIRECTORY")', *calls]
+    lines = ["import sedd", "", 'model = sedd.Pretrained.load("DIRECTORY")', *calls]
     return "\n".join(["## Use\n", "```bash", *commands, "```", "", "```python", *lines, "```", "", "Loading it executes nothing of it."])
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import anndata as ad
 
-from sedd.errors import UserError
+from sedd.errors import ExistsError, UserError
 from sedd.io.input.opening import without_slash
 from sedd.io.outputs import check_folder, check_replaceable, partial_folder
 from sedd.processes import is_main
@@ -85,7 +85,7 @@ def check_free(target: Path, kind: Literal["file", "store"], *, overwrite: bool)
     if overwrite:
         check_replaceable(target, kind)
     elif os.path.lexists(target):
-        raise UserError(f"{target}: exists already; pass --overwrite to replace it, or another name.")
+        raise ExistsError(f"{target}: exists already; pass --overwrite to replace it, or another name.")
 
 
 def check_writable(target: Path) -> None:

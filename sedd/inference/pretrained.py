@@ -12,11 +12,11 @@ import scipy.sparse as sp
 import torch
 
 from sedd import checkpoint
-from sedd.binning import Binning
+from sedd.binning import UNBOUNDED, Binning
 from sedd.config import TrainConfig
-from sedd.errors import UserError, counted
+from sedd.errors import DamagedFileError, UserError, counted
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
-from sedd.inference.export import is_export, read_export, write_export
+from sedd.inference.export import is_part_of_export, read_export, write_export
 from sedd.io.loading.selection import label_text
 from sedd.model import SEDDTransformer
 from sedd.noise import Noise, make_noise
@@ -100,30 +100,10 @@ class Pretrained:
         """
         if isinstance(path, Pretrained):
             return path
-        if is_export(path):
+        if is_part_of_export(path):
             return cls._of(Path(path), read_export(path), device)
         file = checkpoint.find(path)
         return cls._of(file, checkpoint.load(file), device)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
-        """Read a model that `save_pretrained` or `sedd export` wrote; nothing in it is executed.
-
-        Parameters
-        ----------
-        directory
-            Of the exported model.
-        device
-            Where to put the model; this process's GPU if there is one.
-
-        Raises
-        ------
-        UserError
-            If a file is missing or damaged.
-        """
-        if not Path(directory).is_dir():
-            raise UserError(f"{directory}: no such directory; expected one that `sedd export` or save_pretrained made.")
-        return cls._of(Path(directory), read_export(directory), device)
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write the model into a local directory that can be handed on: safetensors, settings, panel and a card.
@@ -153,28 +133,34 @@ class Pretrained:
 
     @classmethod
     def _of(cls, file: Path, state: dict[str, Any], device: str | torch.device | None) -> Pretrained:
-        model = SEDDTransformer(**state["model_config"])
-        averaged = state["ema"]
-        try:
-            model.load_state_dict(state["model"])
-            if averaged is not None:
-                model.load_state_dict(averaged["average"], strict=False)
-        except RuntimeError as error:
-            raise UserError(f"{file}: the weights do not fit the model it describes ({str(error).splitlines()[0]}).") from error
         device = device or default_device()
-        binning = Binning.from_dict(state["binning"])
-        return cls(
-            path=file,
-            model=model.to(device).eval(),
-            genes=np.array(state["genes"], dtype=object),
-            binning=binning,
-            noise=make_noise(state["args"]["noise"]),
-            graph=make_graph(state["args"].get("graph", "absorbing"), binning.n_bins),
-            categories=state["categories"],
-            histogram=checkpoint.unpack_histogram(state["histogram"]),
-            libraries=state["libraries"].numpy(),
-            state=state,
-        )
+        try:
+            model = _built(state["model_config"], state["model"])
+            model.load_state_dict(state["model"])
+            if state["ema"] is not None:
+                model.load_state_dict(state["ema"]["average"], strict=False)
+            binning = Binning.from_dict(state["binning"])
+            histogram = checkpoint.unpack_histogram(state["histogram"])
+            genes = np.array([str(name) for name in state["genes"]], dtype=object)
+            if not genes.size == model.n_vars == histogram.shape[0]:
+                raise ValueError(f"{genes.size} genes and {histogram.shape[0]} histograms for a network of {model.n_vars}")
+            if [len(labels) for labels in state["categories"].values()] != model.config["condition_sizes"]:
+                raise ValueError("it has other numbers of labels")
+            return cls(
+                path=file,
+                model=model.to(device).eval(),
+                genes=genes,
+                binning=binning,
+                noise=make_noise(state["args"]["noise"]),
+                graph=make_graph(state["args"].get("graph", "absorbing"), binning.n_bins),
+                categories=state["categories"],
+                histogram=histogram,
+                libraries=state["libraries"].numpy(),
+                state=state,
+            )
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise DamagedFileError(f"{file}: the weights do not fit the model it describes ({reason[:200]}). Copy it again, or export it again.") from error
 
     @property
     def knows_masks(self) -> bool:
@@ -248,3 +234,22 @@ class Pretrained:
                 )
             codes[i] = code
         return codes
+
+
+def _built(sizes: dict[str, Any], weights: dict[str, torch.Tensor]) -> SEDDTransformer:
+    """Return a model of these sizes, for which memory is taken only once the weights are found to be of them.
+
+    A file of a kilobyte can describe a network of a terabyte.
+    """
+    most = sum(value.numel() for value in weights.values())
+    for name, value in sizes.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > (len(weights) if name == "num_layers" else most) and (name, number) != ("n_bins", UNBOUNDED):
+                raise ValueError(f"{name} is {number}, and there are {len(weights)} tensors of {most} numbers")
+    with torch.device("meta"):  # of which tensors have a shape and no numbers
+        described = {name: list(value.shape) for name, value in SEDDTransformer(**sizes).state_dict().items()}
+    found = {name: list(value.shape) for name, value in weights.items()}
+    for name in sorted(described.keys() | found.keys()):
+        if described.get(name) != found.get(name):
+            raise ValueError(f"{name} is of shape {described.get(name)} by its description and {found.get(name)} in the file")
+    return SEDDTransformer(**sizes)

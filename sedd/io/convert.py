@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from sedd.config import ConversionSettings, InputSettings
-from sedd.errors import UserError
+from sedd.errors import UserError, without_secrets
 from sedd.io import remote
 from sedd.io.input.opening import is_zarr, without_slash
 from sedd.options import grouped, keywords_of
@@ -179,7 +179,7 @@ def is_store(path: str) -> bool:
 
 def _automatic_name(paths: list[str], own: InputSettings, values: str) -> str:
     """Return the name of the store of inputs, of which each choice of settings has its own."""
-    first = os.path.basename(paths[0] if remote.is_remote(paths[0]) else os.path.abspath(paths[0])).removesuffix(".h5ad")
+    first = os.path.basename(without_secrets(paths[0]) if remote.is_remote(paths[0]) else os.path.abspath(paths[0])).removesuffix(".h5ad")
     parts = [first if len(paths) == 1 else f"{first}+{len(paths) - 1}"]
     parts += [quote(name, safe=" ") for name in (own.modality, own.layer) if name]
     parts += ["raw"] * own.raw + ["real"] * (values == "real")

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from typing import Any
 
-from sedd.errors import UserError
+from sedd.errors import ExistsError, UserError
 
 
 def is_remote(path: str) -> bool:
@@ -37,7 +37,7 @@ def check_free(target: str, overwrite: bool) -> None:
     """Refuse a target that exists, unless it may be replaced."""
     fs, path = filesystem(target)
     if fs.exists(f"{path}/zarr.json") and not overwrite:
-        raise UserError(f"{target}: exists already. Pass --overwrite to replace it, or choose another name.")
+        raise ExistsError(f"{target}: exists already. Pass --overwrite to replace it, or choose another name.")
 
 
 def upload(local: str, target: str) -> None:

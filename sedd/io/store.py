@@ -17,10 +17,11 @@ import pandas as pd
 import zarr
 from scipy import sparse
 
-from sedd.errors import UserError, counted
+from sedd.errors import DamagedFileError, MissingFileError, UserError, WrongFileError, counted, without_secrets
 from sedd.io.format.plain import read_element
 from sedd.io.format.reader import ChunkReader, side_by_side
 from sedd.io.format.tally import cell_hashes
+from sedd.io.format.untrusted import check_zarr
 from sedd.io.remote import file_sizes
 from sedd.kernels.gather import take_rows
 
@@ -49,12 +50,13 @@ class CellStore:
         self._stamp = _stamp(self.path)
         try:
             meta = json.loads(str(self._group["uns/sedd/meta"][()]))
-        except (KeyError, ValueError) as error:
-            raise UserError(
+            _check_meta(self.path, meta)
+        except UserError:
+            raise
+        except (LookupError, ValueError, TypeError, RecursionError) as error:
+            raise WrongFileError(
                 f"{self.path}: is a Zarr store, but sedd did not make it. Convert it, by `sedd convert`."
             ) from error
-        if meta["format"] > FORMAT:
-            raise UserError(f"{self.path}: has format {meta['format']}, this sedd reads up to {FORMAT}. Upgrade sedd.")
         self.uns_sedd: dict[str, Any] = meta
         self.n_obs: int = meta["n_obs"]
         self.n_vars: int = meta["n_vars"]
@@ -107,7 +109,14 @@ class CellStore:
     @cached_property
     def x_arrays(self) -> dict[str, zarr.Array]:
         """The arrays of X: `indptr`, `indices`, `data`."""
-        return {name: self._group[f"X/{name}"] for name in ("indptr", "indices", "data")}
+        found = {name: self._group[f"X/{name}"] for name in ("indptr", "indices", "data")}
+        for name, array in found.items():
+            length = self.uns_sedd["n_obs"] + 1 if name == "indptr" else self.uns_sedd["nnz"]
+            if len(array.shape) != 1 or array.shape[0] < length or array.dtype.kind not in ("iu" if name != "data" else "iuf"):
+                raise DamagedFileError(
+                    f"{self.path}: X/{name} is {array.dtype} of shape {array.shape}, expected {length} numbers. Convert the input again."
+                )
+        return found
 
     @property
     def layer_arrays(self) -> dict[str, dict[str, zarr.Array]]:
@@ -127,7 +136,10 @@ class CellStore:
     @cached_property
     def indptr(self) -> np.ndarray:
         """Row pointers, `(n_obs + 1,)` int64."""
-        return self._read("indptr", 0, self.n_obs + 1)
+        found = self._read("indptr", 0, self.n_obs + 1)
+        if found[0] != 0 or found[-1] != self.nnz or (np.diff(found) < 0).any():  # compiled code would read past the end
+            raise DamagedFileError(f"{self.path}: X/indptr does not increase from 0 to {self.nnz}. Convert the input again.")
+        return found
 
     @cached_property
     def obs(self) -> pd.DataFrame:
@@ -181,7 +193,7 @@ class CellStore:
         except Exception as error:  # whatever a damaged store makes the readers raise
             if _stamp(self.path) != self._stamp:
                 raise UserError(f"{self.path}: changed since it was opened, so {name} cannot be read any more. Open it again.") from error
-            raise UserError(f"{self.path}: cannot read {name} ({' '.join(str(error).split())[:200]}).") from error
+            raise DamagedFileError(f"{self.path}: cannot read {name} ({' '.join(str(error).split())[:200]}).") from error
 
     def _read(self, name: str, lo: int, hi: int) -> np.ndarray:
         """Entries `lo:hi` of one array of X; a damaged chunk is named."""
@@ -199,7 +211,10 @@ class CellStore:
             raise UserError(f"{self.path}: has no cells {lo}:{hi}; it has {self.n_obs}.")
         indptr = self.indptr[lo : hi + 1]
         start, stop = int(indptr[0]), int(indptr[-1])
-        return indptr - start, self._read("indices", start, stop), self._read("data", start, stop)
+        indices = self._read("indices", start, stop)
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_vars:
+            raise DamagedFileError(f"{self.path}: a gene index is outside its {self.n_vars} genes. Convert the input again.")
+        return indptr - start, indices, self._read("data", start, stop)
 
     def read_cells(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Chosen cells as `(indptr from 0, indices, data)`; only the chunks that hold some are read.
@@ -323,13 +338,34 @@ def _open_group(path: str) -> zarr.Group:
         if not os.path.exists(path):
             unfinished = os.path.isdir(f"{path}.partial")
             hint = " Its conversion did not finish: run it again with --resume." if unfinished else ""
-            raise UserError(f"{path}: there is no such store.{hint}")
+            raise MissingFileError(f"{path}: there is no such store.{hint}")
         if not os.path.isfile(f"{path}/zarr.json"):
-            raise UserError(f"{path}: is not a Zarr v3 store (it has no zarr.json). Make one with `sedd convert`.")
+            raise WrongFileError(f"{path}: is not a Zarr v3 store (it has no zarr.json). Make one with `sedd convert`.")
     try:
-        return zarr.open_group(path, mode="r")
+        group = zarr.open_group(path, mode="r")
+        _check_once(path, _stamp(path))
+        return group
+    except UserError:
+        raise
     except Exception as error:  # zarr, fsspec and their backends raise many kinds
         raise UserError(f"{path}: cannot be opened as a Zarr store ({' '.join(str(error).split())[:200]}).") from error
+
+
+@lru_cache(maxsize=64)
+def _check_once(path: str, stamp: tuple[int, int] | None) -> None:
+    """Check a store that has this stamp; it is opened again by every block of cells that is read."""
+    check_zarr(path, zarr.open_group(path, mode="r"))
+
+
+def _check_meta(path: str, meta: dict[str, Any]) -> None:
+    """Check what is known of a store by what it says of itself; see `CellStore`."""
+    if meta["format"] > FORMAT:
+        raise WrongFileError(f"{path}: has format {meta['format']}, this sedd reads up to {FORMAT}. Upgrade sedd.")
+    numbers = [meta[name] for name in ("n_obs", "n_vars", "nnz")]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or not isinstance(meta["fingerprint"], str):
+        raise ValueError("it has no numbers of cells and genes")
+    if not isinstance(meta["max_value"], int | float) or not isinstance(meta["settings"], dict) or not isinstance(meta["inputs"], list):
+        raise ValueError("it does not say what it was made of")
 
 
 def _grouping(store: CellStore) -> str | None:
@@ -355,7 +391,7 @@ def store_facts(path: str) -> dict[str, Any]:
     sizes = file_sizes(store.path)
     meta = store.uns_sedd
     return {
-        "path": store.path,
+        "path": without_secrets(store.path),
         "cells": store.n_obs,
         "genes": store.n_vars,
         "nonzeros": store.nnz,

@@ -7,7 +7,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from sedd.errors import UserError
+from sedd.errors import DamagedFileError, UserError
 from sedd.kernels.rows import choose, fetch, inside
 
 
@@ -94,7 +94,7 @@ def row_pointers(
         raise UserError(f"rows reach from {starts.min()} to {stops.max()} in an array of {indices.size} values")
     indptr = np.empty(starts.size + 1, np.int64)
     if not _count(indices, starts, stops, n_store, columns, indptr):
-        raise UserError(f"a gene index is outside the store's {n_store} genes; the store is damaged")
+        raise DamagedFileError(f"a gene index is outside the store's {n_store} genes; the store is damaged")
     return indptr
 
 

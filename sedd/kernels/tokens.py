@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numba
 import numpy as np
 
-from sedd.errors import UserError
+from sedd.errors import DamagedFileError, UserError
 from sedd.kernels.discretize import MAX_TABLE, digit, quantile_edges
 from sedd.kernels.mask import BUCKETS, exact_row, mask_row, mask_stream, thresholds
 from sedd.kernels.rows import BAD_INDEX, check_row, choose, fetch
@@ -354,7 +354,7 @@ class RowFiller:
             row = int(np.argmin(library))
             at = f"row {row}" if cells is None else f"cell {cells[row]}"
             if library[row] == BAD_INDEX:
-                raise UserError(f"{at}: a gene index is outside the store's {self.n_store} genes; the store is damaged")
+                raise DamagedFileError(f"{at}: a gene index is outside the store's {self.n_store} genes; the store is damaged")
             raise UserError(f"{at}: a value is negative or NaN; expected counts >= 0")
         if self.target_sum > 0 or self.log1p:
             _transformed_rows(indices, starts, stops, self.columns, library, self.target_sum, self.log1p, out)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd.checkpoint import numbered_checkpoints
-from sedd.errors import UserError
+from sedd.errors import ExistsError, MissingFileError, UserError
 from sedd.io.files import new_file, write_json
 from sedd.io.outputs import only_writer_in
 
@@ -76,7 +76,7 @@ class RunDirectory:
                 "replaced. Move them, or choose another --checkpoint_dir."
             )
         if not overwrite:
-            raise UserError(
+            raise ExistsError(
                 f"{self.path}: holds a run already ({found}). Pass --resume auto to "
                 "continue it, --overwrite to start anew, or another --checkpoint_dir."
             )
@@ -147,10 +147,10 @@ def runs_table(directory: str | Path) -> str:
     """
     root = Path(directory)
     if not root.is_dir():
-        raise UserError(f"{root}: no such directory; expected one that holds runs.")
+        raise MissingFileError(f"{root}: no such directory; expected one that holds runs.")
     rows = [_row(path.parent, root) for path in sorted(root.rglob("args.json"))]
     if not rows:
-        raise UserError(f"{root}: holds no run (no args.json in any directory); train a model first.")
+        raise MissingFileError(f"{root}: holds no run (no args.json in any directory); train a model first.")
     widths = [max(len(row[i]) for row in [_HEADER, *rows]) for i in range(len(_HEADER))]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in [_HEADER, *rows])
     return "\n".join(line.rstrip() for line in lines)

@@ -9,7 +9,7 @@ import torch
 
 from sedd import checkpoint
 from sedd.config import SECTIONS, TrainConfig
-from sedd.errors import UserError, warn_user
+from sedd.errors import SettingError, UserError, warn_user
 from sedd.model import SEDDTransformer
 from sedd.training.directory import RunDirectory
 
@@ -97,7 +97,7 @@ def check_same_settings(state: dict[str, Any], config: TrainConfig) -> None:
             wrong.append((name, was, given))
     if wrong:
         made, said = (", ".join(_flag(name, values[k]) for name, *values in wrong) for k in range(2))
-        raise UserError(
+        raise SettingError(
             f"--resume: the checkpoint was made with {made}; the settings now say {said}. A run is resumed with the settings that "
             f"determine its result: pass {made}, or start anew in another --checkpoint_dir."
         )
@@ -125,7 +125,7 @@ def check_same_vectors(state: dict[str, Any], model: SEDDTransformer, file: str 
         if name.endswith(".pretrained") and (
             known is None or known.shape != vectors.shape or not torch.equal(known, vectors.cpu())
         ):
-            raise UserError(
+            raise SettingError(
                 f"--resume: --gene_embeddings {file} holds other vectors than those the checkpoint was trained with; pass the file "
                 "with those, or start anew in another --checkpoint_dir."
             )

@@ -17,7 +17,7 @@ import torch
 from sedd.binning import Binning, model_start
 from sedd.checkpoint import pack_histogram, split_of, unpack_histogram
 from sedd.config import DataConfig, ModelConfig, TrainConfig
-from sedd.errors import NegativeValuesError, NotCountsError, UserError, warn_user
+from sedd.errors import MissingFileError, NegativeValuesError, NotCountsError, UserError, warn_user
 from sedd.io.conversion.genes import read_gene_list
 from sedd.io.convert import ensure_store
 from sedd.io.files import obs_digest
@@ -30,6 +30,7 @@ from sedd.io.plan import CellList, Split
 from sedd.io.store import CellStore
 from sedd.model import SEDDTransformer
 from sedd.nn.gene_vectors import read_gene_vectors
+from sedd.options import recorded_path
 from sedd.training.first_look import check_column, check_inputs, split_of_cells
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ class Panel:
                 "n_val": self.val_cells.n_cells,
             },
             "data": {
-                "path": str(self.store.path),
+                "path": recorded_path(self.store.path),
                 "fingerprint": self.store.fingerprint,
                 "n_obs": self.store.n_obs,
                 "n_vars": self.store.n_vars,
@@ -260,7 +261,7 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore)
         )
     data, train, val = config.data, split_of(state, "train"), split_of(state, "val")
     wanted = state["genes"]
-    if data.genes != state["args"]["genes"]:
+    if config.to_flat()["genes"] != state["args"]["genes"]:
         wanted = _choose_genes(data, store, _count(store, train, val), train.n_cells)
     if wanted != state["genes"]:
         raise UserError(
@@ -310,7 +311,7 @@ def _choose_genes(data: DataConfig, store: CellStore, hist: sp.csr_array | None,
             raise UserError(f"{data.named}: no gene is seen in 3 of the {n_train} training cells; expected counts.")
         return [str(store.var_names[i]) for i in chosen]
     if not Path(text).is_file():
-        raise UserError(f"--genes {text}: no such file; expected a number, `all`, or a file with one gene name a line.")
+        raise MissingFileError(f"--genes {text}: no such file; expected a number, `all`, or a file with one gene name a line.")
     names = read_gene_list(text) or []
     known = set(map(str, store.var_names))
     found = [name for name in names if name in known]

@@ -14,7 +14,7 @@ import torch
 
 import sedd
 from sedd.cli import main
-from sedd.errors import UserError
+from sedd.errors import DamagedFileError, ExistsError, MissingFileError, UserError, WrongFileError
 from sedd.inference.export import is_export
 from sedd.inference.pretrained import Pretrained
 from sedd.tasks import denoise, generate, impute
@@ -35,7 +35,7 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 
 
 def test_the_exported_model_is_the_model_bit_for_bit(tiny_run: Path, exported: Path) -> None:
-    model, again = Pretrained.load(tiny_run, device="cpu"), sedd.Pretrained.from_pretrained(exported, device="cpu")
+    model, again = Pretrained.load(tiny_run, device="cpu"), sedd.Pretrained.load(exported, device="cpu")
     weights = again.model.state_dict()
     assert weights.keys() == model.model.state_dict().keys()
     for name, value in model.model.state_dict().items():
@@ -115,23 +115,21 @@ def test_a_missing_or_damaged_file_is_named(name: str, copy: Path, capsys: pytes
     damaged[at] ^= 1
     for content in (bytes(damaged), whole[: len(whole) // 2], b""):
         (copy / name).write_bytes(content)
-        with pytest.raises(UserError, match="damaged or not an exported model|is damaged"):
-            Pretrained.from_pretrained(copy)
+        with pytest.raises(DamagedFileError, match="damaged or not an exported model|is damaged"):
+            Pretrained.load(copy)
     (copy / name).unlink()
-    with pytest.raises(UserError, match=f"lacks {name}"):
-        Pretrained.from_pretrained(copy)
+    with pytest.raises(MissingFileError, match=f"lacks {name}"):
+        Pretrained.load(copy)
     assert main(["generate", str(copy), "-n", "1", "-o", str(copy / "x.h5ad")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_other_directories_are_refused_and_left_alone(tiny_run: Path, copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such directory"):
-        Pretrained.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"lacks config.json"):
-        Pretrained.from_pretrained(tiny_run)
+    with pytest.raises(MissingFileError, match="no such file or directory"):
+        Pretrained.load(tmp_path / "nowhere")
     assert not is_export(tiny_run)
     model = Pretrained.load(tiny_run)
-    with pytest.raises(UserError, match="exists already; pass --overwrite"):
+    with pytest.raises(ExistsError, match="exists already; pass --overwrite"):
         model.save_pretrained(copy)
     (copy / "README.md").write_text("edited")
     model.save_pretrained(copy, overwrite=True)
@@ -146,8 +144,8 @@ def test_other_directories_are_refused_and_left_alone(tiny_run: Path, copy: Path
 def test_a_model_of_another_format_is_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "sedd_format": 99}))
-    with pytest.raises(UserError, match="format 99"):
-        Pretrained.from_pretrained(copy)
+    with pytest.raises(WrongFileError, match="format 99"):
+        Pretrained.load(copy)
 
 
 def test_a_model_with_added_genes_is_not_exported(tiny_run: Path, tmp_path: Path) -> None:

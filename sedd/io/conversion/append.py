@@ -19,7 +19,7 @@ import numpy as np
 
 import sedd
 from sedd.config import ConversionSettings
-from sedd.errors import NotCountsError, UserError, warn_user
+from sedd.errors import MissingFileError, NotCountsError, UserError, warn_user
 from sedd.io.conversion import planning
 from sedd.io.conversion.extend import STEP, copy_rest, extend_shard, lay_out, matrices_of
 from sedd.io.conversion.genes import LEAST_OVERLAP, match_inputs, name_hint
@@ -33,6 +33,7 @@ from sedd.io.input.opening import input_fingerprint, opened_as
 from sedd.io.outputs import clear, move_into_place, only_writer, partial_folder
 from sedd.io.remote import is_remote
 from sedd.io.store import CellStore, close_stores, span_hashes
+from sedd.options import recorded_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,10 +160,10 @@ class Append:
         resume : resume what an earlier call left unfinished
         """
         if not os.path.isdir(os.path.dirname(self.output)):
-            raise UserError(f"{self.shown}: there is no such store to append to. Leave --append out to make it.")
+            raise MissingFileError(f"{self.shown}: there is no such store to append to. Leave --append out to make it.")
         with only_writer(self.output, wait=False):
             if not os.path.exists(self.output):
-                raise UserError(f"{self.shown}: there is no such store to append to. Leave --append out to make it.")
+                raise MissingFileError(f"{self.shown}: there is no such store to append to. Leave --append out to make it.")
             store = CellStore(self.output)
             if self._is_finished(store, resume):
                 return store
@@ -220,7 +221,7 @@ class Append:
 
     def _records(self) -> list[dict[str, str]]:
         """Return what the store is to remember of the inputs."""
-        return [{"path": path if is_remote(path) else os.path.abspath(path), "fingerprint": input_fingerprint(path)} for path in self.paths]
+        return [{"path": recorded_path(path if is_remote(path) else os.path.abspath(path)), "fingerprint": input_fingerprint(path)} for path in self.paths]
 
     def _note(self, store: CellStore, to: list[str]) -> None:
         """Write what is being done, and the fingerprint of the grown store once that is known."""

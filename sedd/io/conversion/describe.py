@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sedd.errors import SeveralPartsError, UserError
+from sedd.errors import SeveralPartsError, UserError, without_secrets
 from sedd.io.conversion.counts import to_counts
 from sedd.io.conversion.explain import FRACTIONS, first_values, looks_like
 from sedd.io.input.base import Input
@@ -28,7 +28,7 @@ def input_facts(path: str, modality: str | None = None) -> dict[str, Any]:
     try:
         file = open_input(path, modality=modality)
     except SeveralPartsError as error:
-        return {"path": path, "holds": ", ".join(error.names), "each": [input_facts(path, name) for name in error.names]}
+        return {"path": without_secrets(path), "holds": ", ".join(error.names), "each": [input_facts(path, name) for name in error.names]}
     with file:
         chosen = {} if modality is None else {"modality": modality}
         matrices, good, fractions = _matrices(file)
@@ -36,7 +36,7 @@ def input_facts(path: str, modality: str | None = None) -> dict[str, Any]:
         genes = file.n_vars() if kept is None else int(kept.sum())
         names = file.var_names()
         return {
-            "path": path,
+            "path": without_secrets(path),
             "format": file.kind,
             **chosen,
             "cells": file.n_obs,

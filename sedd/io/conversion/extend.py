@@ -7,7 +7,7 @@ import os
 import shutil
 from typing import Any
 
-from sedd.errors import UserError
+from sedd.errors import DamagedFileError, UserError
 from sedd.io.conversion.runner import check_abandoned
 from sedd.io.files import begin_to_sync, new_file, write_json
 from sedd.io.format import shards
@@ -106,7 +106,7 @@ def _lay_out_array(old: str, new: str, n: int, total: int, length: int) -> list[
 def _link(old: str, new: str) -> None:
     """Have a file under another name too; a copy where the file system has no such links."""
     if not os.path.exists(old):
-        raise UserError(f"shard {old}: is missing, so nothing was appended. Run `sedd verify` on the store and convert its files again.")
+        raise DamagedFileError(f"shard {old}: is missing, so nothing was appended. Run `sedd verify` on the store and convert its files again.")
     try:
         os.link(old, new)
     except OSError:

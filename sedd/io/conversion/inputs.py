@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd.errors import UserError
+from sedd.errors import DamagedFileError, UserError
 from sedd.io.conversion.counts import Counts, first_disorder, index_dtype, to_counts
 from sedd.io.conversion.explain import explain, no_counts
 from sedd.io.files import new_file
@@ -170,7 +170,7 @@ def check_indices(src: Source, indices: np.ndarray, lo: int, indptr: np.ndarray,
     if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < limit):
         at = int(np.argmax((indices < 0) | (indices >= limit)))
         major = "gene" if src.matrix.layout == "csc" else "cell"
-        raise UserError(
+        raise DamagedFileError(
             f"{src.matrix.path}: {src.matrix.name}/indices holds {indices[at]} at {major} {lo + row_of(indptr, first + at)}, "
             f"but there are {limit} {axis}. The file is damaged: copy or write it again."
         )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from sedd.config import ConversionSettings
-from sedd.errors import NotCountsError, UserError, warn_user
+from sedd.errors import ExistsError, NotCountsError, UserError, warn_user
 from sedd.io.conversion import inputs, planning, shard, spill
 from sedd.io.conversion.genes import read_gene_list
 from sedd.io.conversion.inputs import Plan, load_plan
@@ -18,6 +18,7 @@ from sedd.io.format.shards import n_shards
 from sedd.io.input.opening import input_fingerprint, opened_as
 from sedd.io.outputs import check_replaceable, clear, move_into_place, only_writer, partial_folder, remove_parts
 from sedd.io.remote import is_remote
+from sedd.options import recorded_path
 
 if TYPE_CHECKING:
     from sedd.io.store import CellStore  # what needs zarr, anndata or pandas is imported while the tasks run
@@ -67,7 +68,7 @@ class Job:
     def records(self) -> list[dict[str, str]]:
         """Return what the store remembers of its inputs."""
         named = zip(self.paths, self.fingerprints, strict=True)
-        return [{"path": path if "://" in path else os.path.abspath(path), "fingerprint": f} for path, f in named]
+        return [{"path": recorded_path(path if "://" in path else os.path.abspath(path)), "fingerprint": f} for path, f in named]
 
     def forecast(self) -> str:
         """Return what the conversion would do, as text."""
@@ -91,7 +92,7 @@ class Job:
                     self._clear()
                     return store
                 if not overwrite:
-                    raise UserError(f"{self.output}: exists already. Pass --overwrite to replace it, or choose another name.")
+                    raise ExistsError(f"{self.output}: exists already. Pass --overwrite to replace it, or choose another name.")
                 check_replaceable(self.output, "store")
             plan = self._earlier_plan(resume, overwrite)
             try:

@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import LocalStore
 
-from sedd.errors import UserError
+from sedd.errors import DamagedFileError
 from sedd.io.format.codec import ABSENT, BAD_CHECKSUM, BLOSC, RAW, ZSTD, available, decode_chunks
 
 _SCRATCH = 4 << 20  # encoded bytes held before they are decoded: small enough to be still in the cache
@@ -110,7 +110,7 @@ class ChunkReader:
             try:
                 values = np.asarray(self.array[start:stop])
             except (OSError, ValueError, KeyError, RuntimeError) as error:
-                raise UserError(
+                raise DamagedFileError(
                     f"{self.name}: values {start} to {stop} cannot be read ({error}); {_WAY_OUT}"
                 ) from error
             out[int(targets[low]) : int(targets[low]) + values.size] = values
@@ -120,9 +120,9 @@ class ChunkReader:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise UserError(f"{self.name}: shard {path} is missing; {_WAY_OUT}") from None
+            raise DamagedFileError(f"{self.name}: shard {path} is missing; {_WAY_OUT}") from None
         except OSError as error:
-            raise UserError(f"{self.name}: shard {path} cannot be opened ({error.strerror}); {_WAY_OUT}") from error
+            raise DamagedFileError(f"{self.name}: shard {path} cannot be opened ({error.strerror}); {_WAY_OUT}") from error
         try:
             index = self._indexes.get(shard)
             if index is None:
@@ -169,7 +169,7 @@ class ChunkReader:
         if bad >= 0:
             what = "the checksum is wrong" if code == BAD_CHECKSUM else "the compressed bytes are damaged"
             chunk = shard * self._slots + int(slots[bad])
-            raise UserError(f"{self.name}: chunk {chunk} in shard {path}: {what}; {_WAY_OUT}")
+            raise DamagedFileError(f"{self.name}: chunk {chunk} in shard {path}: {what}; {_WAY_OUT}")
 
     def _scratch(self, size: int) -> np.ndarray:
         scratch: np.ndarray | None = getattr(self._local, "scratch", None)
@@ -179,15 +179,22 @@ class ChunkReader:
         return scratch
 
     def _read_index(self, descriptor: int, path: Path) -> np.ndarray:
-        size = 16 * self._slots + 4
+        size, there = 16 * self._slots + 4, os.fstat(descriptor).st_size
+        if size > there:
+            raise DamagedFileError(f"{self.name}: shard {path} is truncated: {there} bytes, and its index alone has {size}; {_WAY_OUT}")
         raw = np.empty(size, np.uint8)
-        _pread(descriptor, raw, os.fstat(descriptor).st_size - size, path)
+        _pread(descriptor, raw, there - size, path)
         body = raw[:-4].tobytes()
         if struct.pack("<I", google_crc32c.value(body)) != raw[-4:].tobytes():
-            raise UserError(f"{self.name}: shard {path}: the checksum of its index is wrong; {_WAY_OUT}")
+            raise DamagedFileError(f"{self.name}: shard {path}: the checksum of its index is wrong; {_WAY_OUT}")
         with self._lock:
             self.bytes_read += size
-        return np.frombuffer(body, "<u8").reshape(-1, 2)
+        index = np.frombuffer(body, "<u8").reshape(-1, 2)
+        offsets, lengths = index[index[:, 0] != ABSENT].T
+        end = np.uint64(there - size)
+        if ((offsets > end) | (lengths > end - np.minimum(offsets, end))).any():
+            raise DamagedFileError(f"{self.name}: shard {path}: its index names bytes that are not there; {_WAY_OUT}")
+        return index
 
     def __getstate__(self) -> dict[str, Any]:
         return {"array": self.array, "name": self.name, "direct": self.direct}
@@ -247,7 +254,7 @@ def _pread(descriptor: int, buffer: np.ndarray, offset: int, path: Path) -> None
             break
         done += more
     if done < len(view):
-        raise UserError(f"shard {path} is truncated: {len(view)} bytes expected at byte {offset}; {_WAY_OUT}")
+        raise DamagedFileError(f"shard {path} is truncated: {len(view)} bytes expected at byte {offset}; {_WAY_OUT}")
 
 
 def _groups(lengths: np.ndarray) -> list[tuple[int, int]]:

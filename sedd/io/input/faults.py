@@ -7,9 +7,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sedd.errors import UserError
+from sedd.errors import DamagedFileError, UserError
 
-READ_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError, zlib.error)
+READ_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError, MemoryError, zlib.error)
 """What h5py, zarr, zlib and anndata raise when an element is damaged or of a kind that they do not know."""
 
 _DAMAGE = ("truncated", "addr overflow", "signature", "bad ", "checksum", "inflate", "filter returned failure", "corrupt", "unable to read",
@@ -49,8 +49,9 @@ def reading(path: str, what: str, way_out: str = "") -> Iterator[None]:
         raise
     except READ_ERRORS as error:
         detail = " ".join(str(error).split())[:200]
-        end = "The file is damaged or incomplete: copy or write it again." if _is_damage(error) else way_out
-        raise UserError(f"{path}: cannot read {what} ({detail or type(error).__name__}). {end}".rstrip()) from error
+        damaged = _is_damage(error)
+        end = "The file is damaged or incomplete: copy or write it again." if damaged else way_out
+        raise (DamagedFileError if damaged else UserError)(f"{path}: cannot read {what} ({detail or type(error).__name__}). {end}".rstrip()) from error
 
 
 def _is_damage(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sedd.errors import UserError
+from sedd.errors import DamagedFileError, UserError, WrongFileError
 from sedd.io.input.faults import reading
 from sedd.io.input.slices import Reader, is_array
 
@@ -61,7 +61,7 @@ class Matrix:
             shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
         if encoding not in ("csr_matrix", "csc_matrix") or shape is None or missing:
             found = f"encoding {encoding!r}" + (f" without {', '.join(missing)}" if missing else "")
-            raise UserError(f"{self.path}: {self.name} is not a matrix ({found}); expected csr, csc or a dense array.")
+            raise WrongFileError(f"{self.path}: {self.name} is not a matrix ({found}); expected csr, csc or a dense array.")
         self.layout = encoding[:3]
         if np.size(shape) != 2 or min(int(n) for n in shape) < 0:
             raise UserError(f"{self.path}: {self.name} has the shape {shape}, expected (cells, genes).")
@@ -75,7 +75,7 @@ class Matrix:
             raise UserError(f"{self.path}: the arrays of {self.name} are not one-dimensional.")
         self.nnz = self.data.shape[0]
         if self.indices.shape[0] != self.nnz:
-            raise UserError(
+            raise DamagedFileError(
                 f"{self.path}: {self.name} has {self.nnz} values but {self.indices.shape[0]} indices. {_DAMAGED}"
             )
 
@@ -97,13 +97,13 @@ class Matrix:
         indptr = raw.astype(np.int64)
         axis = "genes" if self.layout == "csc" else "cells"
         if indptr.size != self.n_major + 1:
-            raise UserError(
+            raise DamagedFileError(
                 f"{self.path}: {self.name} has {self.n_major} {axis} but {indptr.size} row pointers. {_DAMAGED}"
             )
         steps = np.diff(indptr)
         if indptr[0] != 0 or indptr[-1] != self.nnz or (steps < 0).any():
             at = int(np.argmax(steps < 0)) if (steps < 0).any() else 0 if indptr[0] else indptr.size - 1
-            raise UserError(
+            raise DamagedFileError(
                 f"{self.path}: {self.name}/indptr does not increase from 0 to {self.nnz} (see position {at}). {_DAMAGED}"
             )
         return indptr

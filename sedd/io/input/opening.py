@@ -9,8 +9,9 @@ from typing import Any
 
 import h5py
 
-from sedd.errors import SeveralPartsError, UserError
+from sedd.errors import MissingFileError, SeveralPartsError, UserError, WrongFileError
 from sedd.io.files import fingerprint, tree_fingerprint
+from sedd.io.format.untrusted import check_hdf5, check_zarr
 from sedd.io.input.anndata_file import AnnDataFile
 from sedd.io.input.base import Input, Naming
 from sedd.io.input.faults import READ, READ_ERRORS, owner, reading, why_not_hdf5
@@ -49,10 +50,10 @@ def open_input(
     if not is_remote(path):
         if not os.path.exists(path):
             unfinished = f" There is {path}.partial: its conversion did not finish." if os.path.isdir(f"{path}.partial") else ""
-            raise UserError(f"{path}: {_why_not_there(path)}.{unfinished}")
+            raise MissingFileError(f"{path}: {_why_not_there(path)}.{unfinished}")
         if os.path.isdir(path):
             if not any(name.endswith(("matrix.mtx", "matrix.mtx.gz")) for name in os.listdir(path)):
-                raise UserError(f"{path}: is a directory with neither a Zarr store nor a matrix.mtx in it. Expected {READ}.")
+                raise WrongFileError(f"{path}: is a directory with neither a Zarr store nor a matrix.mtx in it. Expected {READ}.")
             return MtxFolder(path, naming, modality)
         if path.endswith((".mtx", ".mtx.gz")):
             return MtxFolder(path, naming, modality)
@@ -105,7 +106,11 @@ def _open_zarr(path: str) -> Any:
     import zarr  # slow to import
 
     try:
-        return zarr.open_group(path, mode="r")
+        group = zarr.open_group(path, mode="r")
+        check_zarr(path, group)
+        return group
+    except UserError:
+        raise
     except Exception as error:  # zarr, fsspec and their backends raise many kinds
         raise UserError(f"{path}: cannot be opened as a Zarr store ({' '.join(str(error).split())[:200]}).") from error
 
@@ -124,6 +129,7 @@ def _open_hdf5(path: str, naming: Naming, modality: str | None) -> Input:
 
     try:
         with reading(path, "its table of contents"):
+            check_hdf5(path, root)
             return _of_hdf5(path, root, naming, modality, close, remote is not None)
     except BaseException:
         close()
@@ -146,7 +152,7 @@ def _of_hdf5(
         return _of_anndata(path, root, naming, modality, close, "h5", remote)
     whose = owner(path)
     hint = f" It is a file of {whose}: write it as .h5ad there." if whose is not None else ""
-    raise UserError(
+    raise WrongFileError(
         f"{path}: is HDF5 but not an h5ad or another format that is read (found {', '.join(found[:8]) or 'nothing'}; "
         f"expected {READ}).{hint}"
     )
@@ -172,7 +178,7 @@ def _of_anndata(
     if modality is not None:
         raise _no_modalities(path, kind, modality)
     if suffix == "zarr" and not any(name in root for name in ("X", "layers", "obs", "raw")):
-        raise UserError(
+        raise WrongFileError(
             f"{path}: is a Zarr store but not AnnData (found {', '.join(list(root)[:8]) or 'nothing'}; expected X, obs and var)."
         )
     return AnnDataFile(path, root, naming, close, remote=remote or is_remote(path), kind=kind)
@@ -198,7 +204,7 @@ def _open_remote(path: str) -> Any:
     try:
         return fs.open(name, "rb", block_size=8 << 20)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file.") from error
+        raise MissingFileError(f"{path}: there is no such file.") from error
     except Exception as error:  # every storage service raises errors of its own
         raise UserError(f"{path}: cannot be opened ({' '.join(str(error).split())[:200]}).") from error
 
