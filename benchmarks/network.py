@@ -2,7 +2,7 @@ r"""What the network and its law of counts cost and what their cells are like, b
 
     python benchmarks/network.py --against a89df50                      rates on one thread, cells per second of processor time
     python benchmarks/network.py --against a89df50 --what marks --data data/pbmc3k.h5ad other.h5ad --epochs 5 20 --scvi PYTHON
-    python benchmarks/network.py --against a89df50 --what time --data split.h5ad          seconds of one thread to a bound on validation cells
+    python benchmarks/network.py --against a89df50 --what time --epochs 10                seconds of one thread to a bound on validation cells
 
 Each side is run by its own code in processes of its own, in turn; of the other commit a work tree is made. Only what users call is
 called, so that any two commits compare. A rate is that of the whole call less that of a small one, so start-up and
@@ -10,7 +10,7 @@ compilation are not in it; training contains its validation. The marks, of cells
 above the largest training count of their gene, percentiles over genes of the variance of generated cells over that of training
 cells, the mean of hidden genes that are rare (training mean below .01) over their true mean, and MMD2. Anchors are the held-out
 cells themselves. The time is that of the processor from the start of the command to the end of the first epoch whose bound on validation
-cells is at most `--target`; `split.h5ad` is what `quality.py --export` writes. Adds to `benchmarks/results/network.json`.
+cells is at most `--target`. Adds to `benchmarks/results/network.json`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def time_to(data: str, directory: str, target: float, epochs: int, seed: int) ->
             found.append((time.process_time(), float(bound[1])))
 
     tqdm.write = note  # type: ignore[assignment]
-    train(data, directory, "--genes", "all", "--num_epochs", str(epochs), "--seed", str(seed))
+    train(data, directory, "--num_epochs", str(epochs), "--seed", str(seed))
     reached = [k for k, (_, bound) in enumerate(found) if bound <= target]
     first = reached[0] if reached else None
     best = min(found, key=lambda one: one[1])
