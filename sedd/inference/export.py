@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,19 @@ def model_card(config: dict[str, Any], panel: dict[str, Any], source: Path, n_pa
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _plain(text: object) -> str:
+    """Return a name from the data as one line of Markdown that says it and does nothing."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!~&])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: object) -> str:
+    """Return a name from the data as a code span, whose fence is longer than any that is in it."""
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
 def _head() -> str:
     return "\n".join(["---", "library_name: sedd", "tags: [single-cell, RNA-seq, discrete-diffusion]", "---"])
 
@@ -223,7 +237,7 @@ def _about(config: dict[str, Any], n_parameters: int, knows_masks: bool) -> str:
     size = config["model_config"]
     abilities = "imputes and denoises counts and generates cells" if knows_masks else "generates cells"
     return (
-        f"# A diffusion model of cells from {config['data']['path']}\n\n"
+        f"# A diffusion model of cells from {_plain(config['data']['path'])}\n\n"
         f"A score-entropy discrete diffusion model of single-cell counts: it {abilities}. Network: {size['attention']} "
         f"attention, {size['hidden_dim']} wide, {size['num_layers']} layers, {size['num_heads']} heads; "
         f"{n_parameters:,} parameters. Trained with {config['args']['graph']} graph, {config['args']['noise']} noise and the "
@@ -233,15 +247,15 @@ def _about(config: dict[str, Any], n_parameters: int, knows_masks: bool) -> str:
 
 def _data(config: dict[str, Any], panel: dict[str, Any]) -> str:
     data, split, genes = config["data"], config["split"], panel["genes"]
-    shown = ", ".join(f"`{name}`" for name in genes[:8]) + (", ..." if len(genes) > 8 else "")
+    shown = ", ".join(_code(name) for name in genes[:8]) + (", ..." if len(genes) > 8 else "")
     lines = [
         "## Data and panel\n",
-        f"- `{data['path']}`: {data['n_obs']} cells, {data['n_vars']} genes; {split['n_train']} cells trained on, "
+        f"- {_code(data['path'])}: {data['n_obs']} cells, {data['n_vars']} genes; {split['n_train']} cells trained on, "
         f"{split['n_val']} held out (seed {split['seed']}). Fingerprint `{data['fingerprint']}`.",
         f"- Panel of {len(genes)} genes: {shown} All of them are in `panel.json`; inputs are matched to them by name.",
         f"- Values: {Binning.from_dict(panel['binning']).describe()}, of {'counts' if data['is_counts'] else 'real values'}.",
     ]
-    lines += [f"- Conditioned on `{column}`: {', '.join(labels)}." for column, labels in panel["categories"].items()]
+    lines += [f"- Conditioned on {_code(column)}: {', '.join(map(_plain, labels))}." for column, labels in panel["categories"].items()]
     if config["args"]["condition_library_size"]:
         lines.append("- Conditioned on a cell's total count over the panel.")
     return "\n".join([*lines, "- It knows cells like these; of other tissues, species or assays it knows nothing."])
@@ -270,7 +284,9 @@ def _table(path: Path) -> str:
 
 
 def _use(panel: dict[str, Any], knows_masks: bool) -> str:
-    where = "".join(f' --where {column}="{labels[0]}"' for column, labels in list(panel["categories"].items())[:1] if labels)
+    simple = re.compile(r"[\w .,+/()-]+")  # others would need quotes of a kind that depends on the shell
+    first = [(column, labels[0]) for column, labels in list(panel["categories"].items())[:1] if labels]
+    where = "".join(f' --where {column}="{label}"' for column, label in first if simple.fullmatch(f"{column}{label}"))
     commands = [f"sedd generate DIRECTORY{where} -n 500 -o cells.h5ad"]
     calls = ["cells = sedd.generate(model, 500)"]
     if knows_masks:

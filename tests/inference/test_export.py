@@ -15,7 +15,7 @@ import torch
 import sedd
 from sedd.cli import main
 from sedd.errors import DamagedFileError, ExistsError, MissingFileError, UserError, WrongFileError
-from sedd.inference.export import is_export
+from sedd.inference.export import is_export, model_card
 from sedd.inference.pretrained import Pretrained
 from sedd.tasks import denoise, generate, impute
 
@@ -92,6 +92,30 @@ def test_the_card_has_the_data_the_panel_the_metrics_and_commands_that_work(expo
     assert commands == ["impute", "denoise", "generate"]
     assert '--where cell_type="T cell"' in card
     compile(re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1], "card", "exec")  # type: ignore[index]
+
+
+def test_names_in_the_card_are_said_and_do_nothing(exported: Path) -> None:
+    hostile = ["<script>alert(1)</script>", "![x](http://a/b.png)", "[a](javascript:b)", "a`b``c", "`", "x\n# Title", "| a | b |", "```\nrm -rf ~\n```", "&lt;b&gt;"]
+    config = json.loads((exported / "config.json").read_text())
+    panel = json.loads((exported / "panel.json").read_text())
+
+    def active(card: str) -> str:
+        """What Markdown would act on: neither in code nor behind a backslash."""
+        fenced = re.sub(r"^```(\w*)\n.*?^```$", r"fenced \1", card, flags=re.MULTILINE | re.DOTALL)
+        spans = re.sub(r"(?<![`\\])(`+)(?!`)(.+?)(?<!`)\1(?!`)", "code", fenced)
+        return re.sub(r"\\[!-/:-@[-`{-~]", "", spans)
+
+    usual = active(model_card(config, panel, exported, 1))
+    config["data"]["path"] = "a/<img src=x onerror=alert(1)>.h5ad"
+    panel["genes"][: len(hostile)] = hostile
+    panel["categories"] = {name: list(reversed(hostile)) for name in hostile}
+    card = model_card(config, panel, exported, 1)
+    for mark in "<>[]`*|\\":
+        assert active(card).count(mark) == usual.count(mark), mark
+    assert re.findall("^#.*", active(card), re.MULTILINE)[1:] == re.findall("^#.*", usual, re.MULTILINE)[1:]
+    for name in hostile:
+        assert " ".join(name.split()) in card, name
+    assert "--where" not in card  # a label that a shell would act on is not put into a command
 
 
 def test_the_card_shows_an_evaluation_made_after_the_checkpoint(tiny_run: Path, tmp_path: Path) -> None:
