@@ -36,7 +36,7 @@ def batched(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
     """A model that is given cell types and batches."""
     folder = tmp_path_factory.mktemp("batched")
     in_batches()[0].write_h5ad(folder / "a.h5ad")
-    flags = ["--condition", "cell_type", "batch", "--num_epochs", "30"]
+    flags = ["--condition", "cell_type", "batch", "--num_epochs", "20"]
     assert main(["train", "--data_path", str(folder / "a.h5ad"), "--checkpoint_dir", str(folder / "run"), *TINY_FLAGS, *flags]) == 0
     return Pretrained.load(folder / "run")
 

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from conftest import make_counts
+from conftest import TINY_FLAGS, make_counts
 from toy import ExactModel, Joint
 
+from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation import evaluate
 from sedd.graph import AbsorbingGraph
@@ -34,6 +35,15 @@ def zeroed(cells: ad.AnnData, missing: np.ndarray) -> ad.AnnData:
     dense = cells.X.toarray()
     dense[:, missing] = 0
     return ad.AnnData(sp.csr_matrix(dense), obs=cells.obs, var=cells.var)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    """A model at a rate that suits two epochs, as what a zero says of other genes is looked at."""
+    directory = tmp_path_factory.mktemp("runs") / "slow"
+    flags = ["--condition", "cell_type", "--condition_library_size", "--learning_rate", "1e-3"]
+    assert main(["train", "--data_path", str(tiny_h5ad), "--checkpoint_dir", str(directory), *TINY_FLAGS, *flags]) == 0
+    return Pretrained.load(directory)
 
 
 @pytest.fixture(scope="module")
