@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -97,9 +98,18 @@ def _train(arguments: list[str]) -> int:
         return 0
     config: TrainConfig = _parse(TrainConfig, "train", _expand_config_files(arguments))
     follow_launcher()
+    from sedd.processes import is_main
     from sedd.trainer import SEDDTrainer
 
-    SEDDTrainer(config).fit()
+    history = SEDDTrainer(config).fit()
+    if history and is_main() and not config.run.dry_run:
+        best, directory = min(history, key=lambda entry: entry["val_nelbo"]), shlex.quote(config.run.checkpoint_dir)
+        data = " ".join(shlex.quote(path) for path in config.data.paths)
+        print(
+            f"sedd train: {len(history)} epochs are done; the best is {best['epoch']}, {best['val_nelbo']:.1f} nats per held-out cell. "
+            f"Next: sedd evaluate {directory} {data} -o {directory}",
+            file=sys.stderr,
+        )
     return 0
 
 

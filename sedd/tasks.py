@@ -5,6 +5,7 @@ Every prediction is the model's posterior p(hidden genes | visible genes) of a c
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def impute(
     if not 0 <= hide < 1:
         raise UserError(f"--hide is {hide}; expected a share from 0 up to 1, such as 0.15.")
     reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
-    chosen = _gene_mask(model, predict)
+    chosen = _gene_mask(model, arguments["predict"])
     count = round(hide * len(chosen))
     if hide and not count:
         raise UserError(
@@ -388,6 +389,7 @@ def embed(
     arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
+    without = arguments["without"]
     as_if = arguments["as_if"] = dict.fromkeys(without, AVERAGE)
     given, basis = labels_as_if(model, as_if), model.model.embedding_basis()
 
@@ -405,7 +407,10 @@ def embed(
 def _gene_mask(model: Pretrained, names: Sequence[str]) -> np.ndarray:
     unknown = [name for name in names if name not in set(model.genes)]
     if unknown:
+        near = difflib.get_close_matches(unknown[0].casefold(), {str(gene).casefold(): gene for gene in model.genes}, 3, 0.8)
+        alike = [str(gene) for gene in model.genes if str(gene).casefold() in near]
         raise UserError(
-            f"--predict: the model does not know {unknown[:3]}; its {len(model.genes)} genes are in `sedd info`."
+            f"--predict: the model does not know {unknown[:3]}; "
+            + (f"did you mean {' or '.join(alike)}?" if alike else f"it has {len(model.genes)} genes, such as {', '.join(map(str, model.genes[:3]))}.")
         )
     return np.isin(model.genes.astype(str), list(names))

@@ -73,6 +73,7 @@ def annotate(
         If the model was trained without labels, or nothing is left to predict, and on bad input.
     """
     arguments = all_arguments(locals())
+    given = arguments["given"]
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
     asked = _asked(model, given)

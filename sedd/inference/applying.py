@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,9 +25,21 @@ Data: TypeAlias = ad.AnnData | str | Path
 
 
 def all_arguments(own: dict[str, Any]) -> dict[str, Any]:
-    """Return all arguments of a task by name, those of how its data are read among them."""
+    """Return all arguments of a task by name, those of how its data are read among them; one name is a list of it.
+
+    Raises
+    ------
+    UserError
+        If `as_if` is no mapping, or what is read is said in no way that there is.
+    """
     (reading,) = grouped(own["reading"], ReadingSettings)
-    return {**{name: value for name, value in own.items() if name != "reading"}, **asdict(reading)}
+    found = {**{name: value for name, value in own.items() if name != "reading"}, **asdict(reading)}
+    for name in ("predict", "without", "given"):
+        if isinstance(found.get(name), str):
+            found[name] = [found[name]]
+    if not isinstance(found.get("as_if") or {}, Mapping):
+        raise UserError(f'as_if is {found["as_if"]!r}; expected columns and their labels, such as {{"batch": "b1"}}.')
+    return found
 
 
 def in_obsm(made: dict[str, np.ndarray], chosen: Cells) -> Beside:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,10 @@ class Pretrained:
         """
         if isinstance(path, Pretrained):
             return path
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(
+                f"the model is a {type(path).__name__}; expected a checkpoint, the directory of a run or a loaded model, and the data after it."
+            )
         if is_part_of_export(path):
             return cls._of(Path(path), read_export(path), device)
         file = checkpoint.find(path)
@@ -230,7 +235,7 @@ class Pretrained:
             if code is None:
                 raise UserError(
                     f"{column}={str(label)!r} was not there in training; known: {', '.join(map(repr, known))}. Use one of these, or leave "
-                    f"{column} out (or missing in that cell): the model then does without."
+                    f"{column} out (--drop obs/{column}, or missing in that cell): the model then does without."
                 )
             codes[i] = code
         return codes

@@ -82,6 +82,7 @@ def score(
         If there are no cells to compare with, or the model was never without what it would have to do without; and on bad input.
     """
     arguments = all_arguments(locals())
+    given = arguments["given"]
     check_output(output, overwrite=overwrite, resume=resume, data=data)
     model = Pretrained.load(model)
     _check(model, given, n_masks)

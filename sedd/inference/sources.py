@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -341,6 +342,11 @@ def opened(data: ad.AnnData | str | Path, name: str = "the AnnData", *, reading:
     """
     if isinstance(data, ad.AnnData):
         yield AnnDataSource(data, name, reading)
+    elif not isinstance(data, str | os.PathLike):
+        raise UserError(
+            f"the data are a {type(data).__name__}; expected an AnnData, or the path of a file or store. anndata.AnnData(cells) makes one of a "
+            "table or an array of cells by genes."
+        )
     else:
         with reading.open(str(data)) as file:
             yield FileSource(file, reading)
