@@ -38,11 +38,12 @@ def record(path: Path) -> None:
     real = Learner.step
 
     def recorded(self: Any, group: Any, *, step: int, epoch: int) -> Any:
-        loss, n_cells = real(self, group, step=step, epoch=epoch)
+        outcome = real(self, group, step=step, epoch=epoch)
+        loss, n_cells = outcome.read()
         cells = [int(cell) for batch in group for cell in batch.cell]
         with open(path, "a") as file:
             file.write(json.dumps({"step": step + 1, "cells": cells, "loss": loss, "n": n_cells}) + "\n")
-        return loss, n_cells
+        return outcome
 
     Learner.step = recorded  # type: ignore[method-assign]
 
