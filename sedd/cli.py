@@ -104,7 +104,7 @@ def _train(arguments: list[str]) -> int:
     history = SEDDTrainer(config).fit()
     if history and is_main() and not config.run.dry_run:
         best, directory = min(history, key=lambda entry: entry["val_nelbo"]), shlex.quote(config.run.checkpoint_dir)
-        data = " ".join(shlex.quote(path) for path in config.data.paths)
+        data = " ".join(shlex.quote(without_secrets(path)) for path in config.data.paths)
         print(
             f"sedd train: {len(history)} epochs are done; the best is {best['epoch']}, {best['val_nelbo']:.1f} nats per held-out cell. "
             f"Next: sedd evaluate {directory} {data} -o {directory}",

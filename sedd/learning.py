@@ -24,7 +24,7 @@ from sedd.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainCo
 from sedd.config_files import setting_types
 from sedd.errors import UserError, called, warn_user
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import AnnDataSource, Reading
+from sedd.inference.sources import AnnDataSource, Reading, no_data
 from sedd.io.convert import convert
 from sedd.io.format.elements import write_elements
 from sedd.io.store import CellStore
@@ -81,10 +81,7 @@ def train(
         close = difflib.get_close_matches(unknown[0], set(setting_types()).difference(_OWN), 1)
         raise TypeError(f"there is no setting {unknown[0]!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
     if not isinstance(data, ad.AnnData | CellStore | str | os.PathLike | list | tuple):
-        raise UserError(
-            f"the data are a {type(data).__name__}; expected an AnnData, a store, or the path of a file. anndata.AnnData(cells) makes one of a "
-            "table or an array of cells by genes."
-        )
+        raise no_data(data)
     _check_together(data, checkpoint_dir, settings)
     run = _TemporaryRun() if checkpoint_dir is None else None
     directory = run.path if run is not None else Path(checkpoint_dir or "")

@@ -322,6 +322,14 @@ def as_source(data: Source | ad.AnnData, name: str = "the AnnData") -> Source:
     return data if isinstance(data, Source) else AnnDataSource(data, name)
 
 
+def no_data(data: Any) -> UserError:
+    """Return what is said of data that are of no kind that is read."""
+    return UserError(
+        f"the data are a {type(data).__name__}; expected an AnnData, or the path of a file or store. anndata.AnnData(cells) makes one of a "
+        "table or an array of cells by genes."
+    )
+
+
 @contextlib.contextmanager
 def opened(data: ad.AnnData | str | Path, name: str = "the AnnData", *, reading: Reading = AS_IT_IS) -> Iterator[Source]:
     """Open what a user gave; of a file the matrices stay where they are, so that it may be larger than memory.
@@ -343,10 +351,7 @@ def opened(data: ad.AnnData | str | Path, name: str = "the AnnData", *, reading:
     if isinstance(data, ad.AnnData):
         yield AnnDataSource(data, name, reading)
     elif not isinstance(data, str | os.PathLike):
-        raise UserError(
-            f"the data are a {type(data).__name__}; expected an AnnData, or the path of a file or store. anndata.AnnData(cells) makes one of a "
-            "table or an array of cells by genes."
-        )
+        raise no_data(data)
     else:
         with reading.open(str(data)) as file:
             yield FileSource(file, reading)
