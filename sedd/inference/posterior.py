@@ -25,7 +25,7 @@ _DRAWN = 1 << 20  # rounds from here on are the partitions of joint draws, those
 
 
 def spans_of_batches(
-    spans: list[tuple[int, int]], batch_size: int, task: str, progress: bool, done: int = 0
+    spans: list[tuple[int, int]], batch_size: int, task: str, progress: bool, done: int = 0, *, shared: bool = True
 ) -> Iterator[tuple[int, int]]:
     """Cut spans of cells into batches, under a bar of cells with the time left; a log gets a line every 20 seconds.
 
@@ -35,12 +35,14 @@ def spans_of_batches(
         Successive cells (lo, hi).
     done
         How many cells were made before.
+    shared
+        The cells are one process's share. What all processes look at is not.
     """
     check_batch_size(batch_size)
     quiet = 0.5 if sys.stderr.isatty() else 20.0
     total = done + sum(hi - lo for lo, hi in spans)
     shown = progress and is_main()
-    task += f", the share of one of {launched()} processes" if launched() > 1 else ""
+    task += f", the share of one of {launched()} processes" if shared and launched() > 1 else ""
     with tqdm(
         total=total, initial=done, desc=task, unit="cell", disable=not shown, mininterval=quiet, dynamic_ncols=True
     ) as bar:
@@ -181,7 +183,7 @@ def batches(
     if parts is not None:
         parts.compare(lambda lo, hi: read(lo, hi).digest())
         spans, done = parts.spans, parts.done
-    for lo, hi in spans_of_batches(spans, batch_size, task, progress, done):
+    for lo, hi in spans_of_batches(spans, batch_size, task, progress, done, shared=parts is not None):
         yield read(lo, hi)
 
 
