@@ -65,7 +65,7 @@ class InputSettings(ReadingSettings):
     """What is taken of the inputs, and under which names."""
 
     layer: str | None = None
-    """Take counts from this layer instead of X."""
+    """Take counts from this layer instead of X; X is the name of X itself."""
     raw: bool = False
     """Take counts from .raw."""
     keys: tuple[str, ...] = ()

@@ -265,6 +265,8 @@ class SEDDTrainer:
         self.epoch += 1
         entry: dict[str, Any] = {
             "epoch": self.epoch,
+            "of_epochs": self.config.optim.epochs_of(len(self._loader)),
+            "n_vars": len(self._panel.genes),
             "step": self.step,
             "train_loss": sums["loss"] / sums["cells"],
             **validation,

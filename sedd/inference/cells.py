@@ -19,6 +19,7 @@ from sedd.io.conversion.explain import FRACTIONS, looks_like
 from sedd.io.conversion.genes import name_hint
 from sedd.io.files import obs_digest
 from sedd.io.format.plain import made_unique
+from sedd.io.input.base import own_layer
 
 WINDOW = 2048  # cells that are read together: a store has many in a chunk
 MIN_OVERLAP = 0.25  # below this share of the panel it is more often other names than other genes; docs/missing-genes.md has what is lost
@@ -141,11 +142,17 @@ class Cells:
         if wrong.any():
             cell, column = np.argwhere(wrong)[0]
             gene = self.var.index[~self.missing][column]
-            ways = self.source.ways_out(self._place)
+            ways = self.source.ways_out(self._place, counts=not self._real)
+            if ways:
+                way_out = f"Pass where they are: {ways}"
+            elif others := self.source.ways_out(self._place):
+                way_out = f"None of its other matrices looks like counts ({others})"
+            else:
+                way_out = "There is no other matrix in it"
             rounds = f"; {FRACTIONS}: --round rounds them" if kind == "not a whole number" and looks_like(values) == FRACTIONS else ""
             raise UserError(
                 f"{self.name}: a value is {kind} ({values[cell, column]:g} at cell {self.indices[lo + cell]}, gene {gene!r}); "
-                f"the model was trained on counts. {f'Pass where they are: {ways}' if ways else 'There is no other matrix in it'}{rounds}."
+                f"the model was trained on {'values of 0 or more' if self._real else 'counts'}. {way_out}{rounds}."
             )
 
     def report_rounded(self) -> None:
@@ -269,13 +276,19 @@ def place_of_counts(model: Pretrained, source: Source, layer: str | None, raw: b
     if layer is not None and raw:
         raise UserError("give --layer or --raw, not both.")
     if layer is not None or raw:
-        return (None if layer == "X" and "X" not in source.layers else layer), raw
-    trained, trained_raw = model.config.data.layer, model.config.data.raw
+        return own_layer(layer, source.layers), raw
+    trained, trained_raw = own_layer(model.config.data.layer, source.layers), model.config.data.raw
     if (trained is None or trained in source.layers) and (not trained_raw or source.has_raw):
         return trained, trained_raw
     if source.is_store:
         return None, False
     place = ".raw" if trained_raw else f"layer {trained!r}"
     raise UserError(
-        f"{source.name}: has no {place}, from which the model was trained. Pass where the counts are: {source.ways_out()}."
+        f"{source.name}: has no {place}, from which the model was trained. {_where_counts_are(source)}"
     )
+
+
+def _where_counts_are(source: Source) -> str:
+    if ways := source.ways_out(counts=True):
+        return f"Pass where the counts are: {ways}."
+    return f"There are: {source.ways_out() or 'no matrices at all'}; none of them looks like counts."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -21,7 +22,8 @@ from sedd.config import ReadingSettings
 from sedd.errors import SeveralPartsError, UserError, counted, warn_user
 from sedd.inference.matrices import Rows
 from sedd.inference.pretrained import Pretrained
-from sedd.io.input.base import Input, Naming, check_drop, check_names, has_names, renamed
+from sedd.io.conversion.explain import are_counts, first_values, is_of_result
+from sedd.io.input.base import Input, Naming, check_drop, check_names, has_names, own_layer, renamed
 from sedd.io.input.matrix import Matrix
 from sedd.io.input.opening import open_input
 
@@ -122,6 +124,7 @@ class Source(ABC):
         UserError
             If it is not there; the message lists what is.
         """
+        layer = own_layer(layer, self.layers)
         if raw and not self.has_raw:
             raise UserError(f"{self.name}: has no .raw; there are: {self.ways_out() or 'none'}.")
         if layer is not None and layer not in self.layers:
@@ -133,13 +136,23 @@ class Source(ABC):
     @abstractmethod
     def _rows(self, layer: str | None, raw: bool) -> Rows: ...
 
-    def ways_out(self, but: tuple[str | None, bool] | None = None) -> str:
-        """How each matrix that there is can be asked for, but the one that was."""
+    def ways_out(self, but: tuple[str | None, bool] | None = None, *, counts: bool = False) -> str:
+        """How each matrix that there is can be asked for, but the one that was; or each that seems to hold counts."""
         found: list[tuple[str, tuple[str | None, bool]]] = [("--layer X", (None, False))] if self.has_x else []
-        found += [(f"--layer {name}", (name, False)) for name in self.layers] + (
+        found += [(f"--layer {shlex.quote(name)}", (name, False)) for name in self.layers] + (
             [("--raw", (None, True))] if self.has_raw else []
         )
-        return ", ".join(how for how, place in found if place != but)
+        return ", ".join(how for how, place in found if place != but and not (counts and not self._seems_counts(*place)))
+
+    def _seems_counts(self, layer: str | None, raw: bool) -> bool:
+        try:
+            return not is_of_result(layer) and are_counts(self._first_values(layer, raw))
+        except UserError:  # one that cannot be read is no way out
+            return False
+
+    @abstractmethod
+    def _first_values(self, layer: str | None, raw: bool) -> np.ndarray:
+        """Return values of the first cells in a matrix."""
 
 
 class AnnDataSource(Source):
@@ -187,6 +200,9 @@ class AnnDataSource(Source):
     def _rows(self, layer: str | None, raw: bool) -> Rows:
         adata = self._adata
         return Rows(adata.raw.X if raw else adata.X if layer is None else adata.layers[layer], self.name)
+
+    def _first_values(self, layer: str | None, raw: bool) -> np.ndarray:
+        return self._rows(layer, raw).take(np.arange(min(len(self.obs), 64))).data
 
     def whole(self) -> ad.AnnData:
         """Return a copy of everything, in memory."""
@@ -272,6 +288,9 @@ class FileSource(Source):
 
     def _rows(self, layer: str | None, raw: bool) -> Rows:
         return Rows(self._file.matrix(layer, raw), self.name, self._file.kept_genes(raw))
+
+    def _first_values(self, layer: str | None, raw: bool) -> np.ndarray:
+        return first_values(self._file.matrix(layer, raw))
 
     def whole(self) -> ad.AnnData:
         """Read everything."""

@@ -200,6 +200,8 @@ def _check_made_with(store: CellStore, own: InputSettings) -> None:
     made_with = {**ConversionSettings().of_the_store(), **store.uns_sedd["settings"]}
     for field in dataclasses.fields(own):
         value = getattr(own, field.name)
+        if field.name == "layer" and value == "X":  # which the matrix of a store is, whatever it was made of
+            continue
         plain = list(value) if isinstance(value, tuple) else value
         if value != field.default and plain != made_with[field.name]:
             words = " ".join(value) if isinstance(value, tuple) else "" if value is True else str(value)

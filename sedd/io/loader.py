@@ -95,6 +95,7 @@ class CellLoader:
         self._client = running.client
         self._pipeline: Pipeline | None = None
         self._pid = os.getpid()
+        self._part = 0, 1
         self._at = torch.zeros(2, dtype=torch.int64)  # the epoch, and where in it the next iteration starts
         self._position = 0
         self.wait_seconds = 0.0
@@ -139,7 +140,7 @@ class CellLoader:
         return Binning.fit(binning, contents.n_bins, hist=hist if panel is None else hist[panel])
 
     def _steps(self, start: int) -> RankSteps:
-        return RankSteps(self.n_cells, self.batch_size, self.rank, self.world_size, start, self.drop_last, self.pad)
+        return RankSteps(self.n_cells, self.batch_size, self.rank, self.world_size, start, self.drop_last, self.pad, *self._part)
 
     @property
     def order(self) -> EpochOrder:
@@ -209,10 +210,10 @@ class CellLoader:
         return TorchDataset(self)
 
     def part(self, index: int, parts: int) -> CellLoader:
-        """Return a loader like this one that takes the `index`-th of `parts` equal shares of this one's cells."""
+        """Return a loader like this one that takes the `index`-th of `parts` equal shares of this one's cells, in as many batches together."""
         other = copy.copy(self)
         other._pipeline, other._pid, other._at = None, os.getpid(), self._at.clone()
-        other.rank, other.world_size = self.rank + self.world_size * index, self.world_size * parts
+        other._part = index, parts
         return other
 
     def _iterate(self, form: str) -> Iterator[dict[str, Any]]:

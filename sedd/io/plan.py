@@ -251,6 +251,9 @@ class RankSteps:
     drop_last, pad : bool
         A last step that not all ranks can fill is dropped, or filled with positions from the start of the epoch, so that
         all ranks have as many cells; without either it is short, and on some ranks empty.
+    part, parts : int
+        Which of several processes this is that share the cells of the rank: one by one while all can fill a batch, then the last
+        batches in turn. Together they make as many batches as one would.
     """
 
     n_positions: int
@@ -260,6 +263,8 @@ class RankSteps:
     start: int = 0
     drop_last: bool = False
     pad: bool = False
+    part: int = 0
+    parts: int = 1
 
     @property
     def n_steps(self) -> int:
@@ -274,8 +279,8 @@ class RankSteps:
         return self.start + (self.rank - self.start) % self.world_size
 
     @property
-    def n_mine(self) -> int:
-        """Cells of this rank from `start` on, padding included."""
+    def n_of_rank(self) -> int:
+        """Cells of the rank from `start` on, padding included."""
         left = max(self.n_positions - self.start, 0)
         if self.drop_last:
             return self.n_steps * self.batch_size
@@ -283,6 +288,27 @@ class RankSteps:
             return -(-left // self.world_size)
         return max(-(-(self.n_positions - self.first) // self.world_size), 0)
 
+    def _shares(self) -> tuple[int, int]:
+        """Cells of this part that are dealt one by one, and those of its last batch."""
+        even = self.n_of_rank // (self.batch_size * self.parts) * self.batch_size
+        left = self.n_of_rank - even * self.parts - self.part * self.batch_size
+        return even, min(max(left, 0), self.batch_size)
+
+    @property
+    def n_mine(self) -> int:
+        """Cells of this part of the rank from `start` on, padding included."""
+        return sum(self._shares())
+
     def positions(self, low: int, high: int) -> np.ndarray:
-        """Positions of this rank's cells `low .. high - 1`; those at or above `n_positions` are padding."""
-        return self.first + self.world_size * np.arange(low, min(high, self.n_mine), dtype=np.int64)
+        """Positions of this part's cells `low .. high - 1`, which increase; those at or above `n_positions` are padding."""
+        even, last = self._shares()
+        mine = np.arange(low, min(high, even + last), dtype=np.int64)
+        of_rank = np.where(mine < even, mine * self.parts + self.part, mine + even * (self.parts - 1) + self.part * self.batch_size)
+        return self.first + self.world_size * of_rank
+
+    def before(self, position: int) -> int:
+        """Return how many of this part's cells have positions below `position`."""
+        of_rank = -(-(position - self.first) // self.world_size)
+        even, last = self._shares()
+        dealt = min(max(-(-(of_rank - self.part) // self.parts), 0), even)
+        return dealt + min(max(of_rank - even * self.parts - self.part * self.batch_size, 0), last)

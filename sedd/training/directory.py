@@ -16,7 +16,7 @@ from sedd.io.outputs import only_writer_in
 
 _FILES = ("best.pt", "final.pt", "args.json", "history.json", "metrics.jsonl", "wandb_id")
 _HEADER = ["run", "state", "epochs", "step", "best nats/cell", "at", "cells/s", "model", "attention", "genes", "batch", "lr", "seed"]
-_SETTINGS = ("model", "attention", "genes", "batch_size", "learning_rate", "seed")  # that a table of runs shows
+_SETTINGS = ("model", "attention", "n_vars", "batch_size", "learning_rate", "seed")  # that a table of runs shows
 _QUIET_S = 120  # a run at work writes a line about every second, but none while it validates
 
 
@@ -161,11 +161,15 @@ def _row(run: Path, root: Path) -> list[str]:
     history: list[dict[str, Any]] = _read(run / "history.json", [])
     best = min(history, key=lambda entry: entry["val_nelbo"], default=None)
     last = _last_line(run / "metrics.jsonl")
+    # Known when an epoch is over: --min_steps may ask for more epochs than --num_epochs, and --genes may be a file.
+    known = history[-1] if history else {}
+    epochs = known.get("of_epochs", "?" if settings.get("min_steps") else settings.get("num_epochs", "?"))
+    settings = {**settings, "n_vars": known.get("n_vars", settings.get("genes", "?"))}
     speed = last.get("cells_per_s", history[-1]["cells_per_s"] if history else None)
     return [
         "." if run == root else str(run.relative_to(root)),
         _state(run),
-        f"{len(history)}/{settings.get('num_epochs', '?')}",
+        f"{len(history)}/{epochs}",
         str(last.get("step", "-")),
         *(["-", "-"] if best is None else [f"{best['val_nelbo']:.1f}", str(best["epoch"])]),
         "-" if speed is None else f"{speed:.0f}",

@@ -21,6 +21,7 @@ from sedd.errors import UserError
 from sedd.training.directory import RunDirectory
 
 _EVERY_S = 1.0  # a line of metrics.jsonl at most this often
+_NO_CURVES = ("of_epochs", "n_vars")  # what an epoch's line has for those who read it alone
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} cells{postfix}"
 
 
@@ -98,7 +99,7 @@ class Tracker:
     def _write(self, step: int, values: dict[str, Any]) -> None:
         self._directory.append_metrics({"step": step, "time": time.time(), **values})
         if self._tracker is not None:
-            self._tracker.log(values, step=step)
+            self._tracker.log({name: value for name, value in values.items() if name not in _NO_CURVES}, step=step)
 
 
 def resolve_logger(log_with: str) -> str:

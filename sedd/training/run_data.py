@@ -17,7 +17,7 @@ import torch
 from sedd.binning import Binning, model_start
 from sedd.checkpoint import pack_histogram, split_of, unpack_histogram
 from sedd.config import DataConfig, ModelConfig, TrainConfig
-from sedd.errors import MissingFileError, NegativeValuesError, NotCountsError, UserError, warn_user
+from sedd.errors import MissingFileError, NegativeValuesError, NotCountsError, UserError, counted, warn_user
 from sedd.io.conversion.genes import read_gene_list
 from sedd.io.convert import ensure_store
 from sedd.io.files import obs_digest
@@ -386,6 +386,11 @@ def _categories(store: CellStore, column: str) -> list[str]:
     if not 2 <= len(labels) <= _MAX_CATEGORIES:
         raise UserError(
             f"--condition {column}: has {len(labels)} different labels; expected between 2 and {_MAX_CATEGORIES} to tell cells apart."
+        )
+    if len(labels) * 2 > len(there):
+        warn_user(
+            f"--condition {column}: has {len(labels)} different labels for {counted(len(there), 'cell')}, as names of cells have; a model "
+            "learns nothing from a label that hardly two cells have in common. Leave it out, or take one that groups cells."
         )
     return labels
 

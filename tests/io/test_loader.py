@@ -247,7 +247,22 @@ def test_a_torch_dataloader_sees_every_cell_once(workers: int, context: str | No
     batches = list(torch.utils.data.DataLoader(dataset, None, num_workers=workers, multiprocessing_context=context))
     cells = np.sort(cells_of(batches))
     np.testing.assert_array_equal(cells, Split(N_OBS, 0.1, 0, "train").cells())
+    assert len(batches) == len(dataset)
     dataset.loader.close()
+
+
+@pytest.mark.parametrize("mode", ["full", "window"])
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_parts_of_a_loader_have_its_cells_in_as_many_batches(mode: str, parts: int) -> None:
+    with loader(batch_size=32, shuffle=mode) as whole:
+        whole.set_epoch(1)
+        shares = []
+        for index in range(parts):
+            with whole.part(index, parts) as mine:
+                shares.append(list(mine))
+        in_turn = [batch for group in itertools.zip_longest(*shares) for batch in group if batch is not None]
+        assert [len(batch) for batch in in_turn] == [32] * (N_TRAIN // 32) + [N_TRAIN % 32]
+        np.testing.assert_array_equal(np.sort(cells_of(in_turn)), np.sort(cells_of(list(whole))))
 
 
 @pytest.mark.parametrize("set_epoch", ["dataset", "loader"])

@@ -187,6 +187,28 @@ def test_ranks_share_the_positions_that_are_left(
         assert (part % world == rank).all()
 
 
+@settings(deadline=None, max_examples=80)
+@given(
+    n=st.integers(0, 300), batch=st.integers(1, 40), world=st.integers(1, 4), parts=st.integers(1, 5), start=st.integers(0, 320),
+    drop=st.booleans(), pad=st.booleans(), window=st.integers(1, 50),
+)  # fmt: skip
+def test_parts_of_a_rank_share_its_cells_in_as_many_batches_as_one(
+    n: int, batch: int, world: int, parts: int, start: int, drop: bool, pad: bool, window: int
+) -> None:
+    for rank in range(world):
+        alone = RankSteps(n, batch, rank, world, start, drop, pad)
+        shares = [RankSteps(n, batch, rank, world, start, drop, pad, part, parts) for part in range(parts)]
+        mine = [steps.positions(0, steps.n_mine) for steps in shares]
+        np.testing.assert_array_equal(np.sort(np.concatenate(mine)), alone.positions(0, alone.n_mine))
+        assert sum(-(-own.size // batch) for own in mine) == -(-alone.n_mine // batch)
+        for steps, own in zip(shares, mine, strict=True):
+            assert (np.diff(own) > 0).all()
+            some = own[3 : steps.n_mine // 2]
+            np.testing.assert_array_equal(steps.positions(3, steps.n_mine // 2), some)
+            for edge in range(0, n + window, window):
+                assert steps.before(edge) == (own < edge).sum()
+
+
 def test_the_steps_of_a_billion_cells_for_one_of_512_ranks_is_quick_and_small() -> None:
     code = """
 import time, numpy as np

@@ -94,6 +94,15 @@ def test_numbers_that_are_no_labels_are_refused(tmp_path: Path, capsys: pytest.C
     assert "is continuous" in capsys.readouterr().err
 
 
+def test_names_of_cells_as_labels_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = make_counts(N)
+    adata.obs["barcode"] = [f"cell{i}" if i else None for i in range(N)]
+    assert train(adata, tmp_path, "--condition", "barcode", "cell_type") == 0
+    said = capsys.readouterr().err
+    assert f"--condition barcode: has {N - 1} different labels for {N - 1} cells" in said
+    assert "--condition cell_type" not in said
+
+
 def test_a_run_is_not_resumed_with_other_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adata = make_counts(N)
     assert train(adata, tmp_path, "--condition", "donor") == 0

@@ -39,7 +39,7 @@ def test_runs_are_listed_with_state_progress_and_settings(
     said = capsys.readouterr().out
     assert len(said.splitlines()) == 6
     best = min(history, key=lambda entry: entry["val_nelbo"])
-    settings = ["small", "latent", "all", "16", "0.002", "0"]
+    settings = ["small", "latent", "60", "16", "0.002", "0"]
     done = cells(said, "done")
     assert done[1:6] == ["done", "2/2", "28", f"{best['val_nelbo']:.1f}", str(best["epoch"])]
     assert done[7:] == settings
@@ -47,6 +47,7 @@ def test_runs_are_listed_with_state_progress_and_settings(
     assert cells(said, "at-work") == ["at-work", "at work", "1/2", "21", bound, "1", "77", *settings]
     assert cells(said, "group/stopped")[1:3] == ["stopped", "1/2"]
     assert cells(said, "first-epoch")[1:4] == ["at work", "0/2", "-"]
+    assert cells(said, "first-epoch")[8:10] == ["latent", "all"]
     assert cells(said, "damaged")[2] == "0/?"
 
 

@@ -310,7 +310,7 @@ class Append:
         try:
             return job.run(resume=True, overwrite=True)
         except NotCountsError as error:
-            where = "raw.X" if kept["raw"] else f"layers/{kept['layer']}" if kept["layer"] else "X"
+            where = "raw.X" if kept["raw"] else "X" if kept["layer"] in (None, "X") else f"layers/{kept['layer']}"
             raise UserError(
                 f"{str(error).partition(' Pass --')[0]} {self.shown} holds the counts of {where} of its files; have the counts there in what "
                 "is appended too."

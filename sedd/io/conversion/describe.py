@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from sedd.errors import SeveralPartsError, UserError, without_secrets
 from sedd.io.conversion.counts import to_counts
-from sedd.io.conversion.explain import FRACTIONS, first_values, looks_like
+from sedd.io.conversion.explain import FRACTIONS, first_values, is_of_result, looks_like
 from sedd.io.input.base import Input
 from sedd.io.input.matrix import Matrix
 from sedd.io.input.opening import open_input
@@ -64,8 +65,9 @@ def _matrices(file: Input) -> tuple[dict[str, str], list[str], list[str]]:
             continue
         stored = "" if matrix.nnz is None else f", {matrix.nnz:,} stored"
         found[how] = f"{holds} ({matrix.shape[0]:,} x {matrix.shape[1]:,}, {matrix.layout} {matrix.dtype}{stored})"
-        good += [how] * (looks is None)
-        fractions += [how] * (looks == FRACTIONS)
+        if not is_of_result(layer):
+            good += [how] * (looks is None)
+            fractions += [how] * (looks == FRACTIONS)
     return found, good, fractions
 
 
@@ -89,13 +91,12 @@ def _next(file: Input, path: str, modality: str | None, good: list[str], fractio
     """Return the command that trains on the input, or what is in its way."""
     if not good and not fractions:
         return "none of its matrices looks like counts; docs/preparing-data.md says what to do"
-    words = ["sedd train --data_path", f"'{path}'" if " " in path else path]
+    words = ["sedd train --data_path", shlex.quote(path)]
     if modality is not None:
-        words += ["--modality", f"'{modality}'" if " " in modality else modality]
+        words += ["--modality", shlex.quote(modality)]
     chosen = (good or fractions)[0]
     if chosen != "X":
-        flag, _, name = chosen.partition(" ")
-        words.append(f"{flag} '{name}'" if " " in name else chosen)
+        words.append(chosen)
     if not good:
         words.append("--round")
     symbols = [name for name in _SYMBOLS if names and names[0].startswith("ENS") and name in file.var()]

@@ -69,10 +69,14 @@ def looks_like(values: np.ndarray) -> str:
     return "it looks normalised, without a logarithm"
 
 
-def holds_counts(matrix: Matrix) -> bool:
-    """Whether the first stored values of a matrix are all counts."""
-    values = first_values(matrix)
-    return values.size > 0 and to_counts(values, np.dtype(np.uint32)).bad < 0
+def is_of_result(layer: str | None) -> bool:
+    """Whether a layer is one that a task of sedd made: `sedd_hidden` holds whole numbers, which are no counts."""
+    return layer is not None and layer.startswith("sedd_")
+
+
+def are_counts(values: np.ndarray) -> bool:
+    """Whether values are all counts, of which one is not 0."""
+    return bool((values != 0).any()) and to_counts(values, np.dtype(np.uint32)).bad < 0
 
 
 def first_values(matrix: Matrix) -> np.ndarray:
@@ -89,8 +93,8 @@ def others_with_counts(file: Input, matrix: Matrix) -> list[str]:
     for how, layer, raw in file.places:
         try:
             other = file.matrix(layer, raw)
-            if other.name != matrix.name and holds_counts(other):
-                good.append("X (no --layer)" if how == "X" else how)
+            if other.name != matrix.name and not is_of_result(layer) and are_counts(first_values(other)):
+                good.append("--layer X" if how == "X" else how)
         except ValueError:  # a damaged layer is no way out
             continue
     return good

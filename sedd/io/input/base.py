@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -88,6 +89,11 @@ def renamed(table: pd.DataFrame, naming: Naming) -> pd.DataFrame:
     return table
 
 
+def own_layer(layer: str | None, layers: list[str]) -> str | None:
+    """Return the layer that is meant, None for `X`: "X" is a layer only where one is called so."""
+    return None if layer == "X" and layer not in layers else layer
+
+
 class Input(ABC):
     """An open input; a context manager.
 
@@ -116,7 +122,7 @@ class Input(ABC):
     def places(self) -> list[tuple[str, str | None, bool]]:
         """The matrices there are: how one is asked for, its layer, whether it is raw."""
         found: list[tuple[str, str | None, bool]] = [("X", None, False)] if self.has_x else []
-        found += [(f"--layer {name}", name, False) for name in self.layers]
+        found += [(f"--layer {shlex.quote(name)}", name, False) for name in self.layers]
         return found + ([("--raw", None, True)] if self.has_raw else [])
 
     @property
@@ -142,6 +148,10 @@ class Input(ABC):
     def matrix(self, layer: str | None = None, raw: bool = False) -> Matrix:
         """Open `X`, a layer or `.raw.X`.
 
+        Parameters
+        ----------
+        layer : its name; "X" is that of `X` itself, where no layer is called so
+
         Raises
         ------
         UserError
@@ -149,7 +159,7 @@ class Input(ABC):
         """
         if layer is not None and raw:
             raise UserError("give --layer or --raw, not both.")
-        matrix = self._matrix(layer, raw)
+        matrix = self._matrix(own_layer(layer, self.layers), raw)
         n_obs, n_vars = self.n_obs, self.n_vars(raw)
         if matrix.shape != (n_obs, n_vars):
             raise UserError(

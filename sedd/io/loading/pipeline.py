@@ -338,7 +338,6 @@ def _csr(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_vars: int)
 
 
 def _window_end(steps: RankSteps, window: int, low: int) -> int:
-    """First of this rank's cells, after `low`, that lies in the window after that of cell `low`."""
-    position = steps.first + steps.world_size * low
-    end = (position // window + 1) * window
-    return -(-(end - steps.first) // steps.world_size)
+    """First of this rank's cells, after `low`, that lies in a window after that of cell `low`."""
+    (position,) = steps.positions(low, low + 1)
+    return steps.before((int(position) // window + 1) * window)

@@ -18,7 +18,7 @@ class Loader(Protocol):
         """Go to the start of an epoch."""
 
     def part(self, index: int, parts: int) -> AbstractContextManager[Loader]:
-        """Return the loader that takes the `index`-th of `parts` equal shares of this one's cells."""
+        """Return the loader that takes the `index`-th of `parts` shares of this one's cells, which are as many batches together."""
 
     def share_position(self) -> None:
         """Let copies of the loader in other processes follow its epoch."""
@@ -31,11 +31,9 @@ class Loader(Protocol):
 class TorchDataset(IterableDataset[Any]):
     """A loader as a dataset of whole batches: give it to `DataLoader(dataset, batch_size=None)`.
 
-    The loader has threads of its own, so `num_workers=0` is the fast way. With workers, each is a rank of its own: together
-    they give every cell of this rank once, in an order that depends on their number. Workers that persist have a copy of the
+    The loader has threads of its own, so `num_workers=0` is the fast way. With workers, each takes a share: together
+    they give every cell of this rank once, in as many batches as without, in an order that depends on their number. Workers that persist have a copy of the
     loader from before the first epoch; its position is in memory that they share, so `set_epoch` reaches them.
-
-    `len` is that without workers. Each worker ends with a batch that may be part-filled, so `W` of them may give up to `W - 1` more.
 
     Parameters
     ----------

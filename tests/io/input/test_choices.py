@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from sedd.cli import main
 from sedd.errors import NegativeValuesError, SeddWarning, UserError
+from sedd.inference.cells import Cells
+from sedd.inference.sources import opened
 from sedd.io.conversion.counts import to_counts
 from sedd.io.conversion.genes import read_gene_list
 from sedd.io.convert import convert, ensure_store
@@ -250,3 +253,49 @@ def test_a_store_refuses_settings_that_it_was_not_made_with(tmp_path: Path) -> N
     for settings_, said in (({"layer": "cuonts"}, "--layer cuonts"), ({"gene_names": "gene_ids"}, "--gene_names gene_ids"), ({"raw": True}, "--raw")):
         with pytest.raises(UserError, match=rf"is a store, made without `{said}`"):
             ensure_store(store.path, progress=False, **settings_)  # type: ignore[arg-type]
+
+
+def test_x_is_the_name_of_x_wherever_a_layer_is_asked_for(tmp_path: Path) -> None:
+    """It is what messages offer; a layer that is called X goes before it."""
+    adata = cells(counts())
+    path = h5ad(tmp_path / "a", adata)
+    plain = ensure_store(path, progress=False)
+    named = ensure_store(path, layer="X", progress=False)
+    assert ensure_store(named.path, layer="X", progress=False).fingerprint == named.fingerprint
+    rows = np.arange(plain.n_obs)
+    for here, there in zip(plain.read_cells(rows), named.read_cells(rows), strict=True):
+        np.testing.assert_array_equal(here, there)
+    convert([path], tmp_path / "kept.zarr", layer="X", progress=False)
+    adata.obs_names = [f"more{i}" for i in range(adata.n_obs)]
+    grown = convert([h5ad(tmp_path / "b", adata)], tmp_path / "kept.zarr", append=True, progress=False)
+    assert grown is not None
+    assert grown.n_obs == 2 * adata.n_obs
+    adata.layers["X"] = adata.X * 2
+    called = ensure_store(h5ad(tmp_path / "c", adata), layer="X", progress=False)
+    np.testing.assert_array_equal(called.read_cells(rows)[2], 2 * plain.read_cells(rows)[2])
+
+
+def test_messages_offer_only_what_holds_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not what tasks of sedd made, of which some is whole numbers; and as a shell takes it."""
+    adata = cells(counts())
+    shape, log = adata.shape, np.log1p(adata.X.toarray())
+    adata.layers["my counts"] = adata.X.copy()
+    others = {"log": log, "nothing": np.zeros(shape), "sedd_hidden": np.ones(shape, np.uint8), "sedd_sample_0": adata.X.copy()}
+    adata.layers.update(others)
+    adata.X = sparse.csr_matrix(log)
+    path = h5ad(tmp_path / "a", adata)
+    with pytest.raises(UserError, match=r"Pass --layer 'my counts', which holds counts, or keep"):
+        convert(path, tmp_path / "a.zarr", progress=False)
+    assert main(["info", path]) == 0
+    assert f"sedd train --data_path {path} --layer 'my counts'" in capsys.readouterr().out
+    for data in (ad.read_h5ad(path), path):
+        with opened(data) as source, pytest.raises(UserError, match=r"Pass where they are: --layer 'my counts'\.$"):
+            Cells(source, adata.var_names.to_numpy()).counts(0, 9)
+    del adata.layers["my counts"]
+    for data in (adata, h5ad(tmp_path / "b", adata)):
+        with opened(data) as source, pytest.raises(UserError, match=r"None of its other matrices looks like counts \(.*--layer log"):
+            Cells(source, adata.var_names.to_numpy()).counts(0, 9)
+    adata.X = adata.layers["sedd_sample_0"]
+    adata.layers["bad"] = log
+    with pytest.raises(UserError, match=r"Pass --layer X, which holds counts"):
+        convert(h5ad(tmp_path / "c", adata), tmp_path / "a.zarr", layer="bad", progress=False)
