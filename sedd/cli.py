@@ -1,4 +1,4 @@
-"""The command line: `sedd convert | info | verify | train | impute | denoise | generate | embed | annotate | score | evaluate | runs | export`.
+"""The command line: `sedd quick | convert | info | verify | train | impute | denoise | generate | embed | annotate | score | evaluate | runs | export`.
 
 Each command is a dataclass (its fields are the flags) with a `run` method. The modules that do the work are imported by
 the command that needs them, so `sedd --help` answers at once.
@@ -7,6 +7,7 @@ the command that needs them, so `sedd --help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -23,11 +24,16 @@ from sedd.commands import COMMANDS
 from sedd.config import TrainConfig
 from sedd.config_files import config_file_arguments, environment_arguments
 from sedd.errors import SeddWarning, UserError, without_secrets
+from sedd.shipped import Quick
 from sedd.training.stopping import EXIT_INTERRUPTED, TrainingInterrupted, follow_launcher, report_status
 
 _TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.DisallowNone)
 
+CLASSES: dict[str, Any] = {"quick": Quick, "train": TrainConfig, **COMMANDS}
+"""The dataclass of each command; the first two are run by this file, the others run themselves."""
+
 PURPOSES = {
+    "See what it does": ("quick",),
     "Prepare data": ("convert", "verify"),
     "Train a model": ("train", "runs"),
     "Use a model": ("impute", "denoise", "generate", "embed", "annotate", "score"),
@@ -72,8 +78,10 @@ def _run(name: str, rest: list[str]) -> int:
         try:
             if name == "train":
                 return _train(rest)
+            if name == "quick":
+                return _quick(rest)
             if name not in COMMANDS:
-                raise UserError(f"unknown command {name!r}; expected one of {', '.join(['train', *COMMANDS])}.")
+                raise UserError(f"unknown command {name!r}; expected one of {', '.join(CLASSES)}.")
             return int(_parse(COMMANDS[name], name, rest).run() or 0)
         except UserError as error:
             print(f"sedd {name}: error: {error}", file=sys.stderr)
@@ -113,6 +121,12 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
+def _quick(arguments: list[str]) -> int:
+    """Run the commands of a quick run until one fails; what `quick` does not know are flags of the training."""
+    quick, training = _parse(Quick, "quick", arguments, others_too=True)
+    return next((status for name, *words in quick.commands(training) if (status := _run(name, words))), 0)
+
+
 def _expand_config_files(arguments: list[str]) -> list[str]:
     """Replace `--config FILE` by the settings of the file, in front, so that the rest of the command line wins."""
     from_files: list[str] = []
@@ -131,13 +145,15 @@ def _expand_config_files(arguments: list[str]) -> list[str]:
     return from_files + rest
 
 
-def _parse(cls: Any, name: str, arguments: list[str]) -> Any:
+def _parse(cls: Any, name: str, arguments: list[str], *, others_too: bool = False) -> Any:
     epilogue = {"train": "\n\n--config FILE.yaml sets any of these; the command line wins."}
-    description = (cls.__doc__ or "").strip() + epilogue.get(name, "")
+    description = inspect.cleandoc(cls.__doc__ or "") + epilogue.get(name, "")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=arguments, prog=f"sedd {name}", description=description, config=_TYRO, use_underscores=True)
+            return tyro.cli(  # type: ignore[call-overload]
+                cls, args=arguments, prog=f"sedd {name}", description=description, config=_TYRO, use_underscores=True, return_unknown_args=others_too
+            )  # fmt: skip
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise
@@ -161,8 +177,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 def _overview() -> str:
     lines = ["usage: sedd COMMAND ...", "", "Score-entropy discrete diffusion for single-cell RNA-seq."]
-    classes = {"train": TrainConfig, **COMMANDS}
     for purpose, names in PURPOSES.items():
         lines += ["", f"{purpose}:"]
-        lines += [f"  {name:<10} {(classes[name].__doc__ or '').strip().splitlines()[0]}" for name in names]
+        lines += [f"  {name:<10} {(CLASSES[name].__doc__ or '').strip().splitlines()[0]}" for name in names]
     return "\n".join([*lines, "", "`sedd COMMAND --help` lists a command's options."])

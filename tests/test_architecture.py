@@ -45,7 +45,7 @@ FLOORS = [
     ["tasks", "learning"],
     ["report"],
     ["evaluation"],
-    ["commands"],
+    ["commands", "shipped"],
     ["cli"],
     ["__main__"],
 ]

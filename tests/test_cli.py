@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from sedd import __version__
-from sedd.cli import PURPOSES, main
-from sedd.commands import COMMANDS
+from sedd.cli import CLASSES, PURPOSES, main
 from sedd.config import ConversionSettings
 from sedd.config_files import setting_types
 from sedd.io.convert import convert
@@ -62,7 +61,7 @@ def test_every_command_has_a_help_page(capsys: pytest.CaptureFixture[str]) -> No
     assert main([]) == 2
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for name in ["train", *COMMANDS]:
+    for name in CLASSES:
         assert f"  {name}" in overview
         with pytest.raises(SystemExit) as stopped:
             main([name, "--help"])
@@ -72,7 +71,7 @@ def test_every_command_has_a_help_page(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.strip() == f"sedd {__version__}"
 
 
-@pytest.mark.parametrize("name", ["train", *COMMANDS])
+@pytest.mark.parametrize("name", CLASSES)
 def test_help_shows_every_option_as_it_is_documented(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([name, "--help"])
@@ -80,7 +79,7 @@ def test_help_shows_every_option_as_it_is_documented(name: str, capsys: pytest.C
     options = set(re.findall(r"--([a-z][\w-]*)", page))
     assert not [option for option in options if "-" in option]
     assert "{None}" not in page
-    fields = set(setting_types()) if name == "train" else {setting.name for setting in dataclasses.fields(COMMANDS[name])}
+    fields = set(setting_types()) if name == "train" else {setting.name for setting in dataclasses.fields(CLASSES[name])}
     positional = {field for field in fields if field not in options}
     assert positional <= {"path", "paths", "store", "checkpoint", "data", "directory"}
     assert all(re.search(rf"\b{field.upper()}\b", page) for field in positional)
@@ -89,7 +88,7 @@ def test_help_shows_every_option_as_it_is_documented(name: str, capsys: pytest.C
 def test_the_overview_names_each_command_once_by_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     page = capsys.readouterr().out
-    assert sorted(re.findall(r"^  (\w+) ", page, re.MULTILINE)) == sorted(["train", *COMMANDS])
+    assert sorted(re.findall(r"^  (\w+) ", page, re.MULTILINE)) == sorted(CLASSES)
     assert re.findall(r"^([A-Z].*):$", page, re.MULTILINE) == list(PURPOSES)
 
 

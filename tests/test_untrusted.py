@@ -271,6 +271,30 @@ def test_an_h5ad_gives_nothing_away_of_other_files(kind: str, tiny_h5ad: Path, t
     assert not (tmp_path / "out.zarr").exists()
 
 
+@pytest.mark.parametrize("where", ["absolute", "above", "through a neighbour", "missing, but in the working directory", "a neighbour's other storage"])
+def test_a_link_of_an_h5ad_out_of_its_folder_is_refused(where: str, tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, secret = tmp_path / "folder", tmp_path / "secret.h5"
+    folder.mkdir()
+    path = Path(shutil.copy(tiny_h5ad, folder / "cells.h5ad"))
+    with h5py.File(path) as file, h5py.File(secret, "w") as other:
+        file.copy("obs/depth", other, "x")
+    name = {"absolute": str(secret), "above": "../secret.h5", "missing, but in the working directory": "secret.h5"}.get(where, "near.h5")
+    if where == "through a neighbour":
+        with h5py.File(folder / "near.h5", "w") as near:
+            near["x"] = h5py.ExternalLink("../secret.h5", "/x")
+    elif where == "a neighbour's other storage":
+        with h5py.File(folder / "near.h5", "w") as near:
+            near.create_dataset("x", shape=(240,), dtype="u1", external=[(str(secret), 0, 240)])
+    with h5py.File(path, "r+") as file:
+        del file["obs/depth"]
+        file["obs/depth"] = h5py.ExternalLink(name, "/x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WrongFileError, match=r"is kept in another file .*secret\.h5"):
+        convert([str(path)], str(tmp_path / "out.zarr"), progress=False)
+    assert main(["info", str(path)]) == 2
+    assert not (tmp_path / "out.zarr").exists()
+
+
 @pytest.mark.parametrize("name", ["../../secret", "/etc/secret", "..", "obs/../../../secret"])
 def test_a_column_named_like_a_path_stays_in_its_store(name: str, tmp_path: Path) -> None:
     cells = make_counts(40, 8)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sedd.cli import main
-from sedd.commands import COMMANDS
+from sedd.cli import CLASSES, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "nbs").glob("*.ipynb"))]
@@ -21,7 +20,7 @@ def test_a_page_is_in_plain_words(page: Path) -> None:
     assert not [f"{page.name}:{number}: {line}" for number, line in enumerate(lines, 1) if PHRASES.search(line)]
 
 
-@pytest.mark.parametrize("name", ["train", *COMMANDS])
+@pytest.mark.parametrize("name", CLASSES)
 def test_help_is_in_plain_words(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([name, "--help"])

@@ -11,9 +11,8 @@ import tyro
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from sedd.cli import PURPOSES
-from sedd.commands import COMMANDS
-from sedd.config import SECTIONS, TrainConfig
+from sedd.cli import CLASSES, PURPOSES
+from sedd.config import SECTIONS
 from sedd.options import meanings_of
 
 
@@ -32,7 +31,7 @@ class SeddCommands(SphinxDirective):
 
 def command_page(name: str) -> list[str]:
     """Return one command as lines of Markdown."""
-    command = TrainConfig if name == "train" else COMMANDS[name]
+    command = CLASSES[name]
     groups = list(SECTIONS.values()) if name == "train" else [command]
     lines = [f"### sedd {name}", "", (command.__doc__ or "").strip(), ""]
     for group in groups:

@@ -45,14 +45,32 @@ class _Claims:
 
 
 def check_hdf5(path: str, root: h5py.File) -> None:
-    """Check an HDF5 file.
+    """Check an HDF5 file, with those that its links lead to.
+
+    A link to a file in the folder of this one, or below it, is followed; it may have been made to share a matrix.
 
     Raises
     ------
     UserError
-        If data of it are bytes of another file, or asks for much more memory than it has bytes.
+        If it links to a file elsewhere, data of it are bytes of another file, or it asks for much more memory than it has bytes.
     """
+    neighbours = _check_hdf5(path, root)
+    checked = {os.path.realpath(path)}
+    while neighbours:
+        if (name := neighbours.pop()) in checked:
+            continue
+        checked.add(name)
+        with h5py.File(name, "r") as other:
+            neighbours |= _check_hdf5(name, other)
+
+
+def _check_hdf5(path: str, root: h5py.File) -> set[str]:
     claims = _Claims(path)
+    links: dict[str, str] = {}
+
+    def note(name: str, link: Any) -> None:  # h5py cannot pass an error on from here
+        if isinstance(link, h5py.ExternalLink):
+            links[name] = link.filename
 
     def look(name: str, node: Any) -> None:
         if isinstance(node, h5py.Dataset):
@@ -67,7 +85,16 @@ def check_hdf5(path: str, root: h5py.File) -> None:
             size = max(math.prod(shape), math.prod(node.chunks or ())) * max(1, node.id.get_type().get_size())
             claims.add(name, shape, size, node.id.get_storage_size)
 
+    root.visititems_links(note)
+    neighbours, folder = set(), os.path.dirname(os.path.realpath(path))
+    for name, where in links.items():
+        target = os.path.realpath(os.path.join(folder, where))
+        # Where it is missing HDF5 would try the working directory.
+        if "://" in path or not target.startswith(f"{folder}/") or not os.path.isfile(target):
+            raise _leads_out(path, name, where)
+        neighbours.add(target)
     root.visititems(look)
+    return neighbours
 
 
 def check_zarr(path: str, group: Any) -> None:

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Builds wheel and sdist into dist/, checks them and the workflows, and tries both in an environment of their own, away from the source tree: a short
+# quick run from the wheel, with the cells that are in it, and tests from the sdist. PYTHON names the interpreter. Further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONPATH PIP_CONSTRAINT
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PIP_DISABLE_PIP_VERSION_CHECK=1
+
+python=${PYTHON:-python3}
+constraints=$PWD/constraints/$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
+[ -e "$constraints" ] || { echo "package: no $constraints; set PYTHON to another interpreter" >&2; exit 1; }
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+install() { "$folder/$1/bin/python" -m pip install --quiet "${@:2}"; }
+
+"$python" -m venv "$folder/tools"
+install tools --upgrade pip # an older one does not know of groups
+install tools --group package
+rm -rf dist
+"$folder/tools/bin/python" -m build --outdir dist . >/dev/null
+"$folder/tools/bin/twine" check --strict dist/*
+if [ -d .github ]; then "$folder/tools/bin/zizmor" --offline --no-progress .github; fi
+
+"$python" -m venv "$folder/user"
+install user "torch==${TORCH:-2.13.0}"
+install user --constraint "$constraints" dist/*.whl
+(
+  cd "$folder"
+  user/bin/sedd quick -o quick --num_epochs 1 --min_steps 0 --hidden_dim 16 --num_layers 1 --num_heads 2
+  test -s quick/report.html
+)
+
+tar -xzf dist/*.tar.gz -C "$folder"
+source=$(echo "$folder"/sedd-*)
+install user --constraint "$constraints" --force-reinstall --no-deps "$source"
+install user --constraint "$constraints" "$source[test]"
+cd "$source"
+tests=("$@")
+[ $# -gt 0 ] || tests=(tests/test_*.py tests/metrics tests/report tests/inference)
+"$folder/user/bin/pytest" -q "${tests[@]}"
