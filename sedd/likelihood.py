@@ -22,6 +22,7 @@ from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, check_states
 from sedd.kernels.random_bits import random_subsets, uniforms
 from sedd.loss import hide, score_entropy
+from sedd.nn.heads import diverged
 from sedd.noise import Noise
 
 FORMS = ("time_free", "time_integral")
@@ -305,6 +306,8 @@ def _paid_and_expected(model: Any, graph: Graph, noise: Noise, batch: CellBatch,
         drawn = batch.tokens.long().clone()
         u = uniforms(seed, _DRAWN + m, batch.cell, n_vars)[cells, genes]
         drawn[cells, genes] = model.head.draw(readout[cells, genes], genes, u).to(drawn)
+        if bool((drawn < 0).any()):
+            raise diverged()
         paid, expected = (-model.head.log_prob(readout, tokens, masked).double().sum(1) for tokens in (batch.tokens, drawn))
         found += torch.stack([paid * n_known / k / n_masks, paid, expected])
     return np.asarray(found.cpu().numpy())

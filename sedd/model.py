@@ -336,9 +336,9 @@ class SEDDTransformer(nn.Module):
     def expectation_of(self, readout: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As `expectation`, of what `readout` returned for the same tokens."""
         masked = tokens == self.mask_token
-        sums = Sums.of_zeros(tuple(tokens.shape))
+        sums = Sums.of_zeros(tuple(tokens.shape), device=tokens.device)
         self.head.add_moments(sums, readout, masked)
-        mean, std = (torch.from_numpy(x).to(tokens.device, torch.float32) for x in sums.mean_and_std())
+        mean, std = (x.float() for x in sums.mean_and_std())
         return torch.where(masked, mean, self.values_of(tokens.long().masked_fill(masked, 0))), std.square()
 
     def values_of(self, tokens: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from torch import Tensor
 from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, UniformGraph, check_states
 from sedd.kernels.random_bits import uniforms
-from sedd.kernels.turns import turns
-from sedd.nn.heads import draw
+from sedd.kernels.turns import Turns, turns
+from sedd.nn.heads import diverged, draw
 from sedd.noise import Noise
 
 ORDERS = ("random", "confidence")
@@ -111,6 +111,7 @@ class Sampler(ABC):
         self.model, self.graph, self.noise = model, graph, noise
         self.num_steps, self.temperature, self.order = int(num_steps), float(temperature), order
         self.guidance, self.batch_size = float(guidance), int(batch_size)
+        self._wrong: Tensor | None = None
 
     @abstractmethod
     def survival(self) -> Tensor:
@@ -152,7 +153,7 @@ class Sampler(ABC):
         Raises
         ------
         UserError
-            If guidance is asked for and nothing is given to be guided by, or a token is none of the model's states.
+            If guidance is asked for and nothing is given to be guided by, a token is none of the model's states, or a law is not a number.
         """
         check_states(tokens, self.graph.mask_token)
         if self.guidance != 1 and condition is None and library is None:
@@ -174,7 +175,10 @@ class Sampler(ABC):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 given = [None if x is None else x[part] for x in (condition, library)]
                 done = (i, n_batches)
+                self._wrong = None
                 run(out[part], names[part], given, seed, _report(progress, done))
+                if self._wrong is not None and bool(self._wrong):
+                    raise diverged()
         finally:
             self.model.train(training)
         return out
@@ -185,23 +189,41 @@ class Sampler(ABC):
         self, tokens: Tensor, names: Tensor, given: list[Tensor | None], seed: int, report: Progress
     ) -> None:
         """Unmask `tokens` in place, each gene in the step drawn for it."""
-        n_vars, device = tokens.shape[1], tokens.device
         unknown = tokens == self.graph.mask_token
-        order = turns(unknown.cpu().numpy(), names.cpu().numpy(), self.survival().numpy(), seed, _WHEN, _VALUE)
-        cells, genes, u = (torch.from_numpy(x).to(device) for x in order[:3])
-        n_masked, ends = unknown.sum(1), order.ends.tolist()
+        self.unmask(tokens, turns(unknown.cpu().numpy(), names.cpu().numpy(), self.survival().numpy(), seed, _WHEN, _VALUE), given, report)
+
+    def unmask(self, tokens: Tensor, order: Turns, given: list[Tensor | None], report: Progress) -> None:
+        """Make the hidden genes of `tokens` visible in place, turn after turn. On a GPU no turn waits for the device.
+
+        Parameters
+        ----------
+        tokens : (B, n_vars) int64
+        order
+            Which genes when, known to the host: so all shapes are.
+        given
+            Condition and library of the cells.
+        report
+            Called after each turn.
+        """
+        cells, genes, u, here, rows, share = (torch.from_numpy(x).to(tokens.device) for x in order[:6])
+        ends, row_ends = ([0, *x.tolist()] for x in order[6:])
         summary = self.model.summary(tokens)
-        for k, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False)):
-            at = slice(lo, hi)
+        for k in range(len(ends) - 1):
+            at, whose = slice(ends[k], ends[k + 1]), slice(row_ends[k], row_ends[k + 1])
             # Cells that have nothing to do in this turn are done with.
-            rows, here = cells[at].unique_consecutive(return_inverse=True)
-            part = summary if len(rows) == len(summary) else summary[rows]
-            law = _Asked(self, part, (n_masked[rows].double() / n_vars), here, genes[at], [_take(x, rows) for x in given])
-            drawn = law.draw(u[at])
+            own = rows[whose]
+            part = summary if len(own) == len(summary) else summary[own]
+            law = _Asked(self, part, share[whose], here[at], genes[at], [_take(x, own) for x in given])
+            drawn = self._number(law.draw(u[at]))
             tokens[cells[at], genes[at]] = drawn
             self.model.unmask(summary, cells[at], genes[at], drawn)
-            n_masked -= torch.bincount(cells[at], minlength=len(n_masked))
-            report(k + 1, len(ends))
+            report(k + 1, len(ends) - 1)
+
+    def _number(self, drawn: Tensor) -> Tensor:
+        """Return what was drawn, with 0 where a law was not a number: that it happened is kept, and looked at when a batch is done."""
+        wrong = drawn < 0
+        self._wrong = wrong.any() if self._wrong is None else self._wrong | wrong.any()
+        return drawn.masked_fill(wrong, 0)
 
     def _by_confidence(
         self, tokens: Tensor, names: Tensor, given: list[Tensor | None], seed: int, report: Progress
@@ -226,7 +248,7 @@ class Sampler(ABC):
                 surest = (rank.argsort(1) < n_now[rows, None]) & at
                 chosen = surest[at].nonzero().squeeze(1)
                 cells, genes = rows[cells[chosen]], genes[chosen]
-                drawn = law.draw(u[cells, genes], chosen)
+                drawn = self._number(law.draw(u[cells, genes], chosen))
                 tokens[cells, genes] = drawn
                 self.model.unmask(summary, cells, genes, drawn)
             report(k + 1, self.num_steps)
@@ -267,7 +289,7 @@ class Sampler(ABC):
                 log_mu = self.model(*shown, everywhere=True, condition=condition, library=library)
                 log_mu = self._adjusted(log_mu, functools.partial(self.model, *shown, everywhere=True))
                 p = self.step_probabilities(log_mu, state[part], t, s)
-                state[part] = draw(p.log().flatten(0, 1), u[part].flatten()).view(p.shape[:2])
+                state[part] = self._number(draw(p.log().flatten(0, 1), u[part].flatten())).view(p.shape[:2])
             report(k + 1, n)
         tokens.copy_(torch.where(known, observed, state))
 

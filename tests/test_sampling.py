@@ -202,11 +202,17 @@ def test_draws_follow_the_row_and_never_take_what_is_impossible() -> None:
             p = row.exp().double()
             assert counts[p == 0].sum() == 0
             assert chisquare(counts[p > 0].numpy(), (p[p > 0] * len(u)).numpy(), sum_check=False).pvalue > 1e-3
-    with pytest.raises(UserError, match="not a number: its training has diverged"):
-        draw(torch.tensor([[0.0, float("nan")]]), u[:1])
+    assert draw(torch.tensor([[0.0, float("nan")], [0.0, -torch.inf]]), u[:2]).tolist() == [-1, 0]
     ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     assert draw(log_p[0], ends).tolist() == [0, 3]
     assert draw(log_p[1], ends).tolist() == [1, 4]  # the first number that is drawn is 0, which is not below p = 0
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+def test_a_model_that_has_diverged_is_an_error(order: str) -> None:
+    sampler = make_sampler("analytic", Independent(torch.tensor([0.5, torch.nan]).log()), AbsorbingGraph(2), NOISE, num_steps=3, order=order)
+    with pytest.raises(UserError, match="not a number: its training has diverged"):
+        sampler.sample(torch.full((4, 5), 2))
 
 
 @pytest.mark.parametrize("name", NAMES)

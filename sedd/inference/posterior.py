@@ -192,7 +192,8 @@ def predict(model: Pretrained, here: TaskBatch, hidden: np.ndarray) -> tuple[np.
     """Posterior mean and standard deviation of the hidden entries given the others, in one forward pass."""
     shown, mask = here.hide(hidden, model.binning.n_bins)
     mean, var = model.model.expectation(shown, model.sigma(mask), **here.context)
-    return mean.cpu().numpy(), var.clamp_min(0).sqrt().cpu().numpy()
+    found = _on_host(mean, var.clamp_min(0).sqrt())
+    return found[0], found[1]
 
 
 @torch.no_grad()
@@ -225,41 +226,48 @@ def cross_predict(
     n_vars = here.tokens.shape[1]
     known = ~here.missing
     tokens = here.hide(np.zeros(here.tokens.shape, bool), model.binning.n_bins)[0]
-    scale = 1e4 / np.maximum(here.counts[:, known].sum(1, dtype=np.float64), 1)
-    own = None if own_share is None else Sums.of_zeros(here.tokens.shape, log1p=log1p)
+    per_count = 1e4 / np.maximum(here.counts[:, known].sum(1, dtype=np.float64), 1)
+    device = tokens.device
+    own = None if own_share is None else Sums.of_zeros(here.tokens.shape, log1p=log1p, device=device)
     # Where own counts have all the say, nothing is asked of the others alone.
-    others = None if own_share is not None and (own_share == 1).all() else Sums.of_zeros(here.tokens.shape, log1p=log1p and own is None)
+    others = None if own_share is not None and (own_share == 1).all() else Sums.of_zeros(here.tokens.shape, log1p=log1p and own is None, device=device)
+    counts, scale, by_own = (torch.from_numpy(array).to(device) for array in (here.counts, per_count, known))
     for round_ in range(rounds):
         fold = _folds(seed, round_, np.zeros(1, np.int64), n_vars, folds)[0]
         parts = [np.flatnonzero(fold == k) for k in range(folds)]
         parts = [part for part in parts if len(part)]
-        places = [torch.from_numpy(part).to(tokens.device) for part in parts]
+        places = [torch.from_numpy(part).to(device) for part in parts]
         # A part is hidden in all cells, so the noise is that of one share.
         levels = [(here.missing.sum() + known[part].sum()) / n_vars for part in parts]
         sigmas = [model.noise.sigma_at(torch.full((len(tokens),), level, dtype=torch.float64)).float() for level in levels]
-        sigmas = [sigma.to(tokens.device) for sigma in sigmas]
+        sigmas = [sigma.to(device) for sigma in sigmas]
         readouts = model.model.readout_by_part(tokens, sigmas, places, **here.context)
-        for part, place, readout in zip(parts, places, readouts, strict=True):
-            everywhere = torch.ones(readout.shape[:2], dtype=torch.bool)
+        for place, readout in zip(places, readouts, strict=True):
+            everywhere = torch.ones(readout.shape[:2], dtype=torch.bool, device=device)
             if others is not None:
                 model.model.head.add_moments(others, readout, everywhere, genes=place, scale=scale)
             if own is not None:
-                given = {"by_own": known[part], "counts": np.ascontiguousarray(here.counts[:, part])}
+                given = {"by_own": by_own[place], "counts": counts[:, place]}
                 model.model.head.add_moments(own, readout, everywhere, genes=place, scale=scale, **given)
-    if own is None or own_share is None:
-        total = others if others is not None else Sums.of_zeros(here.tokens.shape)
-        return *total.mean_and_std(), total.log1p / total.evidence if log1p else None
-    log = own.log1p / own.evidence if log1p else None
-    mean, std = own.mean_and_std()
-    if others is None:
+    done = [sums for sums in (own, others) if sums is not None]
+    logs = [done[0].log1p / done[0].evidence] if log1p else []
+    found = _on_host(*(x for sums in done for x in sums.mean_and_std()), *logs)  # the only copy from the device
+    log = found[-1] if log1p else None
+    mean, std = found[:2]
+    if own_share is None or others is None:
         return mean, std, log
+    mean_by_others, std_by_others = found[2:4]
     share = np.where(known, own_share, 1.0)
-    mean_by_others, std_by_others = others.mean_and_std()
     # Of a count, which is Poisson around its rate; what is missing has no count of its own, in either.
     spread = np.maximum(std_by_others**2 - mean_by_others, 0)
     both = share * mean + (1 - share) * mean_by_others
     variance = share * (std**2 + (mean - both) ** 2) + (1 - share) * (spread + (mean_by_others - both) ** 2)
     return both, np.sqrt(variance), log
+
+
+def _on_host(*tensors: torch.Tensor) -> np.ndarray:
+    """Return tensors of one shape as one array (n, ...), in one copy."""
+    return np.asarray(torch.stack(tensors).cpu().numpy())
 
 
 def averaged(

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import torch
+from torch import Tensor
 
 from sedd.kernels.count_law import by_gene, fill_laws, log_likelihoods
 from sedd.kernels.count_law_draws import COMPONENTS, check_law, mean_log1p
@@ -57,7 +59,7 @@ def _moments(
 
 
 class Sums(NamedTuple):
-    """Running sums of expectations, each (B, n_vars) float64: of predictions of the same entries that are to be averaged.
+    """Running sums of expectations, each (B, n_vars) float64 on one device: of predictions of the same entries that are to be averaged.
 
     Attributes
     ----------
@@ -69,29 +71,23 @@ class Sums(NamedTuple):
         Probability of 0, and expectation of `log1p(scale count)`; may be empty (0, 0).
     """
 
-    evidence: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
-    zero: np.ndarray
-    log1p: np.ndarray
+    evidence: Tensor
+    first: Tensor
+    second: Tensor
+    zero: Tensor
+    log1p: Tensor
 
     @classmethod
-    def of_zeros(cls, shape: tuple[int, ...], *, zero: bool = False, log1p: bool = False) -> Sums:
+    def of_zeros(cls, shape: tuple[int, ...], *, zero: bool = False, log1p: bool = False, device: torch.device | None = None) -> Sums:
         """Return sums to begin with."""
-        none = np.zeros((0, 0))
-        return cls(
-            np.zeros(shape),
-            np.zeros(shape),
-            np.zeros(shape),
-            np.zeros(shape) if zero else none,
-            np.zeros(shape) if log1p else none,
-        )
+        wanted = (True, True, True, zero, log1p)
+        return cls(*(torch.zeros(shape if one else (0, 0), dtype=torch.float64, device=device) for one in wanted))
 
-    def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each entry, 0 where nothing was added."""
-        share = 1 / np.where(self.evidence > 0, self.evidence, 1)
+        share = 1 / self.evidence.where(self.evidence > 0, 1)
         mean = self.first * share
-        return mean, np.sqrt(np.maximum(self.second * share - mean**2, 0))
+        return mean, (self.second * share - mean.square()).clamp(min=0).sqrt()
 
 
 def add_moments(
@@ -111,7 +107,7 @@ def add_moments(
     Parameters
     ----------
     sums
-        Changed in place.
+        Changed in place; on the CPU.
     readout, start, moves, masked
         As in `log_probs`.
     counts : (B, n_vars), by_own : (n_vars,) bool, optional
@@ -128,4 +124,4 @@ def add_moments(
     given = np.zeros((1, 1), np.float32) if none or counts is None else counts
     scales = np.zeros(len(masked)) if scale is None else scale
     places = np.arange(masked.shape[1]) if columns is None else columns
-    _moments(by_gene(readout), start.reshape(-1, 9), moves.reshape(-1, 9), masked, given, own, scales, places, *sums)
+    _moments(by_gene(readout), start.reshape(-1, 9), moves.reshape(-1, 9), masked, given, own, scales, places, *(part.numpy() for part in sums))

@@ -126,6 +126,13 @@ def uniforms(seed: int, stream: int, cells: Tensor, n: int) -> Tensor:
     return shift_right(bits, 11).double() * 2.0**-53
 
 
+def mixed(u: Tensor) -> Tensor:
+    """Make other uniform numbers of uniform numbers float64 in [0, 1), by mixing their bits."""
+    import torch
+
+    return shift_right(_mix64_(u.view(torch.int64) + signed(GOLDEN64)), 11).double() * 2.0**-53
+
+
 def random_subsets(
     seed: int, stream: int, cells: Tensor, n: int, sizes: Tensor, among: Tensor | None = None
 ) -> Tensor:

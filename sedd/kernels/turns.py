@@ -18,14 +18,22 @@ class Turns(NamedTuple):
     cells, genes : (N,) int64
     u : (N,) float64 in [0, 1)
         What draws the value of each.
-    ends : (turns,) int64
+    here : (N,) int64
+        Which of the turn's cells each belongs to.
+    rows, share : (M,) int64, (M,) float64
+        The cells of each turn, and the share of their genes that is hidden before it.
+    ends, row_ends : (turns,) int64
         Where each turn ends. A cell's turns are its own steps that make something visible, numbered without gaps.
     """
 
     cells: np.ndarray
     genes: np.ndarray
     u: np.ndarray
+    here: np.ndarray
+    rows: np.ndarray
+    share: np.ndarray
     ends: np.ndarray
+    row_ends: np.ndarray
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -91,7 +99,26 @@ def turns(hidden: np.ndarray, names: np.ndarray, curve: np.ndarray, seed: int, w
     _fill_turns(hidden, names, np.uint64(stream_key(seed, when)), curve, turn, sizes)
     ends = np.cumsum(sizes[sizes > 0])
     n = int(ends[-1]) if len(ends) else 0
-    found = Turns(np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n), ends)
+    cells, genes, u = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n)
     place = np.concatenate([[0], ends]).astype(np.int64)
-    _order(hidden, names, np.uint64(stream_key(seed, value)), turn, place, *found[:3])
-    return found
+    _order(hidden, names, np.uint64(stream_key(seed, value)), turn, place, cells, genes, u)
+    return Turns(cells, genes, u, *_cells_of_turns(hidden, cells, ends))
+
+
+def _cells_of_turns(hidden: np.ndarray, cells: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return `here`, `rows`, `share`, `ends` and `row_ends` of turns."""
+    new = np.ones(len(cells), np.bool_)
+    new[1:] = cells[1:] != cells[:-1]
+    new[ends[:-1]] = True
+    starts = np.flatnonzero(new)
+    rows, sizes = cells[starts], np.diff(starts, append=len(cells))
+    row_ends = np.searchsorted(starts, ends)
+    turn = np.searchsorted(ends, starts, side="right")
+    here = np.cumsum(new) - 1 - np.repeat(np.append(0, row_ends)[turn], sizes)
+    by_cell = np.argsort(rows, kind="stable")  # of a cell turn after turn
+    before = np.empty_like(sizes)
+    before[by_cell] = np.cumsum(sizes[by_cell]) - sizes[by_cell]
+    n_hidden = hidden.sum(1)
+    earlier_cells = np.cumsum(n_hidden) - n_hidden
+    share = (n_hidden[rows] - (before - earlier_cells[rows])) / hidden.shape[1]
+    return here, rows, share, ends, row_ends

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sedd.errors import UserError
-from sedd.kernels import count_law, count_law_draws, count_law_moments
-from sedd.kernels.count_law_draws import COMPONENTS, LOG_MEAN, LOG_THETA
+from sedd.kernels import count_law, count_law_draws, count_law_moments, count_law_torch
+from sedd.kernels.count_law_draws import COMPONENTS, LOG_MEAN
 from sedd.kernels.count_law_moments import Sums
 
 # (position, bin) pairs whose probabilities exist at a time: what stays in a core's cache, what keeps a GPU busy.
@@ -39,21 +39,20 @@ def draw(log_p: Tensor, u: Tensor) -> Tensor:
 
     Returns
     -------
-    drawn : (N,) int64; never a value of probability 0
-
-    Raises
-    ------
-    UserError
-        If a probability is not a number.
+    drawn : (N,) int64; never a value of probability 0; -1 where a probability is not a number
     """
     log_p = log_p.double()
     # A GPU adds up in parts, whose sums need not ascend.
     cumulative = (log_p - log_p.amax(-1, keepdim=True)).exp_().cumsum(-1).cummax(-1).values
     total = cumulative[..., -1]
-    if not bool(torch.isfinite(total).all()):
-        raise UserError("a probability of the model is not a number: its training has diverged. Use an earlier checkpoint.")
     point = u * total
-    return torch.searchsorted(cumulative, point if log_p.ndim == 1 else point[:, None], right=True).view(-1)
+    drawn = torch.searchsorted(cumulative, point if log_p.ndim == 1 else point[:, None], right=True).view(-1)
+    return drawn.where(total.isfinite(), -1)
+
+
+def diverged() -> UserError:
+    """Return the error of a law that is not a number. Values drawn on a GPU are looked at once for many: to look is to wait for it."""
+    return UserError("a probability of the model is not a number: its training has diverged. Use an earlier checkpoint.")
 
 
 class CountHead(nn.Module):
@@ -93,18 +92,12 @@ class CountHead(nn.Module):
         with torch.autocast(readout.device.type, enabled=False):
             if readout.device.type == "cpu":
                 return _CountLogProb.apply(readout.float(), self.start, self.moves, targets, masked)
-            return self._log_prob_everywhere(readout.float(), targets).masked_fill(~masked, 0)
+            return count_law_torch.log_probs(self._raw(readout.float()), targets).masked_fill(~masked, 0)
 
-    def _log_prob_everywhere(self, readout: Tensor, targets: Tensor) -> Tensor:
-        """Return `log_prob` by torch's own functions: shapes do not depend on the mask, so a GPU need not wait for it."""
-        k = targets.to(readout.dtype).unsqueeze(-1)
-        raw = self.start + torch.einsum("bgr,rjc->bgjc", readout, self.moves)
-        log_weight = raw[..., 0].log_softmax(-1)
-        log_mean, log_theta = raw[..., 1].clamp(*LOG_MEAN), raw[..., 2].clamp(*LOG_THETA)
-        theta, log_ratio = log_theta.exp(), log_mean - log_theta
-        q = log_ratio.exp().log1p()
-        rising = torch.lgamma(theta + k) - torch.lgamma(theta)
-        return (log_weight + rising - (theta + k) * q + k * log_ratio).logsumexp(-1) - torch.lgamma(k + 1).squeeze(-1)
+    def _raw(self, readout: Tensor, genes: Tensor | None = None) -> Tensor:
+        """Return the nine numbers of each law, (..., 3, 3), in the precision of `readout` (..., rank), whose last but one dimension is of `genes`."""
+        start, moves = self.start.to(readout.dtype), self.moves.to(readout.dtype)
+        return (start if genes is None else start[genes]) + torch.einsum("...r,rjc->...jc", readout, moves)
 
     def _host(self) -> tuple[np.ndarray, np.ndarray]:
         return self.start.detach().float().cpu().numpy(), self.moves.detach().float().cpu().numpy()
@@ -125,18 +118,40 @@ class CountHead(nn.Module):
         genes : (n,) int64, optional
             The genes of the columns of all other arrays but the sums, which have a column for each gene; all genes by default.
         **given
-            `counts`, `by_own` and `scale` of `sedd.kernels.count_law_moments.add_moments`.
+            `counts`, `by_own` and `scale` of `sedd.kernels.count_law_moments.add_moments`, as tensors on the device.
         """
+        if readout.device.type != "cpu":
+            self._add_on_device(sums, readout, masked, genes, **given)
+            return
         start, moves = self._host()
-        columns = None if genes is None else genes.cpu().numpy()
+        columns = None if genes is None else genes.numpy()
         start = start if columns is None else start[columns]
-        asked = readout.detach().float().cpu().numpy(), start, moves, masked.cpu().numpy()
-        count_law_moments.add_moments(sums, *asked, columns=columns, **given)
+        asked = readout.detach().float().numpy(), start, moves, masked.numpy()
+        host = {name: value.contiguous().numpy() for name, value in given.items() if value is not None}
+        count_law_moments.add_moments(sums, *asked, columns=columns, **host)
+
+    def _add_on_device(
+        self, sums: Sums, readout: Tensor, masked: Tensor, genes: Tensor | None, *, counts: Tensor | None = None, by_own: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        scale = scale if sums.log1p.numel() else None
+        raw = self._raw(readout.detach().double(), genes)
+        found = count_law_torch.moments(raw, counts=counts, by_own=by_own, scale=scale)
+        for total, own in zip(sums, found, strict=True):
+            if own is None or not total.numel():
+                continue
+            own = own.masked_fill(~masked, 0)
+            total.add_(own) if genes is None else total.index_add_(1, genes, own)
 
     def draw(self, readout: Tensor, genes: Tensor, u: Tensor) -> Tensor:
-        """Draw counts, (N,) int64, by inversion of (N,) float64 uniform numbers."""
-        drawn = count_law_draws.draw(_host(readout), *self._host(), genes.cpu().numpy(), u.cpu().numpy())
-        return torch.from_numpy(drawn).to(readout.device)
+        """Draw counts, (N,) int64, by inversion of (N,) float64 uniform numbers; -1 where a law is not a number.
+
+        A GPU draws others than a CPU, from the same laws.
+        """
+        if readout.device.type != "cpu":
+            return count_law_torch.draw(self._raw(readout.detach().double(), genes), u)
+        drawn = count_law_draws.draw(_host(readout), *self._host(), genes.numpy(), u.numpy())
+        return torch.from_numpy(drawn)
 
     def usual_means(self) -> tuple[Tensor, Tensor]:
         """Each gene's mean where its law starts, (n_vars,), and the change of its logarithm by a readout, (n_vars, rank), float64."""
@@ -241,10 +256,11 @@ class SoftmaxHead(nn.Module):
 
     def log_prob(self, readout: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
         """Return log-probabilities of bins, (B, n_vars) float32, 0 where not masked; logits exist for a chunk of positions."""
-        cells, genes = masked.nonzero(as_tuple=True)
+        cells, genes = _asked(masked)
         with torch.autocast(readout.device.type, enabled=False):
-            at = readout[cells, genes].float(), self.basis, self.bias, genes, targets[cells, genes].long()
-            return torch.zeros(masked.shape, device=readout.device).index_put((cells, genes), _LogSoftmaxOf.apply(*at))
+            at = readout[cells, genes].float(), self.basis, self.bias, genes, targets.long()[cells, genes]
+            found = torch.zeros(masked.shape, device=readout.device).index_put((cells, genes), _LogSoftmaxOf.apply(*at))
+            return found if readout.device.type == "cpu" else found.masked_fill(~masked, 0)
 
     def add_moments(
         self,
@@ -253,27 +269,24 @@ class SoftmaxHead(nn.Module):
         masked: Tensor,
         *,
         genes: Tensor | None = None,
-        scale: np.ndarray | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         """Add the expectations of the masked entries to `sums`, each bin taken as its value: bins know no rate behind a count."""
-        cells, places = masked.nonzero(as_tuple=True)
+        cells, places = _asked(masked)
         values = self.values.double()
         for part in chunks(len(places), values):
             rows, columns = cells[part], places[part]
-            whose = columns if genes is None else genes[columns]
+            whose, counted = columns if genes is None else genes[columns], masked[rows, columns].double()
             p = self.log_table(readout[rows, columns], whose).double().exp()
-            at = (rows.cpu().numpy(), whose.cpu().numpy())
-            sums.evidence[at] += 1
             mean = p @ values
-            sums.first[at] += mean.cpu().numpy()
             # Around the mean: the difference of two large moments would cancel.
             around = (p * (values - mean.unsqueeze(-1)).square()).sum(-1)
-            sums.second[at] += (around + mean.square()).cpu().numpy()
-            if sums.zero.size:
-                sums.zero[at] += p[:, 0].cpu().numpy()
-            if sums.log1p.size and scale is not None:
-                logs = torch.log1p(torch.from_numpy(scale).to(p.device)[rows, None] * values)
-                sums.log1p[at] += (p * logs).sum(1).cpu().numpy()
+            found = [torch.ones_like(mean), mean, around + mean.square(), p[:, 0]]
+            if sums.log1p.numel() and scale is not None:
+                found.append((p * torch.log1p(scale[rows, None] * values)).sum(1))
+            for total, own in zip(sums, found, strict=False):
+                if total.numel():
+                    total.index_put_((rows, whose), own * counted, accumulate=True)
 
     def draw(self, readout: Tensor, genes: Tensor, u: Tensor) -> Tensor:
         """Draw bins, (N,) int64, by inversion of (N,) float64 uniform numbers."""
@@ -291,6 +304,15 @@ class SoftmaxHead(nn.Module):
             below = ((cumulative / cumulative[:, -1:]).gather(1, here)[:, 0] - log_p.exp()).clamp_min(0)
             out[:, at] = torch.stack([log_p, below, table.exp() @ self.values.double()]).cpu().numpy()
         return out[0], out[1], out[2]
+
+
+def _asked(masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cells and genes (N,) of the masked entries; on a GPU of all entries, as it would have to wait to know how many these are."""
+    if masked.device.type == "cpu":
+        cells, genes = masked.nonzero(as_tuple=True)
+        return cells, genes
+    at = torch.arange(masked.numel(), device=masked.device)
+    return at // masked.shape[1], at % masked.shape[1]
 
 
 class _LogSoftmaxOf(torch.autograd.Function):

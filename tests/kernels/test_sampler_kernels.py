@@ -36,6 +36,18 @@ def test_turns_are_those_of_the_draws(n_cells: int, n_vars: int, n_steps: int, s
     sizes = np.bincount([k for k, _, _ in wanted]) if wanted else np.zeros(0, int)
     assert np.diff(found.ends, prepend=0).tolist() == sizes.tolist()
     np.testing.assert_array_equal(found.u, value[found.cells, found.genes])
+    # Which cells each turn has, and the share of their genes that is still hidden then.
+    left, rows, shares = hidden.sum(1), [], []
+    for k in range(len(sizes)):
+        own = [b for turn, b, _ in wanted if turn == k]
+        rows.append(sorted(set(own)))
+        shares += [left[b] / n_vars for b in rows[-1]]
+        start = found.ends[k] - sizes[k]
+        assert [rows[-1][at] for at in found.here[start : found.ends[k]]] == own
+        left -= np.bincount(own, minlength=n_cells)
+    assert found.rows.tolist() == [b for own in rows for b in own]
+    assert np.diff(found.row_ends, prepend=0).tolist() == [len(own) for own in rows]
+    np.testing.assert_array_equal(found.share, shares)
 
 
 @settings(deadline=None, max_examples=30)
