@@ -18,18 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import matplotlib
-import numpy as np
 from common import machine, write_result
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
 
-from sedd.evaluation.evaluate import evaluate
-from sedd.inference.cells import Cells, open_cells
-from sedd.inference.pretrained import Pretrained
-from sedd.report import figures
+import sedd
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data" / "pbmc3k.h5ad"
@@ -52,40 +44,14 @@ def run(directory: Path) -> float:
     return time.perf_counter() - began
 
 
-def picture(directory: Path, history: list[dict[str, Any]], metrics: dict[str, Any]) -> None:
-    """Draw four panels of the report side by side."""
-    model = Pretrained.load(directory)
-    adata = ad.read_h5ad(DATA)
-    found = evaluate(
-        model, adata, imputed=directory / "imputed.h5ad", generated=directory / "generated.h5ad", n_masks=1, steps=(), progress=False
-    )
-    real, train = (dense(open_cells(model, adata, part, None)) for part in ("val", "train"))
-    fake = dense(Cells(ad.read_h5ad(directory / "generated.h5ad"), model.genes, real=True))
-    kind, real_xy, fake_xy = figures.coordinates(real, fake, train, False)
-    with figures.style():
-        panels: list[Figure | None] = [
-            figures.validation_nelbo(history, metrics["likelihood"]["nats_per_cell"]["baselines"]),
-            figures.predicted_against_true(found.arrays["hidden_true"], found.arrays["hidden_mean"]),
-            figures.gene_scatter(real, fake, "mean"),
-            figures.cell_map(kind, real_xy, fake_xy),
-        ]
-        images = []
-        for panel in panels:
-            assert panel is not None
-            panel.set_dpi(110)
-            canvas = FigureCanvasAgg(panel)
-            canvas.draw()
-            images.append(np.asarray(canvas.buffer_rgba())[..., :3])
-    height, width = min(i.shape[0] for i in images), min(i.shape[1] for i in images)
-    images = [image[:height, :width] for image in images]
+def picture(directory: Path) -> None:
+    """Draw four figures of the report side by side."""
+    made = {"imputed": directory / "imputed.h5ad", "generated": directory / "generated.h5ad"}
+    only = ["validation_nelbo", "predicted_against_true", "gene_mean", "cells"]
+    axes = sedd.pl.report(directory, DATA, only=only, columns=2, **made, n_masks=1, steps=(), progress=False)
     target = ROOT / "docs" / "figures" / "quick.png"
     target.parent.mkdir(exist_ok=True)
-    imsave(target, np.vstack([np.hstack(images[:2]), np.hstack(images[2:])]))
-
-
-def dense(cells: Cells) -> np.ndarray:
-    """All counts of some cells."""
-    return cells.counts(0, len(cells))
+    axes["cells"].figure.savefig(target, dpi=110)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -134,7 +100,7 @@ def main() -> None:
         for name in ("data_path", "checkpoint_dir", "cache_dir"):
             del result["settings"][name]
         write_result(RESULT, result)
-        picture(directory, result["history"], result["metrics"])
+        picture(directory)
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition("<!-- results -->")
     after = rest.partition("<!-- end of results -->")[2] or rest

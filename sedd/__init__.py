@@ -40,10 +40,15 @@ _HOME = {
     "train": "sedd.learning",
 }
 
+_ROOMS = ("io", "metrics", "pl")
+"""Packages of functions that `import sedd` is enough for, as in `sedd.pl.report`."""
+
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"sedd.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'sedd' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
@@ -51,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_ROOMS])

@@ -45,6 +45,7 @@ FLOORS = [
     ["tasks", "learning"],
     ["report"],
     ["evaluation"],
+    ["pl"],
     ["commands", "shipped"],
     ["cli"],
     ["__main__"],
@@ -125,7 +126,7 @@ def test_files_hold_one_idea_each() -> None:
     [
         ("sedd.io.plan", {"torch", "anndata", "zarr"}),
         ("sedd.io.convert", {"torch", "anndata", "zarr", "dask", "distributed"}),
-        ("sedd", {"torch", "numpy"}),
+        ("sedd", {"torch", "numpy", "matplotlib"}),
         ("sedd.tasks", {"torch._dynamo", "sklearn", "matplotlib", "distributed"}),
         ("sedd.cli", {"anndata", "zarr", "torch"}),
     ],

@@ -12,7 +12,7 @@ from conftest import ROOT
 from sedd.config import SECTIONS
 
 DOCS = ROOT / "docs"
-PUBLIC = ["sedd", "sedd.io", "sedd.io.plan", "sedd.metrics", "sedd.evaluation", "sedd.report"]
+PUBLIC = ["sedd", "sedd.io", "sedd.io.plan", "sedd.metrics", "sedd.evaluation", "sedd.report", "sedd.pl"]
 
 
 def _names_with_a_page() -> set[str]:

@@ -30,8 +30,10 @@ from sedd.io.outputs import only_writer_in
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
-from sedd.options import keywords_of, recorded_path
-from sedd.report.page import ReportData, write_report
+from sedd.options import grouped, keywords_of, recorded_path
+from sedd.report.figures import subsample
+from sedd.report.page import write_report
+from sedd.report.plots import ReportData
 
 REPORT_FILES = ("metrics.json", "steps.json", "report.html")
 """What `evaluate` writes."""
@@ -51,6 +53,8 @@ class Evaluation:
         What was not measured, and why.
     steps : list of dict
         Generation metrics by number of sampling steps; see `sedd.evaluation.step_curve.step_curve`.
+    shown : ReportData
+        What the page and `sedd.pl.report` show.
     """
 
     metrics: dict[str, Any]
@@ -58,6 +62,7 @@ class Evaluation:
     arrays: dict[str, Any] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    shown: ReportData = field(default_factory=ReportData, repr=False)
 
 
 @keywords_of(ReadingSettings)
@@ -122,6 +127,7 @@ def evaluate(
     UserError
         On bad input, before anything is written.
     """
+    grouped(reading, ReadingSettings)  # refuses what is no setting
     if any(number < 1 for number in steps):
         raise UserError(f"--steps is {' '.join(map(str, steps))}; expected numbers of sampling steps, such as 1 4 16.")
     if max_cells < 4:
@@ -189,12 +195,9 @@ def evaluate(
         if steps
         else []
     )
-    found = Evaluation(metrics=metrics, arrays=arrays, notes=notes, steps=curve)
-    if output is None:
-        return found
-    return replace(
-        found, report=_write(model, found, (counts, fake, train_counts), held_out, made, name, umap, Path(output))
-    )
+    shown = _shown(model, metrics, arrays, notes, curve, (counts, fake, train_counts), held_out, made, name)
+    found = Evaluation(metrics=metrics, arrays=arrays, notes=notes, steps=curve, shown=shown)
+    return found if output is None else replace(found, report=_write(found, umap, Path(output)))
 
 
 def _sample(cells: Cells, most: int, seed: int) -> np.ndarray | None:
@@ -316,19 +319,18 @@ def _imputation(
     return table, {"hidden_true": true_counts, "hidden_mean": mean, "hidden_cdf_below": below, "hidden_cdf": upto}
 
 
-def _write(
+def _shown(
     model: Pretrained,
-    found: Evaluation,
+    metrics: dict[str, Any],
+    arrays: dict[str, Any],
+    notes: list[str],
+    steps: list[dict[str, Any]],
     matrices: tuple[sp.csr_matrix, sp.csr_matrix, sp.csr_matrix],
     held_out: Cells,
     made: ad.AnnData,
     name: str,
-    umap: bool,
-    output: Path,
-) -> Path:
-    output.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(UserError), only_writer_in(output):  # removes what a killed process left, unless a run is at work there
-        pass
+) -> ReportData:
+    """Return what a report shows of an evaluation on the data of this name."""
     args = model.state["args"]
     real, fake, train = matrices
     settings = {
@@ -344,27 +346,33 @@ def _write(
         "Run": {"checkpoint": recorded_path(model.path), "epochs": model.state["epoch"], "machine": platform.machine()},
     }
     column = next((c for c in model.categories if c in held_out.obs), None)
-    report = write_report(
-        output / "report.html",
-        ReportData(
-            title=f"A diffusion model of {Path(name).stem}",
-            history=model.state["history"],
-            metrics=found.metrics,
-            settings=settings,
-            notes=found.notes,
-            steps=found.steps,
-            real=real,
-            generated=fake,
-            reference=train,
-            real_labels=held_out.obs[column].astype(str).to_numpy() if column and column in made.obs else None,
-            generated_labels=made.obs[column].astype(str).to_numpy() if column and column in made.obs else None,
-            **{k: v for k, v in found.arrays.items() if k.startswith("hidden_")},
-        ),
-        umap=umap,
+    (real, real_labels), (fake, fake_labels) = (  # no more of them is drawn, so no more is kept
+        subsample(counts, obs[column].astype(str).to_numpy() if column in obs else None) for counts, obs in ((real, held_out.obs), (fake, made.obs))
     )
+    return ReportData(
+        title=f"A diffusion model of {Path(name).stem}",
+        history=model.state["history"],
+        metrics=metrics,
+        settings=settings,
+        notes=notes,
+        steps=steps,
+        real=real,
+        generated=fake,
+        reference=subsample(train)[0],
+        real_labels=real_labels,
+        generated_labels=fake_labels,
+        **{k: v for k, v in arrays.items() if k.startswith("hidden_")},
+    )
+
+
+def _write(found: Evaluation, umap: bool, output: Path) -> Path:
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(UserError), only_writer_in(output):  # removes what a killed process left, unless a run is at work there
+        pass
+    report = write_report(output / "report.html", found.shown, umap=umap)
     write_json(output / "metrics.json", plain(found.metrics))
     write_json(output / "steps.json", plain(found.steps))
-    return Path(report)
+    return report
 
 
 def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The figures of the report: one question each, small enough to stack on a phone, in colours all can tell apart."""
+"""How each figure of the report is drawn: one question each, small enough to stack on a phone, in colours all can tell apart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy import sparse
 from scipy.stats import spearmanr
@@ -44,6 +43,7 @@ STYLE = {
     "svg.hashsalt": "sedd",  # the same input gives the same file
 }
 SIZE = (4.4, 3.5)
+"""Width and height of a figure, inches."""
 MAX_POINTS = 4000
 
 
@@ -52,14 +52,12 @@ def style() -> Any:
     return matplotlib.rc_context(STYLE)
 
 
-def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
+def _label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    return figure, axes
 
 
-def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the epochs of which `key` is a finite number, and these numbers."""
     rows = [
         (row.get("epoch", i + 1), row[key]) for i, row in enumerate(history) if isinstance(row.get(key), int | float)
     ]
@@ -71,23 +69,18 @@ def _epoch_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def training_loss(history: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Training loss by epoch; None without any."""
-    epoch, loss = _series(history, "train_loss")
-    if not len(epoch):
-        return None
-    figure, axes = _axes("Training loss", "epoch", "score entropy, nats per cell")
+def training_loss(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    """Training loss by epoch."""
+    epoch, loss = series(history, "train_loss")
+    _label(axes, "Training loss", "epoch", "score entropy, nats per cell")
     axes.plot(epoch, loss, color=MODEL, marker="o", markersize=3.5)
     _epoch_ticks(axes)
-    return figure
 
 
-def validation_nelbo(history: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> Figure | None:
-    """Return the validation NELBO by epoch, the baselines as lines; None without any."""
-    epoch, nelbo = _series(history, "val_nelbo")
-    if not len(epoch):
-        return None
-    figure, axes = _axes("Held-out cells", "epoch", "NELBO, nats per cell")
+def validation_nelbo(axes: Axes, history: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> None:
+    """Draw the validation NELBO by epoch, the baselines as lines."""
+    epoch, nelbo = series(history, "val_nelbo")
+    _label(axes, "Held-out cells", "epoch", "NELBO, nats per cell")
     axes.plot(epoch, nelbo, color=MODEL, marker="o", markersize=3.5)
     low, high = nelbo.min(), nelbo.max()
     known = sorted((v, k) for k, v in baselines.items() if v is not None and math.isfinite(v))
@@ -110,12 +103,11 @@ def validation_nelbo(history: Sequence[Mapping[str, Any]], baselines: Mapping[st
         )
     axes.margins(y=0.12)
     _epoch_ticks(axes)
-    return figure
 
 
-def predicted_against_true(true: np.ndarray, predicted: np.ndarray) -> Figure:
+def predicted_against_true(axes: Axes, true: np.ndarray, predicted: np.ndarray) -> None:
     """Density of hidden entries by predicted mean and true count, with the mean true count per predicted level."""
-    figure, axes = _axes("Hidden genes", "predicted mean count", "true count")
+    _label(axes, "Hidden genes", "predicted mean count", "true count")
     true, predicted = np.asarray(true, np.float64), np.maximum(np.asarray(predicted, np.float64), 1e-3)
     top = max(float(true.max(initial=1)), float(predicted.max(initial=1)))
     x_edges = np.geomspace(1e-3, top * 1.2, 61)
@@ -130,7 +122,7 @@ def predicted_against_true(true: np.ndarray, predicted: np.ndarray) -> Figure:
         cmap="viridis",
         rasterized=True,
     )
-    figure.colorbar(mesh, ax=axes, label="entries", shrink=0.85)
+    axes.figure.colorbar(mesh, ax=axes, label="entries", shrink=0.85)
     bins = np.digitize(predicted, x_edges) - 1
     enough = np.bincount(bins, minlength=60)[:60] >= 20
     if enough.any():
@@ -146,39 +138,36 @@ def predicted_against_true(true: np.ndarray, predicted: np.ndarray) -> Figure:
     axes.set_yticks(np.log1p(ticks), [str(t) for t in ticks])
     axes.set_xscale("log")
     axes.legend(loc="upper left")
-    return figure
 
 
-def calibration(cdf_below: np.ndarray, cdf: np.ndarray) -> Figure:
+def calibration(axes: Axes, cdf_below: np.ndarray, cdf: np.ndarray) -> None:
     """Where true values fall in the predicted distributions; flat when the odds are honest."""
-    figure, axes = _axes("Calibration", "predicted probability below the true count", "density of hidden entries")
+    _label(axes, "Calibration", "predicted probability below the true count", "density of hidden entries")
     density = calibration_histogram(cdf_below, cdf)
     axes.stairs(density, np.linspace(0, 1, len(density) + 1), fill=True, color=MODEL, alpha=0.75)
     axes.axhline(1, color="black", linestyle="--", linewidth=1, label="honest odds")
     axes.set_ylim(0, max(1.5, density.max() * 1.1))
     axes.legend(loc="lower center")
-    return figure
 
 
-def coverage(cdf_below: np.ndarray, cdf: np.ndarray) -> Figure:
+def coverage(axes: Axes, cdf_below: np.ndarray, cdf: np.ndarray) -> None:
     """Share of true counts inside central intervals against the probability that the model gives them."""
-    figure, axes = _axes("Interval coverage", "stated probability of the interval", "share of true counts inside")
+    _label(axes, "Interval coverage", "stated probability of the interval", "share of true counts inside")
     levels = np.linspace(0.02, 0.98, 33)
     axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="honest odds")
     axes.plot(levels, [interval_coverage(cdf_below, cdf, level) for level in levels], color=MODEL, label="sedd")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.legend(loc="upper left")
-    return figure
 
 
-def gene_scatter(real: Any, generated: Any, moment: str) -> Figure:
+def gene_scatter(axes: Axes, real: Any, generated: Any, moment: str) -> None:
     """One dot a gene: `mean`, `variance` or `zero_fraction` in real against generated cells."""
     name, unit = {"mean": ("mean", " count"), "variance": ("variance", ", counts²"), "zero_fraction": ("zeros", "")}[
         moment
     ]
     title = {"mean": "Gene means", "variance": "Gene variances", "zero_fraction": "Share of zeros"}[moment]
     label = "share of cells without the gene" if moment == "zero_fraction" else f"{name}{unit}"
-    figure, axes = _axes(title, f"{label}, real", f"{label}, generated")
+    _label(axes, title, f"{label}, real", f"{label}, generated")
     x, y = gene_moments(real)[moment], gene_moments(generated)[moment]
     rank = float(spearmanr(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else float("nan")
     if moment != "zero_fraction":
@@ -192,12 +181,11 @@ def gene_scatter(real: Any, generated: Any, moment: str) -> Figure:
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.text(0.04, 0.95, f"{len(x):,} genes\nSpearman {rank:.3f}", transform=axes.transAxes, va="top", fontsize=8)
     axes.set_aspect("equal", adjustable="box" if moment == "zero_fraction" else "datalim")
-    return figure
 
 
-def library_sizes(real: Any, generated: Any) -> Figure:
+def library_sizes(axes: Axes, real: Any, generated: Any) -> None:
     """Histograms of the cells' totals."""
-    figure, axes = _axes("Library sizes", "counts per cell (panel genes)", "share of cells")
+    _label(axes, "Library sizes", "counts per cell (panel genes)", "share of cells")
     totals = [np.asarray(sparse.csr_array(x).sum(axis=1), dtype=np.float64).ravel() for x in (real, generated)]
     low = max(min(t[t > 0].min(initial=np.inf) for t in totals), 1.0)
     high = max(max(t.max() for t in totals), low * 2) * 1.01
@@ -212,7 +200,6 @@ def library_sizes(real: Any, generated: Any) -> Figure:
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.minorticks_off()
     axes.legend()
-    return figure
 
 
 def _sample(n: int, limit: int, seed: int = 0) -> np.ndarray:
@@ -253,11 +240,11 @@ def umap_is_installed() -> bool:
 
 
 def cell_map(
-    kind: str, real: np.ndarray, generated: np.ndarray, labels: np.ndarray | None = None, which: str = "both"
-) -> Figure:
+    axes: Axes, kind: str, real: np.ndarray, generated: np.ndarray, labels: np.ndarray | None = None, which: str = "both"
+) -> None:
     """Real and generated cells in the same two coordinates; by label when `which` is `real` or `generated`."""
     axis = "PC" if kind == "PCA" else "UMAP "
-    figure, axes = _axes(f"{kind}: real and generated", f"{axis}1", f"{axis}2")
+    _label(axes, f"{kind}: real and generated", f"{axis}1", f"{axis}2")
     everything = np.concatenate([real, generated])
     if labels is None:
         for xy, color, name in ((real, REAL, "real"), (generated, GENERATED, "generated")):
@@ -277,24 +264,25 @@ def cell_map(
     axes.set_ylim(everything[:, 1].min() - pad[1], everything[:, 1].max() + pad[1])
     axes.set(xticks=[], yticks=[])
     axes.legend(markerscale=2, loc="best", handletextpad=0.2, borderpad=0.2)
-    return figure
 
 
-def steps_against_quality(steps: Sequence[Mapping[str, Any]], metric: str, title: str) -> Figure | None:
-    """Return a generation metric against the number of sampling steps, real cells (0 steps) as a line; None without any."""
+def step_points(steps: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, float | None]:
+    """Return (k, 2) numbers of sampling steps and a metric at these, by steps, and the metric of real cells (0 steps) if there is one."""
     rows = sorted((row["steps"], row[metric]) for row in steps if row.get(metric) is not None)
-    points = np.array([row for row in rows if row[0]], np.float64).reshape(-1, 2)
-    if not len(points):
-        return None
-    figure, axes = _axes("Sampling steps", "steps", title)
-    for _, real in rows[:1] if rows[0][0] == 0 else []:
+    return np.array([row for row in rows if row[0]], np.float64).reshape(-1, 2), next((value for n, value in rows if n == 0), None)
+
+
+def steps_against_quality(axes: Axes, steps: Sequence[Mapping[str, Any]], metric: str, title: str) -> None:
+    """Draw a generation metric against the number of sampling steps, real cells as a line."""
+    points, real = step_points(steps, metric)
+    _label(axes, "Sampling steps", "steps", title)
+    if real is not None:
         axes.axhline(real, color="black", linestyle="--", linewidth=1, label="real cells")
         axes.legend()
     axes.plot(*points.T, color=MODEL, marker="o", markersize=4)
     axes.set_xscale("log", base=2)
     axes.set_xticks(points[:, 0], [f"{int(s)}" for s in points[:, 0]])
     axes.minorticks_off()
-    return figure
 
 
 def subsample(counts: Any, labels: np.ndarray | None = None) -> tuple[Any, np.ndarray | None]:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import sparse, stats
 
 from sedd import metrics as m
 from sedd.errors import UserError
-from sedd.report.figures import coordinates, steps_against_quality
-from sedd.report.page import ReportData, summary, write_report
+from sedd.report.figures import coordinates
+from sedd.report.page import summary, write_report
+from sedd.report.plots import ReportData, plots
 
 VOID = {"meta", "img", "br", "hr", "link"}
 
@@ -234,12 +236,13 @@ def test_each_section_has_its_sentence_and_the_steps_their_line(page: Path) -> N
     text = page.read_text(encoding="utf-8")
     said = "Negative log score, the row to read first: sedd is not better than the best baseline (NB per gene, 1.100)."
     assert f'<p class="how">{said}</p>' in text
-    figure = steps_against_quality([{"steps": 0, "w2": 2.0}, {"steps": 4, "w2": 5.0}, {"steps": 1, "w2": 9.0}], "w2", "W2")
-    assert figure is not None
-    real, curve = figure.axes[0].get_lines()
+    [steps] = plots(ReportData(steps=[{"steps": 0, "w2": 2.0}, {"steps": 4, "w2": 5.0}, {"steps": 1, "w2": 9.0}]), umap=False)
+    axes = Figure().add_subplot()
+    steps.draw(axes)
+    real, curve = axes.get_lines()
     assert list(real.get_ydata()) == [2.0, 2.0]
     assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([1.0, 4.0], [9.0, 5.0])
-    assert steps_against_quality([{"steps": 0, "w2": 2.0}], "w2", "W2") is None
+    assert not list(plots(ReportData(steps=[{"steps": 0, "w2": 2.0}]), umap=False))
 
 
 def test_every_metric_of_the_tables_is_explained() -> None:
