@@ -93,7 +93,7 @@ def for_each_batch(
         done = described(model, task, details)
         with open_parts(task, model, arguments, len(chosen)) as parts:
             for here in batches(model, chosen, batch_size, task, progress, parts, whole=beside is not None, labels=labels):
-                parts.add(here.lo, here.digest(), **make(here))
+                parts.add(here.lo, here.digest, **make(here))
             chosen.report_rounded()
             if beside is None:
                 return assemble(output, {**tables, "uns": {**tables["uns"], "sedd": done}}, parts)

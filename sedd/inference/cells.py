@@ -10,6 +10,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from sedd.checkpoint import split_of
 from sedd.errors import UserError, warn_user
@@ -117,20 +118,27 @@ class Cells:
             If a value is negative, not finite, or not whole where whole numbers are needed.
         """
         edges = [lo, *range((lo // WINDOW + 1) * WINDOW, hi, WINDOW), hi]
-        values = np.concatenate([self._read(a, b) for a, b in itertools.pairwise(edges)])
-        self._check(values, lo)
-        out = np.zeros((len(values), len(self.missing)), np.float32)
-        out[:, ~self.missing] = np.rint(values) if not self._real else values
+        found = [self._read(a, b) for a, b in itertools.pairwise(edges)]
+        block = found[0] if len(found) == 1 else sp.vstack(found, format="csr")
+        self._check(block, lo)
+        values = (block.data if self._real else np.rint(block.data)).astype(np.float32)
+        dense = sp.csr_matrix((values, block.indices, block.indptr), shape=block.shape).toarray()
+        if len(self._columns) == len(self.missing):
+            return dense
+        out = np.zeros((hi - lo, len(self.missing)), np.float32)
+        out[:, ~self.missing] = dense
         return out
 
-    def _read(self, lo: int, hi: int) -> np.ndarray:
-        """Values of cells of one window, which is read whole and kept for the next call."""
+    def _read(self, lo: int, hi: int) -> sp.csr_matrix:
+        """Cells of one window, which is read whole and kept for the next call; entries that are stored twice are added up."""
         at = lo // WINDOW * WINDOW
         if self._window[1] is None or self._window[0] != at:
             self._window = at, self._rows.take(self.indices[at : at + WINDOW])[:, self._columns]
-        return np.asarray(self._window[1][lo - at : hi - at].toarray())
+            self._window[1].sum_duplicates()
+        return self._window[1][lo - at : hi - at]
 
-    def _check(self, values: np.ndarray, lo: int) -> None:
+    def _check(self, block: sp.csr_matrix, lo: int) -> None:
+        values = block.data
         wrong = ~np.isfinite(values) | (values < 0)
         kind = "negative or not finite"
         if not self._real and not wrong.any():
@@ -140,8 +148,9 @@ class Cells:
             else:
                 wrong, kind = fractions, "not a whole number"
         if wrong.any():
-            cell, column = np.argwhere(wrong)[0]
-            gene = self.var.index[~self.missing][column]
+            first = int(wrong.argmax())
+            cell = int(np.searchsorted(block.indptr, first, side="right")) - 1
+            gene = self.var.index[~self.missing][block.indices[first]]
             ways = self.source.ways_out(self._place, counts=not self._real)
             if ways:
                 way_out = f"Pass where they are: {ways}"
@@ -149,9 +158,9 @@ class Cells:
                 way_out = f"None of its other matrices looks like counts ({others})"
             else:
                 way_out = "There is no other matrix in it"
-            rounds = f"; {FRACTIONS}: --round rounds them" if kind == "not a whole number" and looks_like(values) == FRACTIONS else ""
+            rounds = f"; {FRACTIONS}: --round rounds them" if kind == "not a whole number" and looks_like(block.toarray()) == FRACTIONS else ""
             raise UserError(
-                f"{self.name}: a value is {kind} ({values[cell, column]:g} at cell {self.indices[lo + cell]}, gene {gene!r}); "
+                f"{self.name}: a value is {kind} ({values[first]:g} at cell {self.indices[lo + cell]}, gene {gene!r}); "
                 f"the model was trained on {'values of 0 or more' if self._real else 'counts'}. {way_out}{rounds}."
             )
 

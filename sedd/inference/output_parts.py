@@ -70,8 +70,8 @@ class Parts(ABC):
     writes: bool = True
 
     @abstractmethod
-    def add(self, lo: int, made_of: bytes = b"", /, **blocks: Any) -> None:
-        """Take in the cells from `lo` on: named matrices of equal length, dense or sparse; `made_of` is a digest of what they were made of."""
+    def add(self, lo: int, made_of: Callable[[], bytes] = bytes, /, **blocks: Any) -> None:
+        """Take in the cells from `lo` on: named matrices of equal length, dense or sparse; `made_of` gives a digest of what they were made of."""
 
     def compare(self, digest: Callable[[int, int], bytes]) -> None:  # noqa: B027, in memory there is nothing of before
         """Compare parts that were made of other data with what the data say now; those that would be the same are used.
@@ -110,7 +110,7 @@ class PartsInMemory(Parts):
         self.spans = [(0, n_obs)]
         self._blocks: list[dict[str, Any]] = []
 
-    def add(self, lo: int, made_of: bytes = b"", /, **blocks: Any) -> None:
+    def add(self, lo: int, made_of: Callable[[], bytes] = bytes, /, **blocks: Any) -> None:
         """Take in the next cells."""
         self._blocks.append({k: v if is_mostly_full(v) else sp.csr_matrix(v) for k, v in blocks.items()})
 
@@ -222,10 +222,10 @@ class PartsInFolder(Parts):
             warn_user(f"the data changed since: of {len(found)} parts {n_same} are of cells that are as before, and are used.")
         self._set_share(self._mine)
 
-    def add(self, lo: int, made_of: bytes = b"", /, **blocks: Any) -> None:
+    def add(self, lo: int, made_of: Callable[[], bytes] = bytes, /, **blocks: Any) -> None:
         """Take in the cells from `lo` on; the file is written when its last cells are there."""
         self._waiting.append(blocks)
-        self._made_of.append(made_of)
+        self._made_of.append(made_of())
         start = lo // self._size * self._size
         if lo + next(iter(blocks.values())).shape[0] < min(start + self._size, self._n_obs):
             return

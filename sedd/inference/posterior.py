@@ -131,7 +131,10 @@ class TaskBatch:
 
     def hide(self, hidden: np.ndarray, mask_token: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens with the hidden and the missing ones masked, and the mask, (B, n_vars) each."""
-        mask = torch.from_numpy(hidden | self.missing).to(self.tokens.device)
+        hidden = hidden | self.missing
+        mask = torch.from_numpy(hidden).to(self.tokens.device)
+        if not hidden.any():
+            return self.tokens, mask
         return self.tokens.masked_fill(mask, mask_token), mask
 
 

@@ -193,7 +193,7 @@ class Pretrained:
 
     def sigma(self, masked: torch.Tensor) -> torch.Tensor:
         """Return the noise level at which the given share of genes is masked, (B,), for cells masked like `masked` (B, n_vars)."""
-        return self.noise.sigma_at(masked.double().mean(1)).float()
+        return self.noise.sigma_at(masked.sum(1).double() / masked.shape[1]).float()
 
     def describe(self) -> str:
         """Return a few lines for people: what it is, what it was trained on, how well it does."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sedd.kernels.features import count_features, count_surprises
-from sedd.kernels.single_genes import add_surprises, products
+from sedd.kernels.single_genes import add_surprises, products, sum_surprises
 from sedd.nn.blocks import Block, Conditioner, Given, fourier
 
 
@@ -192,7 +192,14 @@ class LatentBackbone(nn.Module):
     def summary(self, tokens: Tensor, part: Tensor | None = None) -> Tensor:
         """Return the sum over the visible genes of each cell, or of those of a `part`, whose tokens alone are given, (B, 2 dim)."""
         usual, genes = (self.usual, self.genes()) if part is None else (self.usual[part], self.genes()[part])
-        return (self.features.surprises(tokens, usual) @ genes).flatten(1)
+        if torch.is_grad_enabled() or not self.features.has_kernel(tokens) or genes.dtype != torch.float32:
+            return (self.features.surprises(tokens, usual) @ genes).flatten(1)
+        sums, left = map(torch.from_numpy, sum_surprises(tokens.numpy(), self.features.mask_token, usual.numpy(), genes.numpy()))
+        if left.all():
+            return (self.features.surprises(tokens, usual) @ genes).flatten(1)
+        if left.any():
+            sums[left] = self.features.surprises(tokens[left], usual) @ genes
+        return sums.flatten(1)
 
     def unmask(self, summary: Tensor, cells: Tensor, genes: Tensor, tokens: Tensor) -> None:
         """Make the genes (N,) of the cells (N,) visible in `summary`."""

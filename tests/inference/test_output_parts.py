@@ -278,12 +278,12 @@ def test_a_process_of_an_abandoned_task_makes_nothing_of_the_next(model: Pretrai
     for other, resume in (({"data": "a", "--seed": 2}, False), ({"data": "a", "--seed": 2}, True)):
         with PartsInFolder(tmp_path / "o.h5ad", other, resume=resume, **settings) as parts:
             for lo in (0, 8):
-                straggler.add(lo, b"x", X=np.full((8, 2), 7.0))
+                straggler.add(lo, lambda: b"x", X=np.full((8, 2), 7.0))
             parts.compare(lambda lo, hi: b"x")
             assert parts.spans == [(0, 8), (8, 16)]
             for lo in (0, 8):
-                parts.add(lo, b"x", X=np.full((8, 2), float(lo)))
-                straggler.add(lo, b"x", X=np.full((8, 2), 7.0))
+                parts.add(lo, lambda: b"x", X=np.full((8, 2), float(lo)))
+                straggler.add(lo, lambda: b"x", X=np.full((8, 2), 7.0))
             assert [block["X"][0, 0] for block in parts.all()] == [0, 8]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedd.kernels.features import count_surprises
 from sedd.kernels.random_bits import uniforms
-from sedd.kernels.single_genes import add_surprises, products
+from sedd.kernels.single_genes import add_surprises, products, sum_surprises
 from sedd.kernels.turns import turns
+from sedd.nn.backbones import Features, GeneEmbedding, LatentBackbone
 from sedd.nn.blocks import Conditioner
 
 
@@ -67,6 +69,46 @@ def test_products_and_sums_of_single_genes_are_numpys(n_vars: int, dim: int, ran
     for g, b, k in zip(genes, cells, counts, strict=True):
         want[b] += np.outer([(k > 0) - usual[g, 0], np.log1p(k) - usual[g, 1]], vectors[g])
     np.testing.assert_allclose(sums, want, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n_vars=st.integers(1, 60),
+    dim=st.integers(1, 9),
+    hidden=st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]),
+    zeros=st.sampled_from([0.0, 0.8, 0.99]),
+    dtype=st.sampled_from([np.int64, np.int32, np.uint16]),
+    seed=st.integers(0, 99),
+)
+def test_sums_over_genes_that_are_not_zero_are_those_over_all_visible_ones(
+    n_vars: int, dim: int, hidden: float, zeros: float, dtype: type, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    counts = np.where(rng.random((5, n_vars)) < zeros, 0, rng.integers(1, 2000, (5, n_vars)))
+    seen = rng.random((5, n_vars)) >= hidden
+    tokens, usual = np.where(seen, counts, 60_000).astype(dtype), rng.random((n_vars, 2)).astype(np.float32)
+    vectors = rng.normal(size=(n_vars, dim)).astype(np.float32)
+    surprises = np.stack([counts > 0, np.log1p(counts)], 1) - usual.T.astype(np.float64)
+    want = (surprises * seen[:, None]) @ vectors
+    sums, left = sum_surprises(tokens, 60_000, usual, vectors)
+    gone_through = np.where(seen.sum(1) < (~seen).sum(1), seen.sum(1), ((counts > 0) | ~seen).sum(1))
+    np.testing.assert_array_equal(left, gone_through > n_vars // 4)
+    np.testing.assert_allclose(sums[~left], want[~left], atol=1e-3)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.98])
+def test_a_network_sums_sparse_and_dense_cells_alike(zeros: float) -> None:
+    rng = np.random.default_rng(1)
+    genes = GeneEmbedding(80, 16, None)
+    backbone = LatentBackbone(genes, 16, 1, 2, 0.0, Features(999, None), 4, torch.rand(80, 2), 1)
+    counts = np.where(rng.random((12, 80)) < rng.uniform(zeros, 1, (12, 1)), 0, rng.integers(1, 9, (12, 80)))
+    tokens = torch.from_numpy(np.where(rng.random((12, 80)) < rng.choice([0, 0.1, 0.9], (12, 1)), 999, counts))
+    with torch.no_grad():
+        got = backbone.summary(tokens)
+        part = torch.arange(3, 70, 2)
+        got_part = backbone.summary(tokens[:, part], part)
+    torch.testing.assert_close(got, backbone.summary(tokens).detach(), atol=1e-4, rtol=1e-4)  # with gradients: a product of matrices
+    torch.testing.assert_close(got_part, backbone.summary(tokens[:, part], part).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_surprises_are_features_less_the_usual() -> None:
