@@ -8,9 +8,9 @@ from typing import Any
 # The function, under the name of its module: `sedd.io.convert(...)`.
 from sedd.io.convert import convert
 
-__all__ = ["CellLoader", "CellStore", "convert"]
+__all__ = ["CellLoader", "CellStore", "convert", "scvi_datamodule"]
 
-_HOME = {"CellLoader": "sedd.io.loader", "CellStore": "sedd.io.store"}
+_HOME = {"CellLoader": "sedd.io.loader", "CellStore": "sedd.io.store", "scvi_datamodule": "sedd.io.scvi"}
 
 
 def __getattr__(name: str) -> Any:
