@@ -40,6 +40,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
 nb_merge_streams = True
+suppress_warnings = ["myst-nb.lexer"]  # of tutorials that are not executed, whose language is not known then
 
 # Docstrings say shapes and units where types would say `ndarray`, so types are not repeated in signatures.
 autosummary_generate = True

@@ -10,14 +10,26 @@ import pytest
 from sedd.cli import CLASSES, main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "nbs").glob("*.ipynb"))]
-PHRASES = re.compile(r"\btold\b|\bthe road\b|\bbegun\b|\bgone on with\b|\bgo(es)? on with\b|\bsays? of\b", re.IGNORECASE)
+PROSE = [
+    *sorted(ROOT.glob("*.md")),
+    *(page for page in sorted((ROOT / "docs").glob("**/*.md")) if not {"_build", "generated"} & set(page.parts)),
+    *sorted((ROOT / "data").glob("*.md")),
+]
+PAGES = [*PROSE, *sorted((ROOT / "nbs").glob("*.ipynb"))]
+PHRASES = re.compile(r"\btold\b|\bthe road\b|\bbegun\b|\bgone on with\b|\bgo(es)? on with\b|\bsays? of\b|\bas it is\b", re.IGNORECASE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_is_in_plain_words(page: Path) -> None:
     lines = page.read_text().splitlines()
     assert not [f"{page.name}:{number}: {line}" for number, line in enumerate(lines, 1) if PHRASES.search(line)]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_many_numbers_stand_in_a_table(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    full = [line for line in text.splitlines() if not line.startswith("|") and len(re.findall(r"(?<![\w.])\d[\d,.]*", re.sub(r"`[^`]*`|\]\([^)]*\)", "", line))) >= 10]
+    assert not full
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -239,7 +239,8 @@ class AnnDataFile(Input):
             if is_array(node):
                 keys = list(node.dtype.names or ())
             else:
-                keys = [_text(key) for key in node.attrs.get("column-order", node)] if name in ("obs", "var") else list(node)
+                with reading(self.path, name):
+                    keys = [_text(key) for key in node.attrs.get("column-order", node)] if name in ("obs", "var") else list(node)
             found += [f"{name}/{key}" for key in keys]
         return found
 
