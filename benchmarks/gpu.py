@@ -62,7 +62,7 @@ class Steps:
         self.tokens = torch.from_numpy(counts_of(model.config["n_vars"], cells).astype(np.int32)).to(device)
         self.t = stratified_times(cells, 0.5).float()
         batch = Batch(self.tokens, None, self.t, torch.arange(cells), {}, None, None)
-        self.masked = DeviceMasks("score_entropy", 0.15, NOISE, 0).of(batch, 0, device)
+        self.masked = DeviceMasks("score_entropy", 0.15, NOISE, 0).of(batch, 0, batch.cell.to(device))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         self.ema = EMA(model, decay=0.999)
 

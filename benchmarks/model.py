@@ -61,7 +61,7 @@ def measure(case: Record, settings: Record) -> Record:
     if model.flops(case["genes"], case["genes"] // 2) * batch > settings["max_tflop"] * 1e12:
         return {**record, "skipped": f"a step needs more than {settings['max_tflop']} TFLOP"}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    network = model.compiled() if settings["compile"] else model
+    network = model.compiled(device, graphs=low) if settings["compile"] else model
     clean = torch.randint(0, 3, (batch, case["genes"]), device=device)
     tokens = clean.masked_fill(torch.rand(clean.shape, device=device) < 0.5, model.mask_token)
     sigma = torch.full((batch,), 0.693, device=device)

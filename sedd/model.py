@@ -308,11 +308,20 @@ class SEDDTransformer(nn.Module):
         """Count the operations of the matrix products that train on one cell, `masked` of its genes hidden: three times those of a forward pass."""
         return 3 * (self.conditioner.flops() + self.backbone.flops(n_vars) + self.head.flops(masked))
 
-    def compiled(self) -> Any:
-        """Return the network with all compiled but the law of the masked genes, of which a CPU has a kernel of Numba."""
+    def compiled(self, device: torch.device, *, graphs: bool = False) -> Any:
+        """Return the network compiled for a device; for a CPU without the law of the masked genes, of which it has a kernel of Numba.
+
+        Parameters
+        ----------
+        device
+            Where it will be.
+        graphs
+            Record what a GPU does for each size of batch, and play it back (CUDA graphs).
+        """
         # Not a decorator of it, which would import the compiler, slower than torch itself, whether or not it is used.
-        self._at_masked = torch.compiler.disable(self._at_masked)  # type: ignore[method-assign]
-        return torch.compile(self, dynamic=False)
+        if device.type == "cpu":
+            self._at_masked = torch.compiler.disable(self._at_masked)  # type: ignore[method-assign]
+        return torch.compile(self, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     @torch.no_grad()
     def expectation(

@@ -108,13 +108,14 @@ class SEDDTrainer:
             stack.callback(self._panel.store.close)
             stack.enter_context(explained(self.config, lambda: self.step, self._largest_batch))
             self._build(resumed)
+            fresh, resumed = resumed is None, None  # its tensors would be in memory as long as the run is
             stack.callback(self._loader.close)
             stack.callback(self._validator.close)
             if run.dry_run:
                 step = functools.partial(self._learner.step, step=self.step, epoch=self.epoch)
                 self.accelerator.print(forecast(self.config, self._panel, self.model, self._loader, lambda group: step(group).read()))
                 return self.history
-            together(self.accelerator, functools.partial(self._open_directory, stack, fresh=resumed is None))
+            together(self.accelerator, functools.partial(self._open_directory, stack, fresh=fresh))
             self._ranks = Ranks(self.accelerator)
             divided = self.accelerator.is_fsdp2
             self._saver = Saver(run, self._ranks, divided=divided, state=self.state, step=self.step)

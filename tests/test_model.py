@@ -289,13 +289,23 @@ def test_sizes_that_do_not_fit_are_named(settings, words):
 def test_compiling_with_static_shapes_gives_the_same_and_compiles_once(attention):
     torch._dynamo.reset()
     model = build(attention=attention)
-    compiled = model.compiled()
+    compiled = model.compiled(torch.device("cpu"))
     for share in (0.2, 0.5, 0.8):
         clean, tokens, sigma = cells(share)
         with torch._dynamo.config.patch(error_on_recompile=True):
             got = compiled(tokens, sigma, targets=clean)
         torch.testing.assert_close(got, model(tokens, sigma, targets=clean), atol=1e-4, rtol=1e-4)
         got.sum().backward()
+
+
+@pytest.mark.parametrize(("device", "graphs", "mode"), [("cuda", True, "reduce-overhead"), ("cuda", False, None), ("cpu", False, None)])
+def test_a_gpu_records_what_it_does_and_a_cpu_keeps_its_kernel(device, graphs, mode, monkeypatch):
+    asked, kept = [], []
+    monkeypatch.setattr(torch, "compile", lambda module, **settings: asked.append(settings) or module)
+    monkeypatch.setattr(torch.compiler, "disable", lambda method: kept.append(method.__name__) or method)
+    build().compiled(torch.device(device), graphs=graphs)
+    assert asked == [{"dynamic": False, "mode": mode}]
+    assert kept == (["_at_masked"] if device == "cpu" else [])
 
 
 def test_what_a_visible_count_tells_is_the_same_from_the_kernel_and_from_torch():

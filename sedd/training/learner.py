@@ -121,7 +121,9 @@ class Learner:
             betas=(0.9, 0.99),
             fused=True,
         )
-        module = self.model.compiled() if config.optim.compile else self.model
+        # An epoch has two sizes of batch, so that shapes are static; where weights are divided they are gathered anew for each step.
+        graphs = accelerator.device.type == "cuda" and not accelerator.is_fsdp2
+        module = self.model.compiled(accelerator.device, graphs=graphs) if config.optim.compile else self.model
         self._module, self._optimizer = accelerator.prepare(module, optimizer)
         self._parameters = list(self._module.parameters())
         warmup = config.optim.warmup_steps
@@ -180,23 +182,26 @@ class Learner:
 
     def _loss(self, batch: Batch, module: torch.nn.Module, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         config, device = self._config.model, self._accelerator.device
-        condition, library = self._panel.conditions(batch, config, device)
+        there = batch.to(device)
+        condition, library = self._panel.conditions(there, config)
         labels = condition if self.model.config["answer_labels"] else None
         if config.condition_dropout:
             condition, library = drop_conditions(condition, library, config.condition_dropout)
         weight = None
         if labels is not None and condition is not None:
-            share = config.mask_ratio if config.objective == "masked" else self.noise.mask_probability(batch.t.double())
+            share = config.mask_ratio if config.objective == "masked" else self.noise.mask_probability(there.t.double())
             condition, weight = hide_labels(condition, torch.as_tensor(share, device=device).expand(len(condition)))
-        masked = self.masks.of(batch, epoch, device) if self.masks else batch.masked
+        masked = self.masks.of(batch, epoch, there.cell) if self.masks else there.masked
+        if self._config.optim.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last pass returned was read, and may be overwritten
         with self._accelerator.autocast():  # which accelerate leaves to its own casts where weights are divided
             return diffusion_loss(
                 module,
                 self.graph,
                 self.noise,
-                batch.tokens.to(device, non_blocking=True),
-                None if masked is None else masked.to(device, non_blocking=True),
-                batch.t.to(device, non_blocking=True),
+                there.tokens,
+                masked,
+                there.t,
                 condition=condition,
                 library=library,
                 labels=labels,

@@ -32,15 +32,16 @@ class DeviceMasks:
     noise: Noise
     seed: int
 
-    def of(self, batch: Batch, epoch: int, device: torch.device) -> Tensor:
-        """Masks of a batch, (B, n_vars) bool on `device`."""
+    def of(self, batch: Batch, epoch: int, cells: Tensor) -> Tensor:
+        """Masks of a batch, (B, n_vars) bool on the device on which its `cells` are by now."""
         n_vars = batch.tokens.shape[1]
-        cells = batch.cell.to(device, non_blocking=True)
         if self.objective == "masked":
             return exact_mask_torch(self.seed, epoch, cells, n_vars, masked_count(self.mask_ratio, n_vars))
         # Of the few times of a batch, in float64 and on the CPU as the loader does: else one mask in thousands would differ.
         probability = self.noise.mask_probability(batch.t.double())
-        return random_mask_torch(self.seed, epoch, cells, n_vars, probability.to(device, non_blocking=True))
+        if cells.device.type == "cuda":
+            probability = probability.pin_memory()  # else the driver may wait for the stream
+        return random_mask_torch(self.seed, epoch, cells, n_vars, probability.to(cells.device, non_blocking=True))
 
 
 def device_masks(config: TrainConfig, device: torch.device, noise: Noise) -> DeviceMasks | None:

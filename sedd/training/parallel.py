@@ -36,8 +36,9 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
             f"the launcher asks for FSDP version {version}; expected fsdp_version: 2, as in configs/accelerate/fsdp.yaml."
         )
     accelerator = Accelerator(
-        # Accelerate takes processes without GPUs for single ones unless the use of the CPU is asked for.
-        cpu=several and not torch.cuda.is_available(),
+        # Accelerate takes processes without GPUs for single ones unless the use of the CPU is asked for, and Apple's GPUs, which know no
+        # float64, for GPUs.
+        cpu=not torch.cuda.is_available(),
         mixed_precision=mixed_precision,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
@@ -45,6 +46,8 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
+    # In TF32, if nothing is narrower; else what autocast leaves in float32, as the last product before the logits, is meant to be it.
+    torch.set_float32_matmul_precision("high" if mixed_precision == "no" and accelerator.device.type == "cuda" else "highest")
     if divided:
         _divide_weights(accelerator)
     return accelerator

@@ -100,16 +100,13 @@ class Panel:
             gene_embeddings=None if self.gene_vectors is None else torch.from_numpy(self.gene_vectors),
         )
 
-    def conditions(
-        self, batch: Batch, config: ModelConfig, device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def conditions(self, batch: Batch, config: ModelConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the conditions of the cells of a batch: label codes (B, columns) with 0 for missing, log totals (B,)."""
         condition = library = None
         if self.categories:
-            codes = torch.stack([batch.labels[name] for name in self.categories], 1)
-            condition = (codes + 1).to(device, non_blocking=True)
+            condition = torch.stack([batch.labels[name] for name in self.categories], 1) + 1
         if config.condition_library_size:
-            library = batch.library.clamp_min(1).log().to(device, non_blocking=True)
+            library = batch.library.clamp_min(1).log()
         return condition, library
 
     @functools.cached_property

@@ -132,8 +132,9 @@ class Validator:
         device = self._accelerator.device
         self._loader.set_epoch(0)
         for batch in self._loader:
-            condition, library = self._panel.conditions(batch, self._config.model, device)
-            yield CellBatch(batch.tokens.to(device), condition, library, batch.cell)
+            there = batch.to(device)
+            condition, library = self._panel.conditions(there, self._config.model)
+            yield CellBatch(there.tokens, condition, library, batch.cell)
 
     def summary(self, sums: torch.Tensor, ranks: Ranks) -> dict[str, float]:
         """Means over the validation cells of all ranks, each of which must call this.

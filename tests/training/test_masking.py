@@ -37,7 +37,7 @@ def test_masks_drawn_beside_the_network_are_those_of_the_loader(
             bare.set_epoch(epoch)
             for drawn, batch in zip(loader, bare, strict=True):
                 assert batch.masked is None
-                assert torch.equal(masks.of(batch, epoch, torch.device("cpu")), drawn.masked)
+                assert torch.equal(masks.of(batch, epoch, batch.cell), drawn.masked)
                 hidden += int(drawn.masked.sum())
     assert hidden > 1000
 
@@ -61,7 +61,7 @@ def test_of_100_000_cells_both_sides_hide_the_same_genes(objective: str, noise: 
     n_cells = 0
     with CellLoader(large_store, mask=objective, **given) as loader:
         for batch in loader:
-            drawn = masks.of(batch, 0, torch.device("cpu"))
+            drawn = masks.of(batch, 0, batch.cell)
             assert torch.equal(drawn, batch.masked), f"{int((drawn != batch.masked).sum())} entries differ"
             n_cells += len(batch)
     assert n_cells == 100_000
@@ -73,7 +73,7 @@ def test_thresholds_are_those_of_the_times_in_float64(noise: str, monkeypatch: p
     monkeypatch.setattr("sedd.training.masking.random_mask_torch", lambda *given: asked.append(given[-1]))
     t = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
     batch = Batch(torch.zeros(10_000, 3, dtype=torch.uint8), None, t, torch.arange(10_000), {}, torch.zeros(10_000))
-    DeviceMasks("score_entropy", 0.15, make_noise(noise), seed=0).of(batch, 0, torch.device("cpu"))
+    DeviceMasks("score_entropy", 0.15, make_noise(noise), seed=0).of(batch, 0, batch.cell)
     exact = t.numpy().astype(np.float64)
     probability = (1 - 1e-3) * exact if noise == "loglinear" else -np.expm1(-1e-3 * (20.0 / 1e-3) ** exact)
     difference = thresholds(asked[0].numpy()).astype(np.int64) - thresholds(probability).astype(np.int64)

@@ -97,7 +97,7 @@ def step(model: SEDDTransformer, ema: EMA, optimizer: torch.optim.Optimizer, dev
     """What `Learner.step` asks of the device, up to where the host may look: the loss and the norm, in one copy."""
     tokens = torch.zeros(CELLS, GENES, dtype=torch.uint16)
     batch = Batch(tokens, None, torch.rand(CELLS), torch.arange(CELLS), {}, torch.ones(CELLS), None)
-    masked = DeviceMasks("score_entropy", 0.15, NOISE, 0).of(batch, 0, device)
+    masked = DeviceMasks("score_entropy", 0.15, NOISE, 0).of(batch, 0, batch.cell.to(device))
     truth = torch.ones(CELLS, 2, dtype=torch.int64).to(device) if labelled else None
     condition, library = drop_conditions(truth, batch.library.to(device), 0.1)
     weight = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_FLAGS
 from launching import CONFIGS, environment, launched
 from test_trainer import assert_same_weights, train
@@ -15,6 +17,7 @@ from test_trainer import assert_same_weights, train
 from sedd import checkpoint
 from sedd.errors import UserError
 from sedd.inference.pretrained import Pretrained
+from sedd.training import parallel
 from sedd.training.parallel import make_accelerator
 
 FLAGS = [*TINY_FLAGS, "--num_latents", "2", "--num_layers", "2", "--num_epochs", "2", "--checkpoint_every", "4"]
@@ -79,3 +82,26 @@ def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="fsdp_version: 2"):
         make_accelerator("no")
+
+
+def test_apples_gpu_is_left_alone_as_it_knows_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("is_available", "is_built"):
+        monkeypatch.setattr(torch.backends.mps, name, lambda: True)
+    AcceleratorState._reset_state(True)
+    try:
+        assert make_accelerator("no").device == torch.device("cpu")
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(("device", "mixed_precision", "precision"), [("cuda", "no", "high"), ("cuda", "bf16", "highest"), ("cpu", "no", "highest")])
+def test_products_of_float32_are_in_tf32_on_a_gpu_unless_something_is_narrower(
+    device: str, mixed_precision: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "Accelerator", lambda **_: types.SimpleNamespace(device=torch.device(device)))
+    before = torch.get_float32_matmul_precision()
+    try:
+        make_accelerator(mixed_precision)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

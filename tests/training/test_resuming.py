@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from sedd import checkpoint
 from sedd.config import SECTIONS, TrainConfig
 from sedd.errors import SeddWarning, UserError
 from sedd.io.outputs import only_writer_in
+from sedd.training.learner import Learner
 from sedd.training.resuming import CONTENT, FREE, ON_RESUME, REPORTED, SAME, check_same_settings
 
 OTHER: dict[str, Any] = {
@@ -173,6 +176,46 @@ def test_the_newest_is_found_by_headers_and_a_damaged_one_is_passed_over(
     assert found is not None
     assert found[0].name == "step_20.pt" and found[1]["step"] == 20
     assert verified == ["step_30.pt", "step_20.pt"]  # the tensors of the third were not read
+
+
+def test_of_many_checkpoints_the_tensors_of_one_are_read(tiny_run: Path, tmp_path: Path) -> None:
+    """Once to verify the checksums and once to load: of the others no more than what tells their progress."""
+    counters = Path("/proc/self/io")
+    if not counters.exists():
+        pytest.skip("bytes that a process reads are told by /proc")
+    state, size = checkpoint.load(tiny_run / "final.pt"), 8 << 20
+    for step in (10, 20, 30, 40):
+        checkpoint.save(tmp_path / f"step_{step}.pt", {**state, "step": step, "more": torch.zeros(size, dtype=torch.uint8)})
+
+    def read() -> int:
+        return int(counters.read_text().split()[1])
+
+    before = read()
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None and found[1]["step"] == 40
+    assert 2 * size < read() - before < 2.5 * size
+
+
+def test_nothing_of_the_checkpoint_lives_on_while_a_run_goes_on(tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(tiny_h5ad, tmp_path, "--num_epochs", "1") == 0
+    real, held, left = checkpoint.load, [], []
+
+    def load(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = real(*args, **kwargs)
+        held.extend(weakref.ref(value) for part in (state["model"], state["ema"]["average"]) for value in part.values())
+        return state
+
+    step = Learner.step
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        left.append(sum(one() is not None for one in held))
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr(Learner, "step", look)
+    assert train(tiny_h5ad, tmp_path, "--num_epochs", "2", "--resume", "auto") == 0
+    assert held and set(left) == {0}
 
 
 # -- the directory ---------------------------------------------------------------------------------------------------

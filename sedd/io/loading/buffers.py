@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+
+_ALIGNED = 64  # bytes: where an array may begin
 
 
 class Slabs:
@@ -19,15 +22,11 @@ class Slabs:
 
     Parameters
     ----------
-    pinned : bool
-        Give page-locked memory. Whoever copies it to a GPU without waiting must hold it until the copy is done, as it may be given out
-        again once nobody does.
     keep : int
         Slabs that are kept when they come back.
     """
 
-    def __init__(self, *, pinned: bool = False, keep: int = 8) -> None:
-        self.pinned = pinned
+    def __init__(self, *, keep: int = 8) -> None:
         # The end of a loan may come at any moment in any thread, so no lock may be needed: a deque's operations are atomic, and
         # `_free` forgets the oldest slab itself when it is full. Nor may Python code run there: a Ctrl-C that arrives while
         # it does would be lost. So a loan that ends only puts its weak reference on `_ended`, and `_find` looks there.
@@ -41,8 +40,6 @@ class Slabs:
         size = int(np.prod(shape)) * dtype.itemsize
         if size == 0:
             return np.empty(shape, dtype)
-        if self.pinned:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
         slab = self._find(size)
         lent = slab[:size]
         loan_of = weakref.ref(lent, self._ended.append)
@@ -68,3 +65,29 @@ class Slabs:
                 return slab
             self._free.appendleft(slab)
         return np.empty(size + size // 8, np.uint8)  # room for a batch that has a few more non-zeros
+
+
+def pinned_block(fields: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return page-locked memory for several arrays, which one copy brings to a GPU, and the arrays in it.
+
+    It is a tensor of torch's allocator, and so are its parts: it is given out again only when nobody holds it and the copies that were made
+    of it are done, as far as torch knows of them; whoever copies without waiting should hold it until then all the same.
+
+    Parameters
+    ----------
+    fields
+        Of each array its shape and type.
+
+    Returns
+    -------
+    block : (n,) uint8
+    parts
+        By name, of undefined content.
+    """
+    sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in fields.items()}
+    starts = np.cumsum([0, *(-(-size // _ALIGNED) * _ALIGNED for size in sizes.values())]).tolist()
+    block = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    parts = {}
+    for start, (name, (shape, dtype)) in zip(starts, fields.items(), strict=False):
+        parts[name] = block[start : start + sizes[name]].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
+    return block, parts

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 import torch
 
 from sedd.errors import UserError
-from sedd.io.loading.buffers import Slabs
+from sedd.io.loading.buffers import Slabs, pinned_block
 from sedd.io.loading.rows import RowReader, Rows, WholeStore, read_rows_elsewhere
 from sedd.io.loading.threads import Task, Threads
 from sedd.io.plan import CellList, EpochOrder, RankSteps, Split, noise_times, weighted_ranks
@@ -103,7 +103,7 @@ class Pipeline:
     ) -> None:
         self.recipe, self.reader, self.cells, self.client = recipe, reader, cells, client
         self.threads, self.memory_budget = threads, memory_budget
-        self._slabs = Slabs(pinned=recipe.pinned, keep=4 * threads + 4)
+        self._slabs = Slabs(keep=4 * threads + 4)
         self._readers = Threads(threads, "sedd-read")
         self._makers = Threads(threads, "sedd-make")
         self._cell_list: np.ndarray | None = None
@@ -186,14 +186,15 @@ class Pipeline:
     ) -> list[dict[str, Any]]:
         """Fill the batches of the cells `low .. high - 1`."""
         recipe, n_rows = self.recipe, high - low
-        shape = (n_rows, recipe.filler.n_panel)
         positions = steps.positions(low, high)
+        block, whole = self._room_for(n_rows, padded=steps.pad)
         t = noise_times(recipe.seed, order.epoch, positions % order.n_cells).astype(np.float32)
-        tokens = self._slabs.take(shape, recipe.filler.dtype)
-        masked = None if recipe.mask is None else self._slabs.take(shape, np.dtype(np.bool_))
+        whole["t"][:] = torch.from_numpy(t)
+        tokens, cell = whole["tokens"].numpy(), whole["cell"].numpy()
+        masked = None if recipe.mask is None else whole["masked"].numpy()
         probability = recipe.probability(t) if recipe.mask == "score_entropy" else np.empty(0)
         rule = MaskRule(recipe.seed, order.epoch, None if recipe.mask == "score_entropy" else recipe.count)
-        cell, library = np.empty(n_rows, np.int64), np.empty(n_rows)
+        library = np.empty(n_rows)
         for run in runs:
             run_cells, rows = run.result.result()
             start, stop = max(low, run.low), min(high, run.high)
@@ -211,22 +212,31 @@ class Pipeline:
                 probability=probability[here],
                 masked=None if masked is None else masked[here],
             )
-        whole = {
-            "tokens": torch.from_numpy(tokens),
-            "masked": None if masked is None else torch.from_numpy(masked),
-            "t": torch.from_numpy(t),
-            "cell": torch.from_numpy(cell),
-            "library": torch.from_numpy(library.astype(np.float32)),
-            "valid": torch.from_numpy(positions < steps.n_positions) if steps.pad else None,
-        }
-        labels = {name: torch.from_numpy(codes[cell]) for name, codes in recipe.codes.items()}
+        whole["library"][:] = torch.from_numpy(library)
+        if steps.pad:
+            whole["valid"][:] = torch.from_numpy(positions < steps.n_positions)
+        for name, codes in recipe.codes.items():
+            whole[f"label {name}"][:] = torch.from_numpy(codes[cell])
         batches = []
         for first in range(0, n_rows, steps.batch_size):
             part = slice(first, first + steps.batch_size)
-            fields: dict[str, Any] = {k: None if v is None else v[part] for k, v in whole.items()}
-            fields["labels"] = {name: codes[part] for name, codes in labels.items()}
-            batches.append(fields)
+            fields: dict[str, Any] = {k: whole[k][part] if k in whole else None for k in ("tokens", "masked", "t", "cell", "library", "valid")}
+            fields["labels"] = {name: whole[f"label {name}"][part] for name in recipe.codes}
+            batches.append({**fields, "block": block})
         return batches
+
+    def _room_for(self, n_rows: int, *, padded: bool) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Return memory for so many cells, by name; if it is page-locked also the block that all of it lies in."""
+        recipe, shape = self.recipe, (n_rows, self.recipe.filler.n_panel)
+        fields: dict[str, tuple[tuple[int, ...], Any]] = {"tokens": (shape, recipe.filler.dtype)}
+        if recipe.mask is not None:
+            fields["masked"] = shape, np.bool_
+        fields |= {"t": ((n_rows,), np.float32), "cell": ((n_rows,), np.int64), "library": ((n_rows,), np.float32)}
+        fields |= {f"label {name}": ((n_rows,), np.int64) for name in recipe.codes} | ({"valid": ((n_rows,), np.bool_)} if padded else {})
+        if recipe.pinned:
+            return pinned_block(fields)
+        take = {name: self._slabs.take if len(shape) > 1 else np.empty for name, (shape, _) in fields.items()}
+        return None, {name: torch.from_numpy(take[name](shape, np.dtype(dtype))) for name, (shape, dtype) in fields.items()}
 
     def _make_csr(
         self, steps: RankSteps, order: EpochOrder, low: int, high: int, runs: list[_Run]
@@ -284,8 +294,10 @@ class Pipeline:
         room = self.memory_budget // 4
         group_bytes = min(_GROUP_BYTES, room // (self.threads + 2))
         per_group = max(1, min(_GROUP_ROWS // steps.batch_size, group_bytes // batch_bytes))
+        if self.recipe.pinned and form == "dense":  # each batch is a block of memory, which is copied as a whole
+            per_group = 1
         group = per_group * steps.batch_size
-        size = max(1, _FIRST_GROUP_ROWS // steps.batch_size) * steps.batch_size  # doubled until it is a whole group's
+        size = min(group, max(1, _FIRST_GROUP_ROWS // steps.batch_size) * steps.batch_size)  # doubled until it is a whole group's
         groups_ahead = min(self.threads + 2, max(2, room // (batch_bytes * per_group)))
         cuts = self._cuts(steps, order)
         runs: deque[_Run] = deque()
