@@ -163,6 +163,7 @@ class Binning:
         """Narrowest type of the tokens of values up to `max_count`."""
         if self.kind != "counts":
             return token_dtype(self.n_bins)
+        _check_largest(max_count)
         return token_dtype(max_count + 1) if max_count < MAX_BINS else np.dtype(np.int32)
 
     def describe(self) -> str:
@@ -211,8 +212,7 @@ class Binning:
                 raise UserError(f"value {low} cannot be binned; expected counts >= 0")
             if counts.dtype.kind == "f" and not bool(np.all(counts == np.floor(counts))):
                 raise UserError("values are not integers; bin real values with --binning linear, log or quantile")
-            if top > LARGEST:
-                raise UserError(f"a value is {top:.0f}; counts up to {LARGEST} can be read")
+            _check_largest(float(top))  # in single precision LARGEST itself would be larger than it is
         return np.minimum(counts, self.n_bins - 1).astype(self.dtype_of(int(top)))
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
@@ -262,6 +262,11 @@ class Binning:
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict()))
+
+
+def _check_largest(value: float) -> None:
+    if value > LARGEST:
+        raise UserError(f"a value is {value:.0f}; counts up to {LARGEST} can be read")
 
 
 def smoothed_log_shares(mass: np.ndarray, falloff: np.ndarray, pseudocount: float = 2.0) -> np.ndarray:

@@ -24,7 +24,8 @@ from sedd.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainCo
 from sedd.config_files import setting_types
 from sedd.errors import UserError, called, warn_user
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import AnnDataSource, Reading, no_data
+from sedd.inference.reading import Reading
+from sedd.inference.sources import AnnDataSource, no_data
 from sedd.io.convert import convert
 from sedd.io.format.elements import write_elements
 from sedd.io.store import CellStore

@@ -18,18 +18,20 @@ import torch
 from sedd import tasks
 from sedd.binning import COUNT_KINDS
 from sedd.config import ReadingSettings
-from sedd.errors import UserError
+from sedd.errors import UserError, counted
 from sedd.evaluation.step_curve import step_curve
 from sedd.inference.cells import Cells, begins_as_trained_on, open_cells, training_data
 from sedd.inference.output_place import check_report
 from sedd.inference.posterior import batches
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import opened, reading_of
+from sedd.inference.reading import reading_of
+from sedd.inference.sources import opened
 from sedd.io.files import write_json
 from sedd.io.outputs import only_writer_in
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
+from sedd.metrics.generation import MIN_CELLS
 from sedd.options import grouped, keywords_of, recorded_path
 from sedd.report.figures import subsample
 from sedd.report.page import write_report
@@ -130,8 +132,8 @@ def evaluate(
     grouped(reading, ReadingSettings)  # refuses what is no setting
     if any(number < 1 for number in steps):
         raise UserError(f"--steps is {' '.join(map(str, steps))}; expected numbers of sampling steps, such as 1 4 16.")
-    if max_cells < 4:
-        raise UserError(f"--max_cells is {max_cells}; expected at least 4, as cells are compared with one another.")
+    if max_cells < MIN_CELLS:
+        raise UserError(f"--max_cells is {max_cells}; expected at least {MIN_CELLS}, as cells are compared with one another.")
     check_report(output, REPORT_FILES, overwrite=overwrite)
     model = Pretrained.load(model)
     with contextlib.ExitStack() as stack:
@@ -177,7 +179,7 @@ def evaluate(
         )
     if generated is None:
         generated = tasks.generate(
-            model, max(len(held_out), 4), num_steps=num_steps, batch_size=batch_size, seed=seed, progress=progress
+            model, max(len(held_out), MIN_CELLS), num_steps=num_steps, batch_size=batch_size, seed=seed, progress=progress
         )
     with opened(generated, "the generated cells") as given:
         fake = _matrix(Cells(given, model.genes, real=True))
@@ -189,12 +191,18 @@ def evaluate(
             "all tables are of the others."
         )
         fake, counts, train_counts = fake[:, known], counts[:, known], train_counts[:, known]
-    metrics["generation"] = generation_table(fake, counts, train_counts, seed=seed)
-    curve = (
-        step_curve(model, made, counts, train_counts, known, steps, batch_size=batch_size, seed=seed, progress=progress)
-        if steps
-        else []
-    )
+    numbers = {"held out": counts.shape[0], "trained on": train_counts.shape[0], "generated": fake.shape[0]}
+    few = [f"{counted(n, 'cell')} {'is' if n == 1 else 'are'} {kind}" for kind, n in numbers.items() if n < MIN_CELLS]
+    curve: list[dict[str, Any]] = []
+    if few:
+        notes.append(
+            f"Generation was not measured: {' and '.join(few)}, and cells are compared with one another, at least {MIN_CELLS} of each kind. "
+            "Hold out more, by sedd train --val_fraction, or evaluate on other cells."
+        )
+    else:
+        metrics["generation"] = generation_table(fake, counts, train_counts, seed=seed)
+        if steps:
+            curve = step_curve(model, made, counts, train_counts, known, steps, batch_size=batch_size, seed=seed, progress=progress)
     shown = _shown(model, metrics, arrays, notes, curve, (counts, fake, train_counts), held_out, made, name)
     found = Evaluation(metrics=metrics, arrays=arrays, notes=notes, steps=curve, shown=shown)
     return found if output is None else replace(found, report=_write(found, umap, Path(output)))
@@ -349,6 +357,7 @@ def _shown(
     (real, real_labels), (fake, fake_labels) = (  # no more of them is drawn, so no more is kept
         subsample(counts, obs[column].astype(str).to_numpy() if column in obs else None) for counts, obs in ((real, held_out.obs), (fake, made.obs))
     )
+    sides: dict[str, Any] = {"real": real, "generated": fake, "reference": subsample(train)[0], "real_labels": real_labels, "generated_labels": fake_labels}
     return ReportData(
         title=f"A diffusion model of {Path(name).stem}",
         history=model.state["history"],
@@ -356,11 +365,7 @@ def _shown(
         settings=settings,
         notes=notes,
         steps=steps,
-        real=real,
-        generated=fake,
-        reference=subsample(train)[0],
-        real_labels=real_labels,
-        generated_labels=fake_labels,
+        **(sides if "generation" in metrics else {}),  # else too few cells to draw
         **{k: v for k, v in arrays.items() if k.startswith("hidden_")},
     )
 

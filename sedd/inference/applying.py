@@ -12,13 +12,14 @@ import numpy as np
 
 from sedd import __version__
 from sedd.config import ReadingSettings
-from sedd.errors import UserError
-from sedd.inference.cells import Cells, open_cells
+from sedd.errors import UserError, warn_user
+from sedd.inference.cells import Cells, open_cells, place_of_counts
 from sedd.inference.output_file import Beside, assemble, attach, check_tables
 from sedd.inference.output_parts import open_parts
 from sedd.inference.posterior import TaskBatch, batches
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import opened, reading_of
+from sedd.inference.reading import reading_of
+from sedd.inference.sources import Source, opened
 from sedd.options import grouped, recorded_path
 
 Data: TypeAlias = ad.AnnData | str | Path
@@ -80,9 +81,13 @@ def for_each_batch(
             if column not in chosen.obs:
                 there = ", ".join(map(str, chosen.obs.columns)) or "none"
                 raise UserError(f"--given {column}: {source.name} has no such obs column; there are: {there}.")
-        tables = chosen.tables()
+        tables, before = chosen.tables(), source.record()
+        if before is not None:
+            details = {**details, "before": before}
         if output is not None and isinstance(data, ad.AnnData):
-            check_tables(source.name, tables)
+            check_tables(source.name, {**tables, "uns": {**tables["uns"], "sedd": before or {}}})
+        if beside is None:
+            _warn_of_other_counts(model, source, layer, raw)
         if chosen.missing.any():
             details = {**details, "missing_genes": np.asarray(model.genes[chosen.missing], dtype=object)}
         labels = arguments.get("given")
@@ -95,10 +100,22 @@ def for_each_batch(
             for here in batches(model, chosen, batch_size, task, progress, parts, whole=beside is not None, labels=labels):
                 parts.add(here.lo, here.digest, **make(here))
             chosen.report_rounded()
+            source.check_unchanged()
             if beside is None:
                 return assemble(output, {**tables, "uns": {**tables["uns"], "sedd": done}}, parts)
             which = None if cells == "all" else chosen.indices
             return attach(output, data, source, which, parts, done, lambda made: beside(made, chosen))
+
+
+def _warn_of_other_counts(model: Pretrained, source: Source, layer: str | None, raw: bool) -> None:
+    """Say that the layer `counts` of a result is not that of the data, where it is not."""
+    place = place_of_counts(model, source, layer, raw)
+    if "counts" in source.layers and place != ("counts", False) and not source.same_values(place, ("counts", False)):
+        where = ".raw" if place[1] else "X" if place[0] is None else f"the layer {place[0]}"
+        warn_user(
+            f"{source.name}: the model was given {where}, and that is what the layer counts of the result holds; the layer counts of the data "
+            "has other values and is not in it. If those are the counts, pass --layer counts."
+        )
 
 
 def described(model: Pretrained, task: str, details: dict[str, Any]) -> dict[str, Any]:

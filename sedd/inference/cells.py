@@ -73,7 +73,7 @@ class Cells:
         table = source.var(raw)
         names = table.index
         if not names.is_unique:
-            repeated = names[names.duplicated()].unique()
+            repeated = names[names.duplicated()]
             warn_user(
                 f"{self.name}: {len(repeated)} gene names repeat (first: {repeated[0]!r}); the first of each keeps its name, the "
                 "others get -1, -2, ... as in a conversion. Sum them before if they are one gene."

@@ -16,7 +16,8 @@ from sedd.config import ReadingSettings
 from sedd.errors import UserError
 from sedd.inference.cells import Cells, place_of_counts
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import opened, reading_of
+from sedd.inference.reading import reading_of
+from sedd.inference.sources import opened
 from sedd.nn.gene_vectors import read_gene_vectors
 from sedd.options import keywords_of
 

@@ -23,7 +23,7 @@ import zarr
 
 from sedd.errors import UserError, warn_user
 from sedd.inference.output_parts import Parts, is_mostly_full
-from sedd.inference.sources import Source
+from sedd.inference.sources import STORE_KEYS, Source
 from sedd.io.format.elements import ROWS, free_names, write_elements
 from sedd.io.format.shards import consolidate
 from sedd.io.outputs import move_into_place, partial_folder
@@ -121,6 +121,10 @@ def attach(
         for name, part in block.items():
             whole.setdefault(name, []).append(part.toarray() if sp.issparse(part) else part)
     new = beside({name: np.concatenate(parts) for name, parts in whole.items()})
+    there = {"obs": list(source.obs.columns), "obsm": source.obsm_names() if new.obsm else []}
+    replaced = [f"{group}[{name!r}]" for group, names in (("obs", new.obs), ("obsm", new.obsm)) for name in names if name in there[group]]
+    if replaced:
+        warn_user(f"{source.name}: has {', '.join(replaced)} already; the result has what was made now in place of it, and the data stay as they are.")
     if (
         output is not None
         and chosen is None
@@ -200,9 +204,12 @@ def _attach_to_copy(
             del root["obs"]
             _write(root, {"obs": obs}, str(output))
         if source.is_store:  # what makes it one stays
+            for name in [name for name in root["uns/sedd"] if name not in STORE_KEYS]:
+                del root["uns/sedd"][name]
             _write(root["uns/sedd"], done, str(output))
         else:
             _write(root["uns"], {"sedd": done}, str(output))
+    source.check_unchanged()  # while it was copied
     move_into_place(part, output)
 
 

@@ -19,7 +19,8 @@ from sedd.inference.output_file import Beside
 from sedd.inference.output_place import check_output
 from sedd.inference.posterior import TaskBatch, batches
 from sedd.inference.pretrained import Pretrained
-from sedd.inference.sources import Source, opened, reading_of
+from sedd.inference.reading import reading_of
+from sedd.inference.sources import Source, opened
 from sedd.likelihood import CellBatch, nelbo_and_excess
 from sedd.metrics.surprise import MIN_REFERENCE, surprise
 from sedd.options import keywords_of

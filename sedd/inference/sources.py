@@ -8,7 +8,6 @@ import os
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,56 +17,20 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from sedd.config import ReadingSettings
-from sedd.errors import SeveralPartsError, UserError, counted, warn_user
+from sedd.errors import UserError, counted, warn_user
 from sedd.inference.matrices import Rows
-from sedd.inference.pretrained import Pretrained
+from sedd.inference.reading import AS_IT_IS, Reading
 from sedd.io.conversion.explain import are_counts, first_values, is_of_result
-from sedd.io.input.base import Input, Naming, check_drop, check_names, has_names, own_layer, renamed
+from sedd.io.format.plain import native_table, read_element
+from sedd.io.input.base import Input, Naming, check_drop, own_layer, renamed
+from sedd.io.input.faults import READ_ERRORS
 from sedd.io.input.matrix import Matrix
-from sedd.io.input.opening import open_input
+from sedd.io.input.opening import input_fingerprint
+from sedd.io.input.slices import is_array
+from sedd.io.remote import is_remote
 
-
-@dataclass(frozen=True)
-class Reading:
-    """How data are read.
-
-    Attributes
-    ----------
-    asked
-        What a user asked for.
-    trained
-        How the data of the model were read, which holds where nothing else is asked for and these data allow it.
-    """
-
-    asked: ReadingSettings = field(default_factory=ReadingSettings)
-    trained: ReadingSettings = field(default_factory=ReadingSettings)
-
-    def naming(self, name: str, table: pd.DataFrame) -> Naming:
-        """Return where names of the genes of a table come from."""
-        asked = Naming(self.asked.gene_names, self.asked.strip_version or self.trained.strip_version)
-        check_names(name, table, asked)
-        column = self.trained.gene_names
-        if asked.column is None and column is not None and has_names(table, column):
-            return asked._replace(column=column)
-        return asked
-
-    def open(self, path: str) -> Input:
-        """Open an input at the modality that is asked for."""
-        modality, trained = self.asked.modality, self.trained.modality
-        try:
-            file = open_input(path, modality=modality)
-        except SeveralPartsError as error:
-            if trained not in error.names:
-                raise
-            return open_input(path, modality=trained)
-        if modality is None and trained in file.modalities:
-            file.close()
-            return open_input(path, modality=trained)
-        return file
-
-
-AS_IT_IS = Reading()
+STORE_KEYS = ("meta", "cells", "genes", "histogram")
+"""What `uns["sedd"]` has of a store; the rest of it tells which task made a result."""
 
 
 class Source(ABC):
@@ -113,8 +76,32 @@ class Source(ABC):
         """Return what there is of all cells, but for what sedd put there."""
 
     @abstractmethod
+    def record(self) -> Any:
+        """Return what `uns["sedd"]` tells of an earlier task, or what a user has there; None if nothing."""
+
+    @abstractmethod
+    def obsm_names(self) -> list[str]:
+        """Names of what is in obsm."""
+
+    def check_unchanged(self) -> None:  # noqa: B027, in memory nothing changes unless its owner means it
+        """Refuse to go on with data that were changed since they were opened: what was read is of both.
+
+        Raises
+        ------
+        UserError
+            If they were.
+        """
+
+    @abstractmethod
     def whole(self) -> ad.AnnData:
         """Return a copy of everything, in memory."""
+
+    def same_values(self, one: tuple[str | None, bool], other: tuple[str | None, bool]) -> bool:
+        """Whether two matrices, each a layer and whether it is `.raw`, seem the same: the first values of both are."""
+        try:
+            return np.array_equal(self._first_values(*one), self._first_values(*other))
+        except UserError:  # one that cannot be read
+            return False
 
     def rows(self, layer: str | None = None, raw: bool = False) -> Rows:
         """Open `X`, a layer or `.raw.X`.
@@ -164,7 +151,7 @@ class AnnDataSource(Source):
             raise UserError(f"{name}: has no modalities; leave --modality {reading.asked.modality} out.")
         self.naming = reading.naming(name, self._genes())
         self._drop = reading.asked.drop
-        obs = _in_memory(adata.obs)
+        obs = native_table(_in_memory(adata.obs))
         _check_named(name, obs.index, "cell")
         there = [f"{group}/{key}" for group, of in (("obs", obs), ("var", adata.var), ("obsm", adata.obsm), ("uns", adata.uns)) for key in of]
         check_drop(name, there, self._drop)
@@ -180,7 +167,7 @@ class AnnDataSource(Source):
         return renamed(table.drop(columns=[column for column in table if f"var/{column}" in self._drop]), self.naming)
 
     def _genes(self, raw: bool = False) -> pd.DataFrame:
-        table: pd.DataFrame = _in_memory(self._adata.raw.var if raw else self._adata.var)
+        table = native_table(_in_memory(self._adata.raw.var if raw else self._adata.var))
         _check_named(f"{self.name}: .raw" if raw else self.name, table.index, "gene")
         return table
 
@@ -193,6 +180,17 @@ class AnnDataSource(Source):
         return {
             name: copy.deepcopy(_in_memory(value)) for name, value in self._adata.uns.items() if name != "sedd" and self._kept("uns", name)
         }
+
+    def record(self) -> Any:
+        """Return what `uns["sedd"]` tells of an earlier task."""
+        found = self._adata.uns.get("sedd") if self._kept("uns", "sedd") else None
+        if isinstance(found, Mapping):
+            found = {name: value for name, value in found.items() if name not in STORE_KEYS or not self.is_store} or None
+        return copy.deepcopy(_in_memory(found))
+
+    def obsm_names(self) -> list[str]:
+        """Names of what is in obsm."""
+        return [str(name) for name in self._adata.obsm if self._kept("obsm", name)]
 
     def _kept(self, group: str, name: str) -> bool:
         return group not in self._drop and f"{group}/{name}" not in self._drop
@@ -209,6 +207,7 @@ class AnnDataSource(Source):
         adata = self._adata
         lazy = not isinstance(adata.obs, pd.DataFrame)
         whole = adata.to_memory() if adata.isbacked or lazy else adata.copy()
+        whole.obs, whole.var = native_table(whole.obs), native_table(whole.var)
         if self.naming != Naming() or self._drop:
             whole.obs, whole.var = self.obs, self.var()
         for group in ("obsm", "uns"):
@@ -238,9 +237,19 @@ def _in_memory(element: Any) -> Any:
 
 
 class FileSource(Source):
-    """An open file or store."""
+    """An open file or store.
 
-    def __init__(self, file: Input, reading: Reading = AS_IT_IS) -> None:
+    Parameters
+    ----------
+    file
+        The file.
+    reading
+        How it is read.
+    fingerprint
+        Of the file from before it was opened; None where nobody is to look whether it changes.
+    """
+
+    def __init__(self, file: Input, reading: Reading = AS_IT_IS, fingerprint: str | None = None) -> None:
         self.name, self._file = file.path, file
         self._drop = reading.asked.drop
         check_drop(file.path, file.elements() if any("/" in name for name in self._drop) else [], self._drop)
@@ -250,6 +259,12 @@ class FileSource(Source):
         self.is_store = root is not None and "uns/sedd/meta" in root
         whole = root is not None and root.name == "/"
         self.copyable = whole and self.naming == Naming() and not self._drop
+        self._fingerprint = fingerprint
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with a file that is another one by now."""
+        if self._fingerprint is not None and not (os.path.exists(self.name) and input_fingerprint(self.name) == self._fingerprint):
+            raise UserError(f"{self.name}: changed while it was read, so the result would be of two versions of it. Repeat the command when it is complete.")
 
     @cached_property
     def obs(self) -> pd.DataFrame:  # type: ignore[override]
@@ -268,6 +283,24 @@ class FileSource(Source):
     def uns(self) -> dict[str, Any]:
         """Read uns."""
         return self._mapping("uns", "uns/sedd")
+
+    def record(self) -> Any:
+        """Return what `uns["sedd"]` tells of an earlier task."""
+        root = getattr(self._file, "root", None)
+        node = None if root is None or {"uns", "uns/sedd"}.intersection(self._drop) or "uns/sedd" not in root else root["uns/sedd"]
+        if node is None:
+            return None
+        with contextlib.suppress(*READ_ERRORS):
+            if is_array(node) or not self.is_store:
+                return read_element(node)
+            return {name: read_element(node[name]) for name in node if name not in STORE_KEYS} or None
+        return None
+
+    def obsm_names(self) -> list[str]:
+        """Names of what is in obsm."""
+        if "obsm" in self._drop:
+            return []
+        return [name.removeprefix("obsm/") for name in self._file.elements() if name.startswith("obsm/") and name not in self._drop]
 
     def _mapping(self, group: str, *drop: str) -> dict[str, Any]:
         """Read obsm or uns; an element that cannot be read is left out, and that is said: no task needs it."""
@@ -324,18 +357,6 @@ def _matrix(matrix: Matrix) -> Any:
     return kind((data, indices, indptr), shape=matrix.shape)
 
 
-def reading_of(model: Pretrained, arguments: Mapping[str, Any]) -> Reading:
-    """Return how the data of a task are read.
-
-    Parameters
-    ----------
-    arguments
-        Of the task; those that are fields of `ReadingSettings` are looked at.
-    """
-    names = [own.name for own in fields(ReadingSettings)]
-    return Reading(ReadingSettings(**{name: arguments[name] for name in names if name in arguments}), model.config.data)
-
-
 def as_source(data: Source | ad.AnnData, name: str = "the AnnData") -> Source:
     """Return the source that an AnnData is."""
     return data if isinstance(data, Source) else AnnDataSource(data, name)
@@ -372,5 +393,21 @@ def opened(data: ad.AnnData | str | Path, name: str = "the AnnData", *, reading:
     elif not isinstance(data, str | os.PathLike):
         raise no_data(data)
     else:
+        before = _fingerprint_of(str(data))
         with reading.open(str(data)) as file:
-            yield FileSource(file, reading)
+            source = FileSource(file, reading, before)
+            try:
+                yield source
+            except UserError:
+                source.check_unchanged()  # else one that is half rewritten would be called damaged
+                raise
+            source.check_unchanged()
+
+
+def _fingerprint_of(path: str) -> str | None:
+    """Return the identity of a file or folder; None of what is not there or cannot be read, and over a network, where a look costs more than it tells."""
+    if is_remote(path) or not (os.path.isfile(path) or os.path.isdir(path)):
+        return None
+    with contextlib.suppress(OSError, UserError):
+        return input_fingerprint(path)
+    return None

@@ -150,6 +150,11 @@ def ensure_store(
         raise UserError(f"{paths[0]}: is converted once into a store on this machine; pass --cache_dir to say where, or convert it yourself.")
     folder = str(cache_dir) if cache_dir is not None else os.path.dirname(os.path.abspath(paths[0]))
     output = os.path.join(folder, _automatic_name(paths, own, values))
+    if os.path.isdir(folder) and not os.access(folder, os.W_OK) and not os.path.lexists(output):
+        raise UserError(
+            f"{folder}: may not be written, and {' '.join(paths)} is converted once into a store there; pass --cache_dir to put that store "
+            "elsewhere."
+        )
     job = Job(paths, output, ConversionSettings(**settings, values=values), progress=progress)
     if os.path.lexists(output):
         in_the_way = (

@@ -24,6 +24,8 @@ from sedd.metrics.baselines import CountBaselines
 from sedd.metrics.counts import Matrix, log_cp10k, to_dense
 
 PSEUDO_COUNT = 0.01  # in counts a cell: a gene seen once in 100 cells weighs as much as one never seen
+MIN_CELLS = 4
+"""Cells of each kind that generation is compared on, at least."""
 
 
 def fit_pca(cells: Matrix, n_components: int = 50, seed: int = 0) -> PCA:
@@ -252,8 +254,8 @@ def generation_table(
     sets = []
     for counts, limit in ((generated, max_cells), (real, max_cells), (train, 5 * max_cells)):
         csr = sparse.csr_array(counts)
-        if csr.shape[0] < 4:
-            raise UserError(f"generation is compared on at least 4 cells a side, got {csr.shape[0]}.")
+        if csr.shape[0] < MIN_CELLS:
+            raise UserError(f"generation is compared on at least {MIN_CELLS} cells a side, got {csr.shape[0]}.")
         sets.append(csr if csr.shape[0] <= limit else csr[np.sort(rng.choice(csr.shape[0], limit, replace=False))])
     fake, held_out, known = sets
     anchor, outside = generation_split(known.shape[0], held_out.shape[0], seed)

@@ -72,7 +72,8 @@ def test_half_of_the_genes_say_what_a_cell_is(model: Pretrained) -> None:
 def test_annotating_again_replaces_the_labels_of_before(model: Pretrained, tmp_path: Path) -> None:
     make_counts().write_h5ad(tmp_path / "a.h5ad")
     annotate(model, tmp_path / "a.h5ad", output=tmp_path / "b.h5ad", progress=False)
-    again = annotate(model, tmp_path / "b.h5ad", output=tmp_path / "c.h5ad", progress=False)
+    with pytest.warns(SeddWarning, match=r"has obs\['sedd_cell_type'\], .* already"):
+        again = annotate(model, tmp_path / "b.h5ad", output=tmp_path / "c.h5ad", progress=False)
     first, second = (ad.read_h5ad(tmp_path / f"{name}.h5ad") for name in "bc")
     assert first.obs.equals(second.obs) and again.obs.equals(first.obs)
 

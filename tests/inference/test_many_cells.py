@@ -46,6 +46,16 @@ def test_a_sample_of_too_few_cells_is_refused(tiny_run: Path, tiny_h5ad: Path) -
         evaluate(tiny_run, tiny_h5ad, max_cells=3, **FEW)
 
 
+@pytest.mark.parametrize("n_obs", [1, 3])
+def test_of_few_cells_is_measured_what_can_be(tiny_run: Path, n_obs: int, tmp_path: Path) -> None:
+    found = evaluate(tiny_run, make_counts(n_obs, seed=5), output=tmp_path / "report", **{**FEW, "steps": (1,)})
+    assert found.metrics.keys() == {"likelihood", "imputation"} and found.steps == []
+    assert found.arrays["nats"].shape == (n_obs,)
+    (note,) = [note for note in found.notes if note.startswith("Generation was not measured")]
+    assert f"{n_obs} cell{'s are' if n_obs > 1 else ' is'} held out" in note and "--val_fraction" in note
+    assert note in (tmp_path / "report" / "report.html").read_text()
+
+
 EVALUATION = """
 import sys
 from sedd.evaluation.evaluate import evaluate

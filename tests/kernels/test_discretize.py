@@ -78,8 +78,11 @@ def test_a_count_is_its_own_token_however_large() -> None:
     for top, dtype in ((0, np.uint8), (255, np.uint8), (256, np.uint16), (65_535, np.uint16), (65_536, np.int32)):
         assert binning.dtype_of(top) == binning.tokens(np.array([top])).dtype == dtype
         assert binning.tokens(np.array([top]))[0] == top
+    for dtype in (np.float32, np.float64, np.uint32, np.int64):
+        with pytest.raises(ValueError, match="a value is 2147483648; counts up to 2147483646 can be read"):
+            binning.tokens(np.array([1, 2**31], dtype))
     with pytest.raises(ValueError, match="counts up to 2147483646 can be read"):
-        binning.tokens(np.array([2.0**31]))
+        binning.dtype_of(2**31)  # of a store whose largest count that is
 
 
 def test_binned_whole_numbers_share_the_last_bin_only_in_data_never_seen() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import zarr
 
-from sedd.io.format.plain import kind_of, made_unique, write_plain
+from sedd.io.format.plain import kind_of, made_unique, native_table, write_plain
 
 ROWS = 1 << 20
 """Rows of a column in one chunk of a Zarr store: few files."""
@@ -121,6 +121,7 @@ def writable_table(table: pd.DataFrame, *, is_index: Callable[[Any], bool] | Non
     def is_own_index(name: Any) -> bool:
         return bool((table[name].astype(str) == table.index.astype(str)).all())
 
+    table = native_table(table)
     names = free_names([str(name) for name in table.columns], reserved=("_index",))
     columns = [names.get(str(name), "") for name in table.columns]
     if len(set(columns)) < len(columns):

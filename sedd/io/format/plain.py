@@ -43,6 +43,20 @@ def made_unique(names: list[str]) -> list[str]:
     return list(found)
 
 
+def native(array: Any) -> Any:
+    """Return an array with bytes in the order of this machine, which is all that pandas works with; anything else as it is."""
+    return array.astype(array.dtype.newbyteorder("=")) if isinstance(array, np.ndarray) and not array.dtype.isnative else array
+
+
+def native_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose columns have bytes in the order of this machine."""
+    foreign = [k for k, dtype in enumerate(table.dtypes) if isinstance(dtype, np.dtype) and not dtype.isnative]
+    if not foreign:
+        return table
+    columns = {k: native(table.iloc[:, k].to_numpy()) if k in foreign else table.iloc[:, k].array for k in range(table.shape[1])}
+    return pd.DataFrame(columns, index=table.index).set_axis(table.columns, axis=1)
+
+
 def read_element(node: Any) -> Any:
     """Return an element of an HDF5 file or of a Zarr store, as `anndata.io.read_elem` does."""
     found = node.attrs.get("encoding-type"), node.attrs.get("encoding-version")
@@ -110,7 +124,7 @@ def rows_of(node: Any) -> tuple[int, Callable[[int, int], Any]] | None:
         if len(getattr(node, "shape", ())) != 1 or (node.dtype.kind not in "biuf" and not is_text and kind != STRINGS):
             return None
         rows = node.asstr() if is_text else node
-        return int(node.shape[0]), lambda lo, hi: rows[lo:hi]
+        return int(node.shape[0]), lambda lo, hi: native(rows[lo:hi])
     if kind == CATEGORICAL:
         codes, ordered = node["codes"], bool(node.attrs["ordered"])
         dtype = pd.CategoricalDtype(read_element(node["categories"]), ordered=ordered)
@@ -127,7 +141,7 @@ def rows_of(node: Any) -> tuple[int, Callable[[int, int], Any]] | None:
 
 
 _READERS: dict[Kind, Callable[[Any], Any]] = {
-    ARRAY: lambda node: node[()],
+    ARRAY: lambda node: native(node[()]),
     STRINGS: _read_text,
     NUMBER: lambda node: node[()].item(),
     STRING: lambda node: str(_read_text(node)),

@@ -174,6 +174,8 @@ class AnnDataFile(Input):
     def _frame(self, name: str, drop: tuple[str, ...] = ()) -> pd.DataFrame:
         import pandas as pd
 
+        from sedd.io.format.plain import native_table
+
         group = "obs" if name == "obs" else "var"
         unwanted = {own.removeprefix(f"{group}/") for own in drop if own.startswith(f"{group}/")}
         with reading(self.path, name):
@@ -181,7 +183,7 @@ class AnnDataFile(Input):
                 return pd.DataFrame(index=np.arange(self._length(name)).astype(str))
             node = self.root[name]
             if is_array(node):
-                frame = _compound_frame(node, self.root.get("uns"))
+                frame = native_table(_compound_frame(node, self.root.get("uns")))
                 return frame.drop(columns=[column for column in frame if column in unwanted])
             if unwanted:
                 frame = self._by_columns(name, node, group, unwanted)
@@ -190,6 +192,7 @@ class AnnDataFile(Input):
                     frame = _read_quietly(node)
                 except READ_ERRORS:
                     frame = self._by_columns(name, node, group, unwanted)  # which names the one that cannot be read
+            frame = native_table(frame)
             frame.index = frame.index.astype(str)
             return frame
 
