@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 project = "sedd"
 author = "the authors of sedd"
 version = release = sedd.__version__
-copyright = "MIT licence"
 
 extensions = [
     "myst_nb",
@@ -57,6 +56,7 @@ html_title = "sedd"
 html_static_path = ["_static"]
 html_css_files = ["sedd.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sourcelink = False
 html_theme_options = {
     "show_navbar_depth": 1,

@@ -217,7 +217,7 @@ def main() -> None:
         for number, seed in enumerate(target.seeds):
             (corpus / f"seed{number}").write_bytes(seed)
         longest = max(64, 2 * max(map(len, target.seeds)))
-        words = [f"-max_total_time={args.seconds}", f"-max_len={longest}", "-timeout=60", "-rss_limit_mb=4096", f"-artifact_prefix={corpus}-", str(corpus)]
+        words = [f"-max_total_time={args.seconds}", f"-max_len={longest}", "-keep_seed=1", "-len_control=0", "-timeout=60", "-rss_limit_mb=4096", f"-artifact_prefix={corpus}-", str(corpus)]
         atheris.Setup([sys.argv[0], *words], quiet(target.read))
         atheris.Fuzz()
     finally:
