@@ -198,7 +198,7 @@ class LatentBackbone(nn.Module):
         if left.all():
             return (self.features.surprises(tokens, usual) @ genes).flatten(1)
         if left.any():
-            sums[left] = self.features.surprises(tokens[left], usual) @ genes
+            sums[left] = (self.features.surprises(tokens[left], usual) @ genes).float()  # of half precision under autocast
         return sums.flatten(1)
 
     def unmask(self, summary: Tensor, cells: Tensor, genes: Tensor, tokens: Tensor) -> None:
