@@ -53,6 +53,7 @@ def test_the_wheel_is_given_the_files_and_their_licence() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Tensorflow not installed")  # umap, of a part of it that is not used
 def test_a_quick_run_ends_with_a_page_and_its_training_takes_flags_of_train(tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["quick", "--data_path", str(tiny_h5ad), "-o", str(tmp_path / "run"), *TINY_FLAGS, "--num_epochs", "1", "--min_steps", "0"]
     assert main(words) == 0

@@ -85,7 +85,10 @@ def _check_hdf5(path: str, root: h5py.File) -> set[str]:
             size = max(math.prod(shape), math.prod(node.chunks or ())) * max(1, node.id.get_type().get_size())
             claims.add(name, shape, size, node.id.get_storage_size)
 
-    root.visititems_links(note)
+    try:
+        root.visititems_links(note)
+    except SystemError as error:  # as h5py passes on what HDF5 says within such a visit
+        raise RuntimeError(str(error.__cause__ or error)) from error
     neighbours, folder = set(), os.path.dirname(os.path.realpath(path))
     for name, where in links.items():
         target = os.path.realpath(os.path.join(folder, where))

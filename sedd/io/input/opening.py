@@ -174,7 +174,11 @@ def _of_anndata(
             )
         if modality not in modalities:
             raise UserError(f"{path}: has no modality {modality!r} (--modality); it has: {listed}.")
-        return AnnDataFile(path, root["mod"][modality], naming, close, remote=remote, kind=f"modality {modality!r} of MuData")
+        with reading(path, f"modality {modality!r}"):
+            node = root["mod"][modality]
+        if is_array(node):
+            raise UserError(f"{path}: modality {modality!r} is an array; expected AnnData there. Copy or write it again.")
+        return AnnDataFile(path, node, naming, close, remote=remote, kind=f"modality {modality!r} of MuData")
     if modality is not None:
         raise _no_modalities(path, kind, modality)
     if suffix == "zarr" and not any(name in root for name in ("X", "layers", "obs", "raw")):
