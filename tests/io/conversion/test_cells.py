@@ -130,4 +130,4 @@ def test_memory_of_a_conversion_does_not_grow_by_the_table_of_cells(tmp_path: Pa
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", CONVERSION, str(path), str(tmp_path / f"{n}.zarr")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peaks.append(1024 * int(done.stdout))
-    assert (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) < 100, peaks  # the names alone, held as text, take 140
+    assert (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) < 130, peaks  # 56 to 112 in six runs; the names, held as text, would take 140 more
