@@ -119,12 +119,14 @@ class Verify:
     """The .zarr store."""
     against: tuple[str, ...] = ()
     """The inputs it was made from, in their order."""
+    workers: int | None = None
+    """Threads; all cores if not given."""
+
+    calls: ClassVar[str] = "sedd.io.verify:verify"
 
     def run(self) -> int:
         """Verify and print the report."""
-        from sedd.io.verify import verify
-
-        print(format_facts(verify(self.store, against=list(self.against) or None, progress=True)))
+        print(format_facts(called_by(self)(self.store, against=list(self.against) or None, workers=self.workers, progress=True)))
         print("The store is whole" + (", and every entry is that of its input." if self.against else "."))
         return 0
 
@@ -185,13 +187,9 @@ class _Task(_OfModel):
         """Keywords of the function that is called."""
         return given(self, called_by(self))
 
-    def model(self) -> Any:
-        """Return the model that the function is given."""
-        return self.checkpoint
-
     def run(self) -> int:
         """Do the task and say what was written."""
-        result: ad.AnnData = called_by(self)(self.model(), **self.settings())
+        result: ad.AnnData = called_by(self)(self.checkpoint, **self.settings())
         if is_main():
             print(f"{self.output}: {counted(result.n_obs, 'cell')} x {counted(result.n_vars, 'gene')}")
         return 0
@@ -205,17 +203,6 @@ class _Prediction(_Draws, _Cells, _Task):
     """Genes of the data that the model was not trained on; it knows them by --gene_embeddings."""
     gene_embeddings: str | None = None
     """Vectors of the new genes, for a model trained with --gene_embeddings."""
-
-    def model(self) -> Any:
-        """Return the model, on the genes it was not trained on as well if any are named."""
-        if not self.new_genes:
-            return self.checkpoint
-        if self.gene_embeddings is None:
-            raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
-        from sedd.inference.new_genes import add_genes
-
-        where = {name: value for name, value in given(self, add_genes).items() if name not in ("data", "gene_embeddings")}
-        return add_genes(self.checkpoint, self.data, self.new_genes, self.gene_embeddings, **where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from sedd.errors import UserError
 from sedd.inference import posterior
 from sedd.inference.applying import Data, all_arguments, described, for_each_batch, in_obsm
 from sedd.inference.cells import Cells
+from sedd.inference.new_genes import with_new_genes
 from sedd.inference.output_file import assemble
 from sedd.inference.output_parts import open_parts
 from sedd.inference.output_place import check_output
@@ -48,6 +49,8 @@ def impute(
     folds: int = 4,
     batch_size: int = 256,
     seed: int = 0,
+    new_genes: Sequence[str] = (),
+    gene_embeddings: str | Path | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -81,6 +84,10 @@ def impute(
         Of the reverse process that draws them.
     folds, batch_size, seed
         See above; cells at a time; of the random choices.
+    new_genes
+        Genes of `data` that the model was not trained on; it knows them by their vectors.
+    gene_embeddings
+        A file of these vectors, for a model trained with `gene_embeddings`.
     output
         Write to this .h5ad or .zarr, a block of cells at a time, in place of keeping the result in memory. Processes of
         `accelerate launch` share the cells.
@@ -110,7 +117,7 @@ def impute(
     """
     arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
-    model = Pretrained.load(model)
+    model = with_new_genes(arguments)
     model.check_knows_masks("Imputation")
     posterior.check_draws(folds, num_samples)
     if not 0 <= hide < 1:
@@ -165,6 +172,8 @@ def denoise(
     sampler: str = "analytic",
     batch_size: int = 256,
     seed: int = 0,
+    new_genes: Sequence[str] = (),
+    gene_embeddings: str | Path | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -178,7 +187,7 @@ def denoise(
 
     Parameters
     ----------
-    model, data, cells, layer, raw, num_steps, sampler, batch_size, seed, output, resume, overwrite, progress
+    model, data, cells, layer, raw, num_steps, sampler, batch_size, seed, new_genes, gene_embeddings, output, resume, overwrite, progress
         As in `impute`.
     rounds, folds
         More rounds average more random visible subsets; more folds show more of the cell each time.
@@ -208,7 +217,7 @@ def denoise(
     """
     arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
-    model = Pretrained.load(model)
+    model = with_new_genes(arguments)
     model.check_knows_masks("Denoising")
     posterior.check_draws(folds, num_samples, rounds)
     given = labels_as_if(model, as_if or {})

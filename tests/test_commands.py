@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import operator
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +16,19 @@ from typing import Any
 import pytest
 
 from sedd import commands
+from sedd.cli import CLASSES, main
 from sedd.commands import COMMANDS
+from sedd.config import SECTIONS
 from sedd.errors import UserError
 
 CALLED = {name: command.calls for name, command in COMMANDS.items() if hasattr(command, "calls")}
-CALLED |= {"verify": "sedd.io.verify:verify", "runs": "sedd.training.directory:runs_table"}
+CALLED |= {"runs": "sedd.training.directory:runs_table"}
+FUNCTIONS = {**CALLED, "train": "sedd.learning:train", "export": "sedd.inference.pretrained:Pretrained.save_pretrained"}
 
 
 def function_of(name: str) -> Callable[..., Any]:
-    module, _, attribute = CALLED[name].partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    module, _, attribute = FUNCTIONS[name].partition(":")
+    function: Callable[..., Any] = operator.attrgetter(attribute)(importlib.import_module(module))
     return function
 
 
@@ -65,7 +70,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     found = SimpleNamespace(metrics=metrics, steps=[], notes=[], report="report.html", n_obs=1, n_vars=1, nnz=1, dtype="uint8")
     for path in CALLED.values():
         watch(path, {} if path.endswith(":verify") else found)
-    watch("sedd.inference.new_genes:add_genes", "a model with new genes")
     model = SimpleNamespace(describe=str, path="run/best.pt", save_pretrained=lambda directory, overwrite: Path())
     monkeypatch.setattr("sedd.inference.pretrained.Pretrained.load", lambda path, device: model)
     monkeypatch.setattr("sedd.metrics.metrics_table", lambda metrics: "")
@@ -99,20 +103,36 @@ def test_every_setting_of_a_command_is_used_and_arrives_as_it_was_given(
         assert found == expected, field
 
 
-@pytest.mark.parametrize("name", CALLED)
-def test_a_command_and_the_function_that_it_calls_have_the_same_defaults(name: str) -> None:
-    taken = inspect.signature(function_of(name)).parameters
-    for field in dataclasses.fields(COMMANDS[name]):
-        if field.default in (None, dataclasses.MISSING, ()) or field.name not in taken:
+def options_of(name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The options of a command that its page of help lists, with their defaults."""
+    fields = {field.name: field.default for section in SECTIONS.values() for field in dataclasses.fields(section)}
+    if name != "train":
+        fields = {field.name: field.default for field in dataclasses.fields(CLASSES[name])}
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    listed = re.findall(r"--(\w+)", capsys.readouterr().out)
+    return {option: default for option, default in fields.items() if option in listed}  # the others have a place, and no name
+
+
+def keywords_of(name: str) -> dict[str, Any]:
+    """The parameters of the function of a command that can be given by name and have a default, but those that only Python needs."""
+    parameters = inspect.signature(function_of(name)).parameters.values()
+    assert not [one.name for one in parameters if one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL, one.POSITIONAL_ONLY)]
+    return {one.name: one.default for one in parameters if one.default is not one.empty and one.name != "progress"}
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("quick", "info", "runs")])  # which have no function for users
+def test_every_option_is_a_keyword_of_the_same_name_and_default_and_the_other_way_round(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, keywords = options_of(name, capsys), keywords_of(name)
+    options.pop("data_path", None)  # of train: the first argument of the function, which takes an AnnData as well
+    assert options.keys() == keywords.keys()
+    assert len(options) >= 1
+    for option, default in options.items():
+        if (option, keywords[option]) in [("output", None), ("checkpoint_dir", None)]:  # from Python the result can stay in memory
             continue
-        assert taken[field.name].default in (field.default, inspect.Parameter.empty), field.name
-
-
-@pytest.mark.parametrize("name", CALLED)
-def test_every_setting_of_a_function_has_a_flag(name: str) -> None:
-    flags = {field.name for field in dataclasses.fields(COMMANDS[name])} | {"model", "inputs", "output", "path"}
-    settings = inspect.signature(function_of(name)).parameters.keys() - {"progress"}
-    assert settings - flags == ({"workers"} if name == "verify" else set())
+        assert (None if default == () else default) == (None if keywords[option] == () else keywords[option]), option
 
 
 def test_new_genes_need_their_vectors(tmp_path: Path) -> None:

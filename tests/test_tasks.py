@@ -274,6 +274,8 @@ def test_a_gene_it_was_not_trained_on_is_known_by_its_vector(tmp_path: Path) -> 
     assert np.corrcoef(predicted, fresh)[0, 1] > 0.2
     assert ((predicted - fresh) ** 2).mean() < ((fresh.mean() - fresh) ** 2).mean()
     assert np.array_equal(dense(imputed.X)[:, :60], counts)
+    again = impute(run, both, new_genes="novel", predict="novel", gene_embeddings=tmp_path / "vectors.npz", output=tmp_path / "again.h5ad", progress=False)
+    assert list(again.var_names) == names and np.array_equal(dense(ad.read_h5ad(tmp_path / "again.h5ad").X), dense(imputed.X))
 
 
 def test_new_genes_need_vectors_and_a_model_that_takes_them(model: Pretrained, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def all_arguments(own: dict[str, Any]) -> dict[str, Any]:
     """
     (reading,) = grouped(own["reading"], ReadingSettings)
     found = {**{name: value for name, value in own.items() if name != "reading"}, **asdict(reading)}
-    for name in ("predict", "without", "given"):
+    for name in ("predict", "without", "given", "new_genes"):
         if isinstance(found.get(name), str):
             found[name] = [found[name]]
     if not isinstance(found.get("as_if") or {}, Mapping):

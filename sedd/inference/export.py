@@ -31,7 +31,7 @@ from sedd.io.outputs import clear, move_into_place, only_writer
 _WEIGHTS, _CONFIG, _PANEL, _CARD = "model.safetensors", "config.json", "panel.json", "README.md"
 _SETTINGS = ("epoch", "step", "history", "model_config", "split", "data")
 _OF_PANEL = ("genes", "var", "binning", "categories")
-_PATHS = ("data_path", "gene_embeddings", "checkpoint_dir")  # settings of which only the name is handed on
+_PATHS = ("data_path", "genes", "gene_embeddings", "checkpoint_dir")  # settings of which only the name is handed on
 
 
 def is_export(path: str | Path) -> bool:

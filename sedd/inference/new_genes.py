@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,23 @@ from sedd.inference.reading import reading_of
 from sedd.inference.sources import opened
 from sedd.nn.gene_vectors import read_gene_vectors
 from sedd.options import keywords_of
+
+
+def with_new_genes(arguments: dict[str, Any]) -> Pretrained:
+    """Return the model of a task, on those genes as well that its argument `new_genes` names.
+
+    Raises
+    ------
+    UserError
+        If there are such genes and no `gene_embeddings`, and as `add_genes`.
+    """
+    if not arguments["new_genes"]:
+        return Pretrained.load(arguments["model"])
+    if arguments["gene_embeddings"] is None:
+        raise UserError("--new_genes needs --gene_embeddings FILE with their vectors.")
+    reading = {field.name: arguments[field.name] for field in dataclasses.fields(ReadingSettings)}
+    where = {name: arguments[name] for name in ("layer", "raw")}
+    return add_genes(arguments["model"], arguments["data"], arguments["new_genes"], arguments["gene_embeddings"], **where, **reading)
 
 
 @keywords_of(ReadingSettings)
@@ -93,6 +110,6 @@ def add_genes(
         np.concatenate([known, vectors]),
         known=[*range(len(model.genes)), *[-1] * len(genes)],
     )
-    return replace(
+    return dataclasses.replace(
         model, model=network, genes=np.concatenate([model.genes, np.array(genes, object)]), histogram=histogram
     )

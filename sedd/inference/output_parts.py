@@ -312,8 +312,9 @@ def open_parts(task: str, model: Pretrained, arguments: dict[str, Any], n_obs: i
     )
 
 
-# Arguments whose value as such does not determine the parts: what cells are compared with is looked at when all parts are there.
-_NO_SETTINGS = ("model", "data", "reference", "output", "resume", "overwrite", "progress")
+# Arguments whose value as such does not determine the parts: new genes are a part of the model by now, and what cells are compared with is
+# looked at when all parts are there.
+_NO_SETTINGS = ("model", "data", "new_genes", "gene_embeddings", "reference", "output", "resume", "overwrite", "progress")
 
 
 def made_from(task: str, model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sedd.config import TrainConfig
 from sedd.errors import DamagedFileError, UserError, counted
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
 from sedd.inference.export import is_part_of_export, read_export, write_export
+from sedd.inference.hub import push
 from sedd.io.loading.selection import label_text
 from sedd.model import SEDDTransformer
 from sedd.noise import Noise, make_noise
@@ -135,6 +137,37 @@ class Pretrained:
             n_parameters=sum(p.numel() for p in self.model.parameters()),
             overwrite=overwrite,
         )
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the model to the Hugging Face Hub: the files that `save_pretrained` writes, which name no folder of yours.
+
+        `sedd.Pretrained.load(huggingface_hub.snapshot_download(repo_id))` reads it elsewhere.
+
+        Parameters
+        ----------
+        repo_id
+            The repository, as in `"ada/blood"`. It is made if there is none; the files replace those of the same name.
+        private
+            Whether a new repository is seen by its owners alone. The visibility of one that is there stays.
+        token
+            Proof of who you are; that of `hf auth login` or of the variable `HF_TOKEN` if not given.
+
+        Returns
+        -------
+        url
+            Of the repository.
+
+        Raises
+        ------
+        UserError
+            If `huggingface_hub` is not installed, the upload failed, or genes were added to the model.
+
+        Examples
+        --------
+        >>> model.push_to_hub("ada/blood")  # doctest: +SKIP
+        """
+        with tempfile.TemporaryDirectory(prefix="sedd-") as folder:
+            return push(self.save_pretrained(Path(folder, "model")), repo_id, private=private, token=token)
 
     @classmethod
     def _of(cls, file: Path, state: dict[str, Any], device: str | torch.device | None) -> Pretrained:

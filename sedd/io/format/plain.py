@@ -61,7 +61,7 @@ def read_element(node: Any) -> Any:
     """Return an element of an HDF5 file or of a Zarr store, as `anndata.io.read_elem` does."""
     found = node.attrs.get("encoding-type"), node.attrs.get("encoding-version")
     read = _READERS.get(Kind(*found)) if all(isinstance(word, str) for word in found) else None
-    if found == (None, None) and getattr(node, "shape", ()) and node.dtype.kind in "biuf":  # before anndata 0.8 nothing was said
+    if found == (None, None) and bool(getattr(node, "shape", ())) and node.dtype.kind in "biuf":  # before anndata 0.8 nothing was said
         read = _READERS[ARRAY]
     value = NotImplemented if read is None else read(node)
     if value is NotImplemented:
