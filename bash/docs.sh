@@ -4,7 +4,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./bash/setup.sh
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt --editable '.[docs]'
+if ! cmp -s .venv/.sedd-ready .venv/.sedd-docs-ready; then # once: an installation takes `sedd` away for a moment, from a test that runs beside this
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt --editable '.[docs]'
+  cp .venv/.sedd-ready .venv/.sedd-docs-ready
+fi
 rm -rf docs/_build docs/reference/generated
 .venv/bin/python -m sphinx -b html -W --keep-going -q -j 2 "$@" docs docs/_build/html
 echo "docs: open docs/_build/html/index.html"

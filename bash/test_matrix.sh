@@ -3,7 +3,8 @@
 #   newest      the newest Python of this machine, and what `pip install .[test]` brings today: the default tests
 #   lowest      Python 3.11 and the lowest versions that pyproject.toml declares: the default tests
 #   plain3.12   that Python and what `pip install .` brings: the help, a conversion, an epoch of training
-# ./bash/test_matrix.sh runs them all, two at once, and says which Python is not here; ./bash/test_matrix.sh lowest plain3.11 these.
+# ./bash/test_matrix.sh runs them all, two at once, and says which Python is not here; ./bash/test_matrix.sh lowest plain3.11 these
+# (`plain` stands for all of its kind).
 set -euo pipefail
 set -m # each lane is a group of processes, which ends as one
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -128,7 +129,11 @@ else
 fi
 
 if [ $# -gt 0 ]; then
-  lane "$@"
+  wanted=()
+  for set in "$@"; do
+    if [ "$set" = plain ]; then wanted+=("${plain[@]}"); else wanted+=("$set"); fi
+  done
+  lane "${wanted[@]}"
   exit
 fi
 lane newest &

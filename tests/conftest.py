@@ -96,3 +96,14 @@ def model(tiny_run: Path) -> Pretrained:
 def dense(matrix: object) -> np.ndarray:
     """A matrix of an AnnData as an array."""
     return np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_forests() -> Iterator[None]:
+    """The forests that tell generated cells from real ones took nine tenths of every test that evaluates; what a test asks for itself stays."""
+    from sedd.metrics import generation
+
+    whole = generation.RandomForestClassifier
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "RandomForestClassifier", lambda trees, **settings: whole(trees if trees < 50 else 5, **settings))
+        yield

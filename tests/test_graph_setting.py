@@ -46,7 +46,7 @@ def joint_h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["loglinear", "geometric"])
+@pytest.fixture(scope="module", params=["loglinear", pytest.param("geometric", marks=pytest.mark.slow)])
 def uniform_run(request: pytest.FixtureRequest, joint_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / request.param
     flags = ["--graph", "uniform", "--noise", request.param, "--num_bins", "4", "--dropout", "0", "--batch_size", "64"]
@@ -111,6 +111,7 @@ def test_a_model_of_before_the_setting_is_of_the_absorbing_graph(tiny_run: Path,
     assert "absorbing graph, loglinear noise" in model.describe()
 
 
+@pytest.mark.slow
 def test_geometric_noise_trains_with_the_absorbing_graph_and_draws(joint_h5ad: Path, tmp_path: Path) -> None:
     flags = ["--noise", "geometric", "--binning", "identity", "--num_bins", "4", "--dropout", "0", "--batch_size", "64", "--hidden_dim", "32"]
     flags += ["--num_epochs", "16", "--learning_rate", "5e-4", "--ema_decay", "0.99"]

@@ -64,6 +64,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
 def test_memory_of_an_evaluation_does_not_grow_with_the_counts(tiny_run: Path, tmp_path: Path) -> None:
     few = make_counts()

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
-from conftest import ROOT, TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS, make_counts
 from test_trainer import assert_same_weights, train
 
 from sedd import checkpoint
+from sedd.io.convert import convert
 
 FLAGS = [*TINY_FLAGS, "--num_epochs", "12", "--checkpoint_every", "3"]
 N_KILLS = 20
@@ -35,14 +37,29 @@ def execute(plan: list[dict[str, Any]], folder: Path) -> tuple[list[dict[str, An
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], done.stderr
 
 
+@pytest.fixture(scope="module")
+def layered_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two files, one of them CSC, whose counts are a kept layer: what to train on is another matrix than X."""
+    folder = tmp_path_factory.mktemp("layers")
+    for name, layout in (("one", sp.csc_matrix), ("two", sp.csr_matrix)):
+        adata = make_counts(120, seed=len(name))
+        adata.obs_names = [f"{name}{k}" for k in range(120)]
+        adata.layers["spliced"] = layout(adata.X)
+        adata.X = layout(adata.X.multiply(2))
+        adata.write_h5ad(folder / f"{name}.h5ad")
+    convert([folder / "one.h5ad", folder / "two.h5ad"], folder / "both.zarr", keep_layers=("spliced",), progress=False)
+    return folder / "both.zarr"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_20_random_steps_a_run_ends_with_the_weights_of_an_undisturbed_one(
-    processes: int, tiny_h5ad: Path, tmp_path: Path
+    processes: int, layered_store: Path, tmp_path: Path
 ) -> None:
     def run(directory: str, *flags: str, kill: list[Any] | None = None) -> dict[str, Any]:
-        argv = ["train", "--data_path", str(tiny_h5ad), "--checkpoint_dir", str(tmp_path / directory), *FLAGS, *flags]
+        data = ["--data_path", str(layered_store), "--layer", "spliced"]
+        argv = ["train", *data, "--checkpoint_dir", str(tmp_path / directory), *FLAGS, *flags]
         return {"argv": argv, "processes": processes, "kill": kill}
 
     rng = np.random.default_rng(processes)

@@ -115,6 +115,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
 def test_memory_of_a_conversion_does_not_grow_by_the_table_of_cells(tmp_path: Path) -> None:
     peaks = []
