@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds wheel and sdist into dist/, checks them and the workflows, and tries both in an environment of their own, away from the source tree: a short
-# quick run from the wheel, with the cells that are in it, and tests from the sdist. PYTHON names the interpreter. Further arguments go to pytest.
+# quick run and a notebook from the wheel, with the cells that are in it, and tests from the sdist. PYTHON names the interpreter. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH PIP_CONSTRAINT
@@ -29,6 +29,12 @@ install user --constraint "$constraints" dist/*.whl
   user/bin/sedd quick -o quick --num_epochs 1 --min_steps 0 --hidden_dim 16 --num_layers 1 --num_heads 2
   test -s quick/report.html
 )
+# What a stranger does: the notebook of ten lines, with the wheel and no source tree. Its figures are kept in build/notebook.
+install user --constraint "$constraints" ipykernel nbclient
+cp docs/tutorials/ten-lines.ipynb tools/execute_notebook.py "$folder"
+(cd "$folder" && user/bin/python execute_notebook.py ten-lines.ipynb figures)
+test -s "$folder/figures/figures0.png"
+rm -rf build/notebook && mkdir -p build && cp -r "$folder/figures" build/notebook
 
 tar -xzf dist/*.tar.gz -C "$folder"
 source=$(echo "$folder"/sedd-*)

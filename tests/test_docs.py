@@ -12,6 +12,7 @@ from conftest import ROOT
 from sedd.config import SECTIONS
 
 DOCS = ROOT / "docs"
+PAGES = [page for kind in ("md", "ipynb") for page in sorted(DOCS.glob(f"**/*.{kind}")) if not {"generated", "_build"} & set(page.parts)]
 PUBLIC = ["sedd", "sedd.io", "sedd.io.plan", "sedd.metrics", "sedd.evaluation", "sedd.report", "sedd.pl"]
 
 
@@ -53,7 +54,7 @@ def test_every_group_of_settings_has_a_page() -> None:
     assert {f"sedd.config.{section.__name__}" for section in SECTIONS.values()} <= _names_with_a_page()
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *sorted(DOCS.glob("**/*.md"))], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_links_to_what_is_there(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", page.read_text())
     local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
@@ -65,5 +66,4 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     for page in DOCS.glob("**/*.md"):
         for block in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL):
             listed |= {(page.parent / line).resolve() for line in block.splitlines() if line and not line.startswith(":")}
-    pages = [page for page in DOCS.glob("**/*.md") if "generated" not in page.parts and "_build" not in page.parts]
-    assert not [page.name for page in pages if page.with_suffix("").resolve() not in listed and page.name != "index.md"]
+    assert not [page.name for page in PAGES if page.with_suffix("").resolve() not in listed and page.name != "index.md"]

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom and shows what it says."""
+"""The notebooks: short or long, they run from top to bottom and show what they say."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ def test_the_notebook_is_committed_without_outputs() -> None:
     text = "".join(line for cell in notebook["cells"] for line in cell["source"])
     for task in ("SEDDTrainer", "evaluate(", "impute(", "denoise(", "generate(", "embed("):
         assert task in text
+
+
+def test_the_notebook_of_ten_lines_has_ten_lines_that_train_annotate_and_plot() -> None:
+    cells = json.loads((ROOT / "docs" / "tutorials" / "ten-lines.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    lines = "".join("".join([*cell["source"], "\n"]) for cell in code).splitlines()
+    assert len(lines) == 10
+    for call in ("shipped(", "sedd.train(", "sedd.annotate(", "sedd.pl."):
+        assert call in "".join(lines)
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    compile("\n".join(lines), "ten-lines.ipynb", "exec")
 
 
 @pytest.mark.slow

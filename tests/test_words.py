@@ -15,7 +15,7 @@ PROSE = [
     *(page for page in sorted((ROOT / "docs").glob("**/*.md")) if not {"_build", "generated"} & set(page.parts)),
     *sorted((ROOT / "data").glob("*.md")),
 ]
-PAGES = [*PROSE, *sorted((ROOT / "nbs").glob("*.ipynb"))]
+PAGES = [*PROSE, *sorted((ROOT / "nbs").glob("*.ipynb")), *sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))]
 PHRASES = re.compile(r"\btold\b|\bthe road\b|\bbegun\b|\bgone on with\b|\bgo(es)? on with\b|\bsays? of\b|\bas it is\b", re.IGNORECASE)
 
 
