@@ -33,7 +33,7 @@ install user --constraint "$constraints" dist/*.whl
 install user --constraint "$constraints" ipykernel nbclient
 cp docs/tutorials/ten-lines.ipynb tools/execute_notebook.py "$folder"
 (cd "$folder" && user/bin/python execute_notebook.py ten-lines.ipynb figures)
-test -s "$folder/figures/figures0.png"
+test -s "$folder/figures/figure1.png"
 rm -rf build/notebook && mkdir -p build && cp -r "$folder/figures" build/notebook
 
 tar -xzf dist/*.tar.gz -C "$folder"

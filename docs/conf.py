@@ -29,6 +29,7 @@ extensions = [
 exclude_patterns = ["_build", "README.md"]
 templates_path = ["_templates"]
 nitpicky = True
+smartquotes = False  # they make one dash of the two of an option
 default_role = "literal"  # single backticks in docstrings are code, as in Markdown
 
 # Pages are Markdown, tutorials are notebooks in Markdown, executed anew by every build; an error in one ends the build.
@@ -55,6 +56,7 @@ html_theme = "sphinx_book_theme"
 html_title = "sedd"
 html_static_path = ["_static"]
 html_css_files = ["sedd.css"]
+html_js_files = ["sedd.js"]
 html_copy_source = False
 html_show_copyright = False
 html_show_sourcelink = False

@@ -59,29 +59,34 @@ def keywords_of(*groups: type, without: tuple[str, ...] = ()) -> Callable[[Funct
     def decorate(function: Function) -> Function:
         own = inspect.signature(function)
         parameters = [p for p in own.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
-        lines = []
-        for group in groups:
-            meanings = meanings_of(group)
-            for one in (one for one in dataclasses.fields(group) if one.name not in without):
-                parameters.append(
-                    inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
-                )
-                if one.name in meanings:
-                    lines += [one.name, *textwrap.wrap(meanings[one.name], 120, initial_indent="    ", subsequent_indent="    ")]
+        for one in (one for group in groups for one in dataclasses.fields(group) if one.name not in without):
+            parameters.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type))
         function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        if function.__doc__ is not None:  # there is none under python -OO
-            options = next(p.name for p in own.parameters.values() if p.kind == inspect.Parameter.VAR_KEYWORD)
-            listed = "\n".join(lines)
-            function.__doc__ = re.sub(
-                rf"^(layer, raw, )?\*\*{options}\b.*\n(    .*\n)*",
-                lambda said: f"{said[0]}{listed}\n",
-                inspect.cleandoc(function.__doc__),  # as Python 3.13 has it
-                count=1,
-                flags=re.MULTILINE,
-            )
+        function.__doc__ = with_meanings(function.__doc__, *groups, without=without)
         return function
 
     return decorate
+
+
+def with_meanings(doc: str | None, *groups: type, without: tuple[str, ...] = ()) -> str | None:
+    """Return a docstring that says below its `**options` what each field of the dataclasses means; there is none under python -OO."""
+    if doc is None:
+        return None
+    lines = []
+    for group in groups:
+        meanings = meanings_of(group)
+        for name in (field.name for field in dataclasses.fields(group) if field.name in meanings and field.name not in without):
+            lines += [name, *textwrap.wrap(meanings[name], 120, initial_indent="    ", subsequent_indent="    ")]
+        if not meanings:  # it says what they mean in one place
+            lines += inspect.cleandoc(group.__doc__ or "").partition("Attributes\n----------\n")[2].splitlines()
+    listed = "\n".join(lines)
+    return re.sub(
+        r"^(layer, raw, )?\*\*\w+.*\n(    .*\n)*",
+        lambda said: f"{said[0]}{listed}\n",
+        inspect.cleandoc(doc),  # as Python 3.13 has it
+        count=1,
+        flags=re.MULTILINE,
+    )
 
 
 def meanings_of(group: type) -> dict[str, str]:

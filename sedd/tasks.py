@@ -114,6 +114,10 @@ def impute(
     ------
     UserError
         On bad input.
+
+    Examples
+    --------
+    >>> imputed = sedd.impute(model, adata, predict=["FOXP3", "IL2RA"])  # doctest: +SKIP
     """
     arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
@@ -126,9 +130,7 @@ def impute(
     chosen = _gene_mask(model, arguments["predict"])
     count = round(hide * len(chosen))
     if hide and not count:
-        raise UserError(
-            f"--hide is {hide:g}, which is none of the model's {len(chosen)} genes; expected at least {1 / len(chosen):.1g}."
-        )
+        raise UserError(f"--hide is {hide:g}, which is none of the model's {len(chosen)} genes; expected at least {1 / len(chosen):.1g}.")
     zeros = not chosen.any() and not count
 
     def predict_batch(here: TaskBatch) -> dict[str, np.ndarray]:
@@ -201,8 +203,8 @@ def denoise(
         Also give the posterior predictive mean of `log1p(CP10k)`: what to expect of the same cells if they were measured once more. An
         own count has its full say in it, unless `own_counts` is "none".
     as_if
-        Labels of condition columns, such as {"batch": "b1"}: every count as it would be expected had the cell that label and were all else
-        that is seen of it as it is. "average" in place of a label averages over all labels of the column. An entry's own count was
+        Labels of condition columns, such as {"batch": "b1"}: what each count would be if the cell had that label and everything else
+        that is seen of it were the same. "average" in place of a label averages over all labels of the column. An entry's own count was
         measured under the label that the cell has, so it has then no say in it.
     num_samples
         Also draw every entry this many times, the parts of a partition jointly; mean and spread of the draws are reported.
@@ -214,6 +216,15 @@ def denoise(
     denoised : AnnData, cells x panel
         `X` float32: expected counts. `layers["counts"]`: the input. `layers["sedd_std"]`: standard deviation of the rate, or
         by the other genes alone that of the count. `layers["sedd_log1p"]` if asked for. With samples (by the other genes), `layers["sedd_mean"]` and `["sedd_std"]` are those of the draws. With `output`, as in `impute`.
+
+    Raises
+    ------
+    UserError
+        On bad input.
+
+    Examples
+    --------
+    >>> denoised = sedd.denoise(model, adata, as_if={"batch": "b1"})  # doctest: +SKIP
     """
     arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)
@@ -304,6 +315,10 @@ def generate(
     ------
     UserError
         If a label or column is not known to the model, or a number is out of range.
+
+    Examples
+    --------
+    >>> made = sedd.generate(model, 500, where={"cell_type": "B cell"})  # doctest: +SKIP
     """
     arguments = dict(locals())
     check_output(output, overwrite=overwrite, resume=resume)
@@ -394,6 +409,15 @@ def embed(
     -------
     embedded : AnnData
         The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var, obsm and uns alone.
+
+    Raises
+    ------
+    UserError
+        On bad input.
+
+    Examples
+    --------
+    >>> adata = sedd.embed(model, adata, without=["batch"])  # doctest: +SKIP
     """
     arguments = all_arguments(locals())
     check_output(output, overwrite=overwrite, resume=resume, data=data)

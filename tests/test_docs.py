@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
+import sedd
 from sedd.config import SECTIONS
 
 DOCS = ROOT / "docs"
@@ -50,6 +54,21 @@ def test_every_public_name_says_what_it_is() -> None:
     assert not bare
 
 
+FUNCTIONS = [getattr(sedd, name) for name in sedd.__all__ if inspect.isfunction(getattr(sedd, name))]
+OF_A_MODEL = [sedd.Pretrained.load, sedd.Pretrained.save_pretrained, sedd.Pretrained.push_to_hub]
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, *OF_A_MODEL, sedd.pl.report, sedd.CellLoader], ids=lambda function: function.__qualname__)
+def test_the_help_of_a_function_says_what_goes_in_what_comes_out_what_is_refused_and_how_it_is_called(function: Callable[..., Any]) -> None:
+    doc = inspect.getdoc(function) or ""
+    heads = re.findall(r"^(\w+)\n-+$", doc, re.MULTILINE)
+    assert heads == (["Parameters", "Attributes"] if inspect.isclass(function) else ["Parameters", "Returns", "Raises", "Examples"])
+    entries = re.findall(r"^([\w*][\w*, ]*?)(?: : .*)?\n? {4,}|^([\w, ]+?) : ", doc[doc.index("Parameters\n---") :], re.MULTILINE)
+    said = set(re.findall(r"\w+", " ".join(map("".join, entries))))
+    assert inspect.signature(function).parameters.keys() - {"self"} <= said
+    assert "sedd.tasks." not in doc
+
+
 def test_every_group_of_settings_has_a_page() -> None:
     assert {f"sedd.config.{section.__name__}" for section in SECTIONS.values()} <= _names_with_a_page()
 
@@ -59,6 +78,11 @@ def test_a_page_links_to_what_is_there(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", page.read_text())
     local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
     assert not [link for link in local if not (page.parent / link).exists()]
+
+
+def test_the_readme_says_no_command_that_cannot_be_run_as_it_stands() -> None:
+    commands = "".join(re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL))
+    assert "bash/train_quick.sh" in commands and not re.findall(r"[A-Z]+_OF_|<[a-z ]+>|example\.(?:org|com)", commands)
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:

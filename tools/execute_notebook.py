@@ -25,10 +25,11 @@ def main() -> None:
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(words.notebook.resolve().parent)}}).execute()
     words.figures.mkdir(parents=True, exist_ok=True)
     for cell in notebook.cells:
-        for number, output in enumerate(cell.get("outputs", [])):
+        for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
-                (words.figures / f"{cell.id}{number}.png").write_bytes(base64.b64decode(data["image/png"]))
+                number = len(list(words.figures.glob("*.png"))) + 1
+                (words.figures / f"figure{number}.png").write_bytes(base64.b64decode(data["image/png"]))
             elif output.get("name") != "stderr":
                 print(output.get("text") or data.get("text/plain", ""))
     print(f"{len(list(words.figures.glob('*.png')))} figures: {words.figures}")

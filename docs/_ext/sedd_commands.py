@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from typing import Any, Literal
@@ -33,7 +34,7 @@ def command_page(name: str) -> list[str]:
     """Return one command as lines of Markdown."""
     command = CLASSES[name]
     groups = list(SECTIONS.values()) if name == "train" else [command]
-    lines = [f"### sedd {name}", "", (command.__doc__ or "").strip(), ""]
+    lines = [f"### sedd {name}", "", inspect.cleandoc(command.__doc__ or ""), ""]
     for group in groups:
         hints, meanings = typing.get_type_hints(group, include_extras=True), meanings_of(group)
         if name == "train":

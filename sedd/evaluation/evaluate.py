@@ -103,7 +103,7 @@ def evaluate(
     cells : {"val", "all"}, optional
         Which cells to evaluate; "val" for the data of the training run, else "all".
     layer, raw, **reading
-        As in `sedd.tasks.impute`.
+        As in `sedd.impute`.
     imputed
         What `impute(..., hide=...)` made of the same cells; made here if not given.
     generated
@@ -122,12 +122,23 @@ def evaluate(
     umap
         Draw a UMAP as well, where `umap-learn` is installed.
     num_steps, batch_size, seed, progress
-        As in `sedd.tasks.generate`.
+        As in `sedd.generate`.
+
+    Returns
+    -------
+    found : Evaluation
+        `metrics`, a nested dict that `sedd.metrics.metrics_table` makes a table of; `steps`, a row per number of steps; `notes`, sentences
+        that a reader should know; `report`, the path of the page, if `output` was given. `sedd.pl.report(found)` draws its figures.
 
     Raises
     ------
     UserError
         On bad input, before anything is written.
+
+    Examples
+    --------
+    >>> found = sedd.evaluate(model, adata, output="report")  # doctest: +SKIP
+    >>> print(sedd.metrics.metrics_table(found.metrics))  # doctest: +SKIP
     """
     grouped(reading, ReadingSettings)  # refuses what is no setting
     if any(number < 1 for number in steps):

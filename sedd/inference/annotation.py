@@ -71,6 +71,12 @@ def annotate(
     ------
     UserError
         If the model was trained without labels, or nothing is left to predict, and on bad input.
+
+    Examples
+    --------
+    >>> model = sedd.train(reference, condition="cell_type")  # doctest: +SKIP
+    >>> adata = sedd.annotate(model, adata)  # doctest: +SKIP
+    >>> adata.obs[["sedd_cell_type", "sedd_cell_type_probability"]]  # doctest: +SKIP
     """
     arguments = all_arguments(locals())
     given = arguments["given"]

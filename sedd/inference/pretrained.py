@@ -96,10 +96,18 @@ class Pretrained:
         device
             Where to put the model; this process's GPU if there is one.
 
+        Returns
+        -------
+        model : Pretrained
+
         Raises
         ------
         UserError
             If there is no checkpoint, or it is damaged.
+
+        Examples
+        --------
+        >>> model = sedd.Pretrained.load("my_model")  # doctest: +SKIP
         """
         if isinstance(path, Pretrained):
             return path
@@ -122,10 +130,18 @@ class Pretrained:
         overwrite
             Replace an exported model that is there.
 
+        Returns
+        -------
+        directory
+
         Raises
         ------
         UserError
             If the directory exists and is not to be replaced, or if genes were added to the model.
+
+        Examples
+        --------
+        >>> model.save_pretrained("my_model")  # doctest: +SKIP
         """
         if list(self.genes) != list(self.state["genes"]):
             raise UserError(f"{self.path}: genes were added to this model; export it as it was trained and add them after loading.")

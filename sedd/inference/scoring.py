@@ -81,6 +81,11 @@ def score(
     ------
     UserError
         If there are no cells to compare with, or the model was never without what it would have to do without; and on bad input.
+
+    Examples
+    --------
+    >>> adata = sedd.score(model, adata)  # doctest: +SKIP
+    >>> strange = adata[adata.obs["sedd_surprise"] > 0.99]  # doctest: +SKIP
     """
     arguments = all_arguments(locals())
     given = arguments["given"]

@@ -62,6 +62,10 @@ def convert(
     ------
     UserError
         For bad input, in one line; nothing is left behind.
+
+    Examples
+    --------
+    >>> store = sedd.convert(["lung.h5ad", "liver.h5ad"], "both.zarr", keys=["lung", "liver"], shuffle=True)  # doctest: +SKIP
     """
     from sedd.io.conversion.job import Job
 

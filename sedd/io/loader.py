@@ -25,7 +25,7 @@ from sedd.io.plan import FULL_SHUFFLE_BYTES, EpochOrder, RankSteps, Split
 from sedd.io.store import CellStore
 from sedd.kernels.mask import masked_count
 from sedd.kernels.tokens import RowFiller
-from sedd.options import grouped, keywords_of
+from sedd.options import grouped, keywords_of, with_meanings
 
 _GROUPS = (Selection, Contents, Order, Running)
 
@@ -42,8 +42,7 @@ class CellLoader:
     batch_size : int
         Cells per batch and rank.
     **options
-        Fields of `Selection` (which cells), `Contents` (what a batch holds), `Order` (in what order) and `Running` (how it
-        runs), all in `sedd.io.loading.options`, where each is described: `split`, `genes`, `labels`, `seed`, `threads`, ...
+        Which cells, what a batch holds, in what order, and how it runs:
 
     Attributes
     ----------
@@ -273,3 +272,6 @@ class CellLoader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pipeline": None, "_client": None}
+
+
+CellLoader.__doc__ = with_meanings(CellLoader.__doc__, *_GROUPS)

@@ -21,6 +21,7 @@ class Selection:
     Attributes
     ----------
     split : {"train", "val", "all"}, Split, or array of cell numbers
+        The part that is read; "train" leaves out the cells held out for validation.
     val_fraction, split_seed
         Describe the split when it is given by name.
     limit_cells : int, optional
@@ -49,11 +50,11 @@ class Contents:
     ----------
     genes : list of str, optional
         The panel, in this order; all genes by default.
-    binning : Binning or str
+    binning, n_bins : Binning or str, int
         A string is fitted to the training cells with `n_bins` bins.
     labels : list of str
         Columns of `obs` to deliver as codes.
-    mask : {"score_entropy", "masked"} or None
+    mask, mask_ratio : {"score_entropy", "masked"} or None, float
         Hide each gene with the mask probability of the cell's time, or exactly `round(mask_ratio * n_vars)` of them.
     noise : callable, optional
         Mask probability at time t; log-linear with eps 1e-3 by default.
