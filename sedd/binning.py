@@ -266,7 +266,7 @@ class Binning:
 
 def _check_largest(value: float) -> None:
     if value > LARGEST:
-        raise UserError(f"a value is {value:.0f}; counts up to {LARGEST} can be read")
+        raise UserError(f"a value is {value:.0f}; expected counts up to {LARGEST}. Correct or remove it.")
 
 
 def smoothed_log_shares(mass: np.ndarray, falloff: np.ndarray, pseudocount: float = 2.0) -> np.ndarray:

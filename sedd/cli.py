@@ -96,7 +96,8 @@ def _run(name: str, rest: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (OSError, FloatingPointError, MemoryError) as error:
-            print(f"sedd {name}: error: {without_secrets(str(error)) or type(error).__name__}", file=sys.stderr)
+            said, notes = without_secrets(str(error)) or type(error).__name__, getattr(error, "__notes__", ())  # such as what is kept for --resume
+            print(f"sedd {name}: error: {' '.join([f'{said}.' if notes else said, *notes])}", file=sys.stderr)
             return 1
 
 

@@ -102,6 +102,7 @@ def for_each_batch(
             chosen.report_rounded()
             source.check_unchanged()
             if beside is None:
+                chosen.report_inexact()
                 return assemble(output, {**tables, "uns": {**tables["uns"], "sedd": done}}, parts)
             which = None if cells == "all" else chosen.indices
             return attach(output, data, source, which, parts, done, lambda made: beside(made, chosen))

@@ -21,8 +21,11 @@ from sedd.io.conversion.genes import name_hint
 from sedd.io.files import obs_digest
 from sedd.io.format.plain import made_unique
 from sedd.io.input.base import own_layer
+from sedd.kernels.count_law_draws import LARGEST
 
 WINDOW = 2048  # cells that are read together: a store has many in a chunk
+_EXACT = 1 << 24
+"""Up to it float32 has all whole numbers."""
 MIN_OVERLAP = 0.25  # below this share of the panel it is more often other names than other genes; docs/missing-genes.md has what is lost
 
 
@@ -43,6 +46,8 @@ class Cells:
         Whether values may be other than whole numbers.
     rounding
         Whether fractions are rounded to whole numbers.
+    largest
+        The largest value that the model has a token for.
 
     Raises
     ------
@@ -60,6 +65,7 @@ class Cells:
         cells: np.ndarray | None = None,
         real: bool = False,
         rounding: bool = False,
+        largest: float = np.inf,
     ) -> None:
         self.source = source = as_source(data)
         self.name = source.name
@@ -67,7 +73,8 @@ class Cells:
         self.indices = np.arange(len(source.obs)) if cells is None else np.asarray(cells, np.int64)
         if len(self.indices) == 0:
             raise UserError(f"{self.name}: holds no cells; expected at least one.")
-        self._real, self._rounding, self._rounded = real, rounding, 0
+        self._real, self._rounding, self._rounded, self._largest = real, rounding, 0, largest
+        self._inexact: str | None = None
         self._window: tuple[int, Any] = (0, None)
         self.obs: pd.DataFrame = rows_of(source.obs, self.indices)
         table = source.var(raw)
@@ -121,7 +128,7 @@ class Cells:
         found = [self._read(a, b) for a, b in itertools.pairwise(edges)]
         block = found[0] if len(found) == 1 else sp.vstack(found, format="csr")
         self._check(block, lo)
-        values = (block.data if self._real else np.rint(block.data)).astype(np.float32)
+        values = self._narrowed(block, lo)
         dense = sp.csr_matrix((values, block.indices, block.indptr), shape=block.shape).toarray()
         if len(self._columns) == len(self.missing):
             return dense
@@ -147,10 +154,14 @@ class Cells:
                 self._rounded += int(fractions.sum())
             else:
                 wrong, kind = fractions, "not a whole number"
+            if not wrong.any():
+                given = values.astype(np.float32).astype(np.float64)  # as the model is
+                wrong, kind = given > self._largest, "too large"
         if wrong.any():
             first = int(wrong.argmax())
-            cell = int(np.searchsorted(block.indptr, first, side="right")) - 1
-            gene = self.var.index[~self.missing][block.indices[first]]
+            place = self._place_in(block, first, lo)
+            if kind == "too large":
+                raise UserError(f"{self.name}: a value is {values[first]:.0f} at {place}; expected counts up to {self._largest:.0f}. Correct or remove it.")
             ways = self.source.ways_out(self._place, counts=not self._real)
             if ways:
                 way_out = f"Pass where they are: {ways}"
@@ -160,8 +171,32 @@ class Cells:
                 way_out = "There is no other matrix in it"
             rounds = f"; {FRACTIONS}: --round rounds them" if kind == "not a whole number" and looks_like(block.toarray()) == FRACTIONS else ""
             raise UserError(
-                f"{self.name}: a value is {kind} ({values[first]:g} at cell {self.indices[lo + cell]}, gene {gene!r}); "
+                f"{self.name}: a value is {kind} ({values[first]:g} at {place}); "
                 f"the model was trained on {'values of 0 or more' if self._real else 'counts'}. {way_out}{rounds}."
+            )
+
+    def _narrowed(self, block: sp.csr_matrix, lo: int) -> np.ndarray:
+        """Return the values of some cells in float32; the first count that it does not hold is noted."""
+        if self._real:
+            return np.asarray(block.data, np.float32)
+        wide = np.rint(block.data)
+        values: np.ndarray = wide.astype(np.float32)
+        if self._inexact is None and wide.max(initial=0) > _EXACT and (other := values != wide).any():
+            k = int(other.argmax())
+            self._inexact = f"{wide[k]:.0f} at {self._place_in(block, k, lo)} is {values[k]:.0f} there"
+        return values
+
+    def _place_in(self, block: sp.csr_matrix, k: int, lo: int) -> str:
+        """Name cell and gene of entry `k` of some cells, for messages."""
+        cell = int(np.searchsorted(block.indptr, k, side="right")) - 1
+        return f"cell {self.indices[lo + cell]}, gene {self.var.index[~self.missing][block.indices[k]]!r}"
+
+    def report_inexact(self) -> None:
+        """Say which count of those read so far a result cannot hold."""
+        if self._inexact is not None:
+            warn_user(
+                f"{self.name}: has counts above {_EXACT}, which results hold in single precision, rounded to a relative 6e-8 (first: "
+                f"{self._inexact}). The data have them as they are."
             )
 
     def report_rounded(self) -> None:
@@ -270,7 +305,8 @@ def open_cells(
     layer, raw = place_of_counts(model, source, layer, raw)
     chosen = cells_of_split(source, part, model.state)
     rounding = rounding or model.config.data.round
-    return Cells(source, model.genes, layer=layer, raw=raw, cells=chosen, real=real, rounding=rounding)
+    largest = LARGEST if model.binning.kind == "counts" else np.inf
+    return Cells(source, model.genes, layer=layer, raw=raw, cells=chosen, real=real, rounding=rounding, largest=largest)
 
 
 def place_of_counts(model: Pretrained, source: Source, layer: str | None, raw: bool) -> tuple[str | None, bool]:

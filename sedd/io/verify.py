@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sedd.errors import UserError, without_secrets
-from sedd.io.conversion.counts import clean_rows
+from sedd.io.conversion.counts import LargeSumError, clean_rows
 from sedd.io.conversion.genes import match_inputs
 from sedd.io.conversion.runner import TaskRunner
 from sedd.io.format.reader import ChunkReader
@@ -163,7 +163,10 @@ def _input_hashes(matrix: Matrix, genes: np.ndarray | None, store: CellStore, ru
         else:
             indptr, indices, raw = matrix.read_rows(lo, hi)
         values = raw.astype(np.float32) if not store.is_counts else np.rint(raw.astype(np.float64)).astype(np.uint32)
-        indptr, indices, values, _ = clean_rows(indptr, indices, values, store.n_vars, genes)
+        try:
+            indptr, indices, values, _ = clean_rows(indptr, indices, values, store.n_vars, genes)
+        except LargeSumError as error:
+            raise UserError(f"{matrix.path}: entries of one cell and gene add up to {error.value}, which no store holds, so {store.path} has another value there.") from error
         return cell_hashes(indptr, indices, values)
 
     spans = matrix.spans(BLOCK)

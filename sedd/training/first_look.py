@@ -13,13 +13,14 @@ from sedd.io.remote import is_remote
 
 
 def check_inputs(config: TrainConfig) -> None:
-    """Refuse inputs that are too few cells, or one without a label that is asked for.
+    """Refuse inputs that are too few cells, or one without a label that is asked for, and names that no checkpoint can keep.
 
     Raises
     ------
     UserError
         If they are, or one cannot be read.
     """
+    _check_text(config)
     data = config.data
     if is_store(data.paths[0]) or any(map(is_remote, data.paths)):  # over a network a look costs more than it saves
         return
@@ -33,6 +34,15 @@ def check_inputs(config: TrainConfig) -> None:
         split_of_cells(config, n_obs)
     for column in config.model.condition if len(data.paths) == 1 else ():  # a join adds columns of its own
         check_column(column, columns)
+
+
+def _check_text(config: TrainConfig) -> None:
+    """Refuse names of files with bytes that are no UTF-8: a checkpoint, which holds all settings, could not be written."""
+    for name, value in config.to_flat().items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and not text.isprintable() and text.encode("utf-8", "replace").decode() != text:
+                shown = text.encode("utf-8", "backslashreplace").decode()
+                raise UserError(f"--{name} {shown}: has bytes that are not UTF-8, as names in a checkpoint are; rename it, or make a link to it with another name.")
 
 
 def check_column(column: str, columns: Iterable[str]) -> None:

@@ -28,6 +28,7 @@ from sedd.io.loading.batch import Batch
 from sedd.io.loading.selection import encode_label, label_text
 from sedd.io.plan import CellList, Split
 from sedd.io.store import CellStore
+from sedd.kernels.count_law_draws import LARGEST
 from sedd.model import SEDDTransformer
 from sedd.nn.gene_vectors import read_gene_vectors
 from sedd.options import recorded_path
@@ -168,6 +169,9 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
         store = _as_trained_on(store, resumed, data.named)
     if resumed is not None:
         return _resumed_panel(config, resumed, store)
+    if store.is_counts and data.binning in ("auto", "counts") and store.max_value > LARGEST:
+        gene = str(store.var_names[int(np.argmax(store.gene_stats()["max"]))])
+        raise UserError(f"{data.named}: gene {gene!r} has a count of {int(store.max_value)}; expected counts up to {LARGEST}. Correct or remove it.")
     train, val = split_of_cells(config, store.n_obs, shuffled=bool(store.uns_sedd["settings"]["shuffle"]) and not store.grown)
     hist = _count(store, train, val)
     genes = _choose_genes(data, store, hist, train.n_cells)

@@ -79,9 +79,9 @@ def test_a_count_is_its_own_token_however_large() -> None:
         assert binning.dtype_of(top) == binning.tokens(np.array([top])).dtype == dtype
         assert binning.tokens(np.array([top]))[0] == top
     for dtype in (np.float32, np.float64, np.uint32, np.int64):
-        with pytest.raises(ValueError, match="a value is 2147483648; counts up to 2147483646 can be read"):
+        with pytest.raises(ValueError, match="a value is 2147483648; expected counts up to 2147483646"):
             binning.tokens(np.array([1, 2**31], dtype))
-    with pytest.raises(ValueError, match="counts up to 2147483646 can be read"):
+    with pytest.raises(ValueError, match="expected counts up to 2147483646"):
         binning.dtype_of(2**31)  # of a store whose largest count that is
 
 

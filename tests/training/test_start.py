@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from conftest import TINY_FLAGS
 
 from sedd.checkpoint import split_of
+from sedd.cli import main
 from sedd.config import DataConfig, ModelConfig, TrainConfig
 from sedd.errors import UserError
 from sedd.io.convert import convert
@@ -105,3 +109,11 @@ def test_a_remote_file_is_trained_on_through_a_store_in_the_cache_and_else_refus
     panel = prepare_panel(config(url, cache_dir=str(tmp_path / "cache")), None)
     assert panel.store.n_obs == N_OBS
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_trained(tiny_h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / os.fsdecode(b"caf\xe9.h5ad")
+    shutil.copyfile(tiny_h5ad, data)
+    assert main(["train", "--data_path", str(data), "--checkpoint_dir", str(tmp_path / "run"), *TINY_FLAGS]) == 2
+    said = capsys.readouterr().err
+    assert "caf\\udce9.h5ad: has bytes that are not UTF-8" in said and "rename it" in said

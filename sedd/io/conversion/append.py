@@ -179,6 +179,10 @@ class Append:
                 raise KeyboardInterrupt(f"interrupted; resume with --append --resume, or delete {self.folder}") from None
             except OSError as error:
                 raise self._unfinished(error) from error
+            except Exception as error:
+                if os.path.exists(f"{self.folder}/append.json"):
+                    error.add_note(f"{self.shown} is as it was. What is done so far is in {self.folder}: resume with --append --resume, or delete that.")
+                raise
 
     def _unfinished(self, reason: OSError) -> UnfinishedError:
         return UnfinishedError(

@@ -161,6 +161,14 @@ def _fill_nonzero(block, indices, values):  # type: ignore[no-untyped-def]
                 k += 1
 
 
+class LargeSumError(Exception):
+    """Entries of one cell and gene, whose sum is no count that a store holds."""
+
+    def __init__(self, row: int, gene: int, value: int) -> None:
+        super().__init__(row, gene, value)
+        self.row, self.gene, self.value = row, gene, value
+
+
 def clean_rows(
     indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_vars: int, genes: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -178,6 +186,11 @@ def clean_rows(
     indices : (nnz,) of `index_dtype(n_vars)`
     values : (nnz,) uint32, or float32
     n_summed : how many entries were added to another of the same cell and gene
+
+    Raises
+    ------
+    LargeSumError
+        At the first sum of counts that is larger than uint32 holds.
     """
     if genes is None:
         genes = np.arange(n_vars, dtype=np.int32)
@@ -187,13 +200,16 @@ def clean_rows(
     out_indptr = np.zeros_like(indptr)
     out_indices = np.empty(indices.size, index_dtype(n_vars))
     out_values = np.empty(indices.size, np.float32 if real else np.uint32)
-    n_summed = _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_indices, out_values)
+    limit = np.inf if real else float(np.iinfo(np.uint32).max)
+    n_summed, row, gene = _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_indices, out_values, limit)
+    if row >= 0:
+        raise LargeSumError(int(row), int(gene), int(scratch[gene]))
     n = int(out_indptr[-1])
     return out_indptr, out_indices[:n], out_values[:n], int(n_summed)
 
 
 @njit(cache=True, nogil=True)
-def _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_indices, out_values):  # type: ignore[no-untyped-def]
+def _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_indices, out_values, limit):  # type: ignore[no-untyped-def]
     n = 0
     n_summed = 0
     for row in range(indptr.size - 1):
@@ -208,6 +224,8 @@ def _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_i
             low, high = min(low, gene), max(high, gene)
         for gene in range(low, high + 1):
             if seen[gene]:
+                if scratch[gene] > limit:
+                    return n_summed, row, gene
                 if scratch[gene] != 0:
                     out_indices[n] = gene
                     out_values[n] = scratch[gene]
@@ -215,7 +233,7 @@ def _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_i
                 seen[gene] = 0
                 scratch[gene] = 0
         out_indptr[row + 1] = n
-    return n_summed
+    return n_summed, -1, -1
 
 
 def deal_columns(

@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sedd.errors import NegativeValuesError, NotCountsError
+from sedd.errors import NegativeValuesError, NotCountsError, UserError
 from sedd.io.conversion.counts import to_counts
 from sedd.io.input.base import Input
 from sedd.io.input.matrix import Matrix
 
 SAMPLE = 1 << 16
 """Values looked at to tell counts from the rest."""
+
+LARGEST = int(np.iinfo(np.uint32).max)
+"""The largest count that a store holds."""
 
 WHOLE_AMONG_COUNTS = 0.1
 """Share of whole numbers from which values look like counts of which some are fractions; normalised ones are hardly ever whole."""
@@ -43,11 +46,19 @@ def explain(
     if not np.isfinite(value):
         what = "NaN" if np.isnan(value) else "infinite"
         return f"{head} {what} values ({first}). Drop or replace them, for instance with np.nan_to_num."
-    if value > np.iinfo(np.uint32).max:
-        return f"{head} values too large for counts ({first}; the limit is {np.iinfo(np.uint32).max})."
+    if value > LARGEST:
+        return f"{head} values too large for counts ({first}; the limit is {LARGEST})."
     look = looks_like(values)
     kind = "negative" if value < 0 else "non-integer"
     return f"{head} {kind} values ({first}); {look}. {way_out(file, matrix, look)}"
+
+
+def sum_too_large(file: Input, matrix: Matrix, value: int, cell: int, gene: int) -> UserError:
+    """Return the error for entries of one cell and gene that are counts, and whose sum is none."""
+    return UserError(
+        f"{file.path}: {matrix.name} has several entries of cell {cell} ({file.name('obs', cell)}) and gene {file.gene_name(matrix, gene)}, "
+        f"which add up to {value}, too large for a count (the limit is {LARGEST}). Correct or remove them."
+    )
 
 
 SCALED = "it looks scaled (z-scores)"

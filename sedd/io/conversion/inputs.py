@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -101,12 +102,17 @@ class Source(NamedTuple):
     places: np.ndarray | None
 
 
+_OPEN: dict[str, weakref.WeakSet[Input]] = {}
+"""Inputs that are open, by the folder of their conversion."""
+
+
 @lru_cache(maxsize=64)
 def open_source(plan: Plan, number: int) -> Source:
     """Open input `number`, once for all tasks of this process."""
     keep_freed_memory()
     path, layer, raw = plan.sources[number]
     file = opened_as(path, plan.settings)
+    _OPEN.setdefault(plan.folder, weakref.WeakSet()).add(file)
     matrix = file.matrix(layer, raw)
     genes, places = f"{plan.folder}/genes-{number}.npy", f"{plan.folder}/places.npy"
     own = slice(plan.offsets[number], plan.offsets[number] + matrix.shape[0])
@@ -118,10 +124,15 @@ def open_source(plan: Plan, number: int) -> Source:
     )
 
 
-def close_inputs() -> None:
-    """Let go of the plans and inputs that `load_plan` and `open_source` hold."""
+def close_inputs(folder: str) -> None:
+    """Let go of the plans and inputs that `load_plan` and `open_source` hold, and close those of the conversion in `folder`.
+
+    Else the traceback of an error would hold them open, and their owner could not write them anew.
+    """
     _load_plan.cache_clear()
     open_source.cache_clear()
+    for file in _OPEN.pop(folder, ()):
+        file.close()
     close_matrices()
 
 

@@ -57,6 +57,7 @@ class Job:
         )  # fmt: skip
         self._news: list[str] = []
         self._genes_are_said = False
+        self._how = "with --resume"
 
     def made(self, store: CellStore) -> bool:
         """Whether `store` is what this conversion would make."""
@@ -83,6 +84,7 @@ class Job:
         overwrite : replace a store or an unfinished conversion
         wait : wait for another writer of the same output, and use its result if it is the same
         """
+        self._how = "by the same command" if wait else "with --resume"
         parent = os.path.dirname(os.path.abspath(self.output))
         if not os.path.isdir(parent):
             raise UserError(f"{parent}: there is no such directory to write {os.path.basename(self.output)} in.")
@@ -103,9 +105,13 @@ class Job:
                 self._clear()
                 raise
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"interrupted; resume with --resume, or delete {self.folder}") from None
+                raise KeyboardInterrupt(f"interrupted; resume {self._how}, or delete {self.folder}") from None
             except OSError as error:
                 raise self._unfinished(error) from error
+            except Exception as error:  # memory that is too small, or a mistake of ours or of a library's
+                if os.path.exists(f"{self.folder}/plan.json"):
+                    error.add_note(f"What is done so far is in {self.folder}: resume {self._how}, or delete it.")
+                raise
             finally:
                 self._close()
                 self.runner.close()
@@ -113,7 +119,7 @@ class Job:
     def _unfinished(self, reason: OSError) -> UnfinishedError:
         return UnfinishedError(
             f"{self.output}: cannot be written ({reason.strerror or reason}). What is done so far is in "
-            f"{self.folder}: make room and resume with --resume, or delete it.",
+            f"{self.folder}: make room and resume {self._how}, or delete it.",
             reason,
         )
 
@@ -128,7 +134,7 @@ class Job:
 
     def _close(self) -> None:
         """Let go of the plan and the files that tasks in this process have opened."""
-        inputs.close_inputs()
+        inputs.close_inputs(self.folder)
         spill.close_spill()
 
     def _clear(self) -> None:

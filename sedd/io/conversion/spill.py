@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from sedd.io.conversion.counts import (
+    LargeSumError,
     append_rows,
     clean_rows,
     count_dtype,
@@ -20,6 +21,7 @@ from sedd.io.conversion.counts import (
     first_disorder,
     index_dtype,
 )
+from sedd.io.conversion.explain import sum_too_large
 from sedd.io.conversion.inputs import Plan, check_indices, load_plan, open_source, read_rows, row_of, take_values
 from sedd.io.files import new_file, save_arrays
 from sedd.kernels.gather import take_rows
@@ -68,7 +70,11 @@ def _spill_rows(plan: Plan, source: int, lo: int, hi: int):  # type: ignore[no-u
         indptr, indices, values, rounded, untidy = read_rows(plan, src, lo, hi)
     summed = 0
     if src.genes is not None or untidy:
-        indptr, indices, values, summed = clean_rows(indptr, indices, values, plan.n_vars, src.genes)
+        try:
+            indptr, indices, values, summed = clean_rows(indptr, indices, values, plan.n_vars, src.genes)
+        except LargeSumError as error:
+            gene = error.gene if src.genes is None else int(np.argmax(src.genes == error.gene))
+            raise sum_too_large(src.file, src.matrix, error.value, lo + error.row, gene) from error
     places = src.places[lo:hi] if src.places is not None else np.arange(lo, hi) + plan.offsets[source]
     order = np.argsort(places, kind="stable")
     bounds, indices, values = take_rows(indptr[order], indptr[order + 1], indices, values)
@@ -88,7 +94,10 @@ def _spill_columns(plan: Plan, source: int, lo: int, hi: int):  # type: ignore[n
     del raw_rows, raw_values, counts
     summed = 0
     if first_disorder(indptr, rows) >= 0:
-        indptr, rows, values, summed = clean_rows(indptr, rows, values, src.matrix.shape[0], None)
+        try:
+            indptr, rows, values, summed = clean_rows(indptr, rows, values, src.matrix.shape[0], None)
+        except LargeSumError as error:  # its rows are genes here
+            raise sum_too_large(src.file, src.matrix, error.value, error.gene, lo + error.row) from error
     genes = np.arange(lo, hi, dtype=np.int32) if src.genes is None else src.genes[lo:hi]
     cuts, local, indices, values = deal_columns(
         indptr, rows, values, genes, src.places, plan.offsets[source], plan.step, plan.n_parts, index_dtype(plan.n_vars)

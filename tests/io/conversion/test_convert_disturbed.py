@@ -16,6 +16,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
+from sedd.cli import main
 from sedd.errors import UserError
 from sedd.io.conversion import publish, shard, spill
 from sedd.io.conversion.inputs import load_plan
@@ -147,6 +148,42 @@ def test_ctrl_c_leaves_what_resume_needs_and_no_store(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="--resume"):
         CellStore(tmp_path / "a.zarr")
     convert(source, tmp_path / "a.zarr", resume=True, progress=False)
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_an_error_that_nobody_foresaw_says_what_is_kept_and_how_to_resume(
+    append: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write(tmp_path / "a.h5ad", counts()), str(tmp_path / "a.zarr")
+    words = ["convert", source, output]
+    if append:
+        assert main(words) == 0
+        words = ["convert", write(tmp_path / "b.h5ad", counts(seed=1)), output, "--append"]
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("sedd.io.conversion.append.Append._build" if append else "sedd.io.conversion.publish.build", fail)
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "error: MemoryError. " in said and f"What is done so far is in {output}.partial: resume with --" in said
+    monkeypatch.undo()
+    assert main([*words, "--resume"]) == 0
+    assert not os.path.exists(f"{output}.partial")
+
+
+def test_a_store_that_is_made_for_a_run_is_resumed_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.h5ad", counts())
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("sedd.io.conversion.publish.build", fail)
+    with pytest.raises(RuntimeError, match="unforeseen") as held:
+        ensure_store(source, progress=False)
+    assert held.value.__notes__ == [f"What is done so far is in {tmp_path}/a.sedd.zarr.partial: resume by the same command, or delete it."]
+    monkeypatch.undo()
+    assert ensure_store(source, progress=False).n_obs == 70
 
 
 def test_a_second_writer_is_told_and_the_first_undisturbed(processes: Any, tmp_path: Path) -> None:
