@@ -27,7 +27,8 @@ from sedd.inference.pretrained import Pretrained
 from sedd.inference.reading import Reading
 from sedd.inference.sources import AnnDataSource, no_data
 from sedd.io.convert import convert
-from sedd.io.format.elements import write_elements
+from sedd.io.format.elements import writable_table, write_elements
+from sedd.io.format.plain import column_called
 from sedd.io.store import CellStore
 from sedd.options import keywords_of
 from sedd.processes import launched
@@ -173,14 +174,15 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
     columns = list(config.model.condition)
     source = AnnDataSource(adata, reading=Reading(config.data))  # its checks are those of the tasks
     for column in columns:
-        check_column(column, source.obs.columns)
+        check_column(column, map(str, source.obs.columns))
     if adata.n_obs:
         split_of_cells(config, adata.n_obs)
     layer, raw = config.data.layer, config.data.raw
     matrix = source.rows(layer, raw).take(np.arange(adata.n_obs))
     var = adata.raw.var if raw else adata.var
     var = var.copy() if isinstance(var, pd.DataFrame) else var.to_memory()  # of a lazy AnnData
-    obs, bare = source.obs[columns], pd.DataFrame(index=var.index)
+    obs = source.obs[[]].assign(**{column: labels.array for column in columns if (labels := column_called(source.obs, column)) is not None})
+    bare = pd.DataFrame(index=var.index)
     slim = ad.AnnData(None if raw or layer else matrix, obs=pd.DataFrame(index=obs.index), var=None if raw else bare)
     if layer:
         slim.layers[layer] = matrix
@@ -220,5 +222,5 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
 def _digest(fingerprint: str, obs: pd.DataFrame, taken: dict[str, Any]) -> str:
     """Return a name for cells with these counts, names and labels, read in this way."""
     found = hashlib.blake2b(f"{fingerprint} {taken}".encode(), digest_size=6)
-    found.update(pd.util.hash_pandas_object(obs).to_numpy().tobytes())
+    found.update(pd.util.hash_pandas_object(writable_table(obs)[0]).to_numpy().tobytes())
     return found.hexdigest()

@@ -27,6 +27,7 @@ from sedd.inference.pretrained import Pretrained
 from sedd.inference.reading import reading_of
 from sedd.inference.sources import opened
 from sedd.io.files import write_json
+from sedd.io.format.plain import column_called
 from sedd.io.outputs import only_writer_in
 from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
@@ -364,9 +365,9 @@ def _shown(
         "Training": {k: args[k] for k in ("batch_size", "learning_rate", "ema_decay", "num_bins", "binning", "seed")},
         "Run": {"checkpoint": recorded_path(model.path), "epochs": model.state["epoch"], "machine": platform.machine()},
     }
-    column = next((c for c in model.categories if c in held_out.obs), None)
+    column = next((c for c in model.categories if column_called(held_out.obs, c) is not None), None)
     (real, real_labels), (fake, fake_labels) = (  # no more of them is drawn, so no more is kept
-        subsample(counts, obs[column].astype(str).to_numpy() if column in obs else None) for counts, obs in ((real, held_out.obs), (fake, made.obs))
+        subsample(counts, None if column is None or (labels := column_called(obs, column)) is None else labels.astype(str).to_numpy()) for counts, obs in ((real, held_out.obs), (fake, made.obs))
     )
     sides: dict[str, Any] = {"real": real, "generated": fake, "reference": subsample(train)[0], "real_labels": real_labels, "generated_labels": fake_labels}
     return ReportData(

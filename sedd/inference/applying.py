@@ -20,6 +20,7 @@ from sedd.inference.posterior import TaskBatch, batches
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.reading import reading_of
 from sedd.inference.sources import Source, opened
+from sedd.io.format.plain import column_called
 from sedd.options import grouped, recorded_path
 
 Data: TypeAlias = ad.AnnData | str | Path
@@ -78,7 +79,7 @@ def for_each_batch(
     with opened(data, reading=reading_of(model, arguments)) as source:
         chosen = open_cells(model, source, cells, layer, raw, rounding=arguments["round"])
         for column in arguments.get("given") or ():
-            if column not in chosen.obs:
+            if column_called(chosen.obs, column) is None:
                 there = ", ".join(map(str, chosen.obs.columns)) or "none"
                 raise UserError(f"--given {column}: {source.name} has no such obs column; there are: {there}.")
         tables, before = chosen.tables(), source.record()

@@ -274,6 +274,8 @@ class PartsInFolder(Parts):
                 f"{self._output}: is not complete ({error.strerror or error}). What is done so far is in {self._folder}: make "
                 "room and pass --resume to complete it, or delete it."
             ) from error
+        elif isinstance(error, OSError):
+            raise OSError(f"{self._output}: cannot be written ({error.strerror or error}). Make room there, or name another output.") from error
         elif keep and error is not None:
             error.add_note(f"What is done so far is in {self._folder}: pass --resume to complete {self._output}, or delete it.")
 

@@ -16,6 +16,7 @@ from sedd.errors import UserError, warn_user
 from sedd.inference.cells import Cells
 from sedd.inference.output_parts import Parts, check_batch_size
 from sedd.inference.pretrained import Pretrained
+from sedd.io.format.plain import column_called
 from sedd.kernels.count_law_moments import Sums
 from sedd.kernels.mask import exact_mask
 from sedd.processes import is_main, launched
@@ -169,8 +170,8 @@ def batches(
         context: dict[str, Any] = {"condition": None, "library": None}
         if model.categories:
             columns = [
-                model.condition_codes(name, source.obs[name].to_numpy(object)[lo:hi])
-                if name in source.obs and (labels is None or name in labels)
+                model.condition_codes(name, known.to_numpy(object)[lo:hi])
+                if (known := column_called(source.obs, name)) is not None and (labels is None or name in labels)
                 else np.zeros(hi - lo, np.int64)
                 for name in model.categories
             ]

@@ -21,6 +21,7 @@ from sedd.inference.posterior import TaskBatch, batches
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.reading import reading_of
 from sedd.inference.sources import Source, opened
+from sedd.io.format.plain import column_called
 from sedd.likelihood import CellBatch, nelbo_and_excess
 from sedd.metrics.surprise import MIN_REFERENCE, surprise
 from sedd.options import keywords_of
@@ -160,5 +161,5 @@ def _check_reference(known: Cells, asked: Cells, given: Sequence[str]) -> None:
             "compare; expected cells with these genes. Leave them out of the data, or pass another --reference."
         )
     for column in given:
-        if column not in known.obs:
+        if column_called(known.obs, column) is None:
             raise UserError(f"--given {column}: {known.name}, whose cells are compared with, has no such obs column.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import itertools
 import os
@@ -503,3 +504,30 @@ def test_a_task_killed_half_way_is_resumed_to_the_result_of_an_undisturbed_one(
     assert main([*command("generate", tiny_run, tiny_h5ad, whole), *slow]) == 0
     same(whole, killed)
     assert sorted(tmp_path.iterdir()) == [killed, whole]
+
+
+def test_a_disk_without_room_for_the_first_part_is_said_with_the_output(model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(output_parts, "save_arrays", full)
+    with pytest.raises(OSError, match=r"out\.h5ad: cannot be written \(No space left on device\)\. Make room there, or name another output"):
+        embed(model, make_counts(8), output=tmp_path / "out.h5ad", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_nobody_foresaw_says_which_parts_are_kept(model: Pretrained, tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, saved = output_parts.save_arrays, []
+
+    def save_one(path: str, **arrays: Any) -> None:
+        if saved:
+            raise MemoryError
+        save(path, **arrays)
+        saved.append(path)
+
+    monkeypatch.setattr(output_parts, "save_arrays", save_one)
+    with pytest.raises(MemoryError) as held:
+        embed(model, tiny_h5ad, output=tmp_path / "out.h5ad", batch_size=8, progress=False)
+    assert held.value.__notes__ == [f"What is done so far is in {tmp_path}/out.h5ad.partial: pass --resume to complete {tmp_path}/out.h5ad, or delete it."]
+    monkeypatch.undo()
+    assert embed(model, tiny_h5ad, output=tmp_path / "out.h5ad", batch_size=8, resume=True, progress=False).n_obs == 240

@@ -21,6 +21,7 @@ from sedd.inference.cells import Cells
 from sedd.inference.matrices import Rows
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import opened
+from sedd.learning import train
 from sedd.tasks import denoise, embed, impute
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the model's:sedd.errors.SeddWarning")
@@ -220,3 +221,18 @@ def test_a_model_that_was_trained_on_raw_looks_there(model: Pretrained) -> None:
     with pytest.raises(UserError, match=r"has no \.raw, from which the model was trained\. Pass where the counts are: --layer X\."):
         impute(model, make_counts(), progress=False)
     assert impute(model, make_counts(), layer="X", progress=False).n_obs == 240
+
+
+@pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
+def test_a_column_whose_name_is_a_number_conditions_a_model_and_is_seen_by_tasks(tmp_path: Path) -> None:
+    adata = make_counts(60)
+    adata.obs[7] = np.where(np.arange(60) % 2, "x", "y")
+    small = {"genes": "all", "num_epochs": 1, "hidden_dim": 16, "num_layers": 1, "num_heads": 2, "log_with": "none"}
+    trained = train(adata, condition=["7"], **small)
+    assert trained is not None
+    assert list(trained.categories) == ["7"]
+    named = adata.copy()
+    named.obs = named.obs.rename(columns={7: "7"})
+    found, expected = (embed(trained, data, progress=False) for data in (adata, named))
+    np.testing.assert_array_equal(found.obsm["X_sedd"], expected.obsm["X_sedd"])
+    assert 7 in found.obs  # as it was given

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import zarr
 
@@ -56,6 +57,8 @@ def write_elements(group: Any, elements: Mapping[str, Any], *, rows: int | None 
                 f"{key.strip('/')}: {_shown(old)} is kept as {_shown(new)}" for old, new in names.items() if old != new
             )
             element = {names[name]: value for name, value in element.items()}
+        if isinstance(element, np.ndarray) and element.dtype in _LONG:
+            element = element.astype(_LONG[element.dtype])
         shape: tuple[int, ...] = getattr(element, "shape", ())
         if rows is not None and iospec.encoding_type in ("array", "string-array") and len(shape) and 0 not in shape:
             most = rows if iospec.encoding_type == "array" else min(rows, TEXT_ROWS)
@@ -224,11 +227,17 @@ def writable_values(values: pd.Series) -> Any:
         kind = pd.api.types.infer_dtype(dtype.categories, skipna=False)
         if kind in ("string", "integer", "floating", "boolean", "empty"):
             return values.array
-        return values.cat.rename_categories([str(label) for label in dtype.categories]).array
+        labels = np.array([*map(_as_text, dtype.categories), None], object)  # the last one for -1
+        own = pd.Index(dict.fromkeys(labels[:-1]))  # 1 and "1" are one text
+        return pd.Categorical(labels[values.cat.codes.to_numpy()], categories=own, ordered=bool(dtype.ordered))
     if isinstance(dtype, pd.SparseDtype):
         return values.to_numpy()
     if isinstance(dtype, pd.ArrowDtype):
         return writable_values(values.convert_dtypes(dtype_backend="numpy_nullable"))
+    if pd.api.types.is_float_dtype(dtype) and not isinstance(dtype, np.dtype):  # files have NaN for what is missing among floats
+        return pd.Series(values.to_numpy(dtype.numpy_dtype, na_value=np.nan)).array
+    if isinstance(dtype, np.dtype) and dtype in _LONG:
+        return pd.Series(values.to_numpy().astype(_LONG[dtype])).array
     if isinstance(dtype, pd.StringDtype) or pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype):
         return values.array
     there = values[values.notna()]
@@ -239,5 +248,13 @@ def writable_values(values: pd.Series) -> Any:
         names = ("boolean", "bool") if kind == "boolean" else ("Int64", "int64")
         own: Any = names[len(there) == len(values)]
         return values.astype(own).array
-    text = pd.Series([value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in there], there.index, object)
+    text = pd.Series([_as_text(value) for value in there], there.index, object)
     return text.array if len(there) == len(values) else pd.Categorical(text.reindex(values.index))
+
+
+_LONG = {np.dtype(np.longdouble): np.dtype(np.float64), np.dtype(np.clongdouble): np.dtype(np.complex128)}
+"""Types of which a Zarr store knows the half alone."""
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -57,6 +57,13 @@ def native_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=table.index).set_axis(table.columns, axis=1)
 
 
+def column_called(table: pd.DataFrame, name: str) -> pd.Series | None:
+    """Return the column of that name, which in memory may be a number or another object that says so; None if there is none."""
+    if name in table:
+        return table[name]
+    return next((table.iloc[:, k] for k, own in enumerate(table.columns) if str(own) == name), None)
+
+
 def read_element(node: Any) -> Any:
     """Return an element of an HDF5 file or of a Zarr store, as `anndata.io.read_elem` does."""
     found = node.attrs.get("encoding-type"), node.attrs.get("encoding-version")

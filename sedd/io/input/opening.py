@@ -82,8 +82,11 @@ def is_input(path: str) -> bool:
     path = without_slash(path)
     if os.path.isdir(path):
         return is_zarr(path) or any(name.endswith(("matrix.mtx", "matrix.mtx.gz")) for name in os.listdir(path))
-    with open(path, "rb") as file:
-        start = file.read(8)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+    except PermissionError as error:
+        raise UserError(f"{path}: may not be read (permission denied).") from error
     return path.endswith(_ENDINGS) or not (path.endswith(".pt") or start.startswith(b"PK"))
 
 

@@ -68,6 +68,11 @@ def test_what_keeps_its_name() -> None:
         ),
         (pd.cut([1, 2, np.nan], 2), "category", ["(0.999, 1.5]", "(1.5, 2.0]", None]),
         (pd.arrays.SparseArray([0.0, 1.0, np.nan]), "float64", [0, 1, None]),
+        (pd.Categorical([1, "1", None, 2.5, b"x"]), "category", ["1", "1", None, "2.5", "x"]),
+        (pd.array([1.5, None], "Float64"), "float64", [1.5, None]),
+        (pd.array([1.5, None], "Float32"), "float32", [1.5, None]),
+        (np.array([1.5, 2], np.longdouble), "float64", [1.5, 2]),
+        (np.array([1.5, 2j], np.clongdouble), "complex128", [1.5, 2j]),
     ],
     ids=str,
 )
@@ -80,6 +85,20 @@ def test_values_that_files_cannot_hold_keep_what_is_missing(
     write_elements(group, {"obs": frame})
     read = ad.io.read_elem(group["obs"])["v"]
     assert [None if pd.isna(value) else value for value in read] == expected
+
+
+def test_an_ordered_category_of_mixed_labels_keeps_its_order() -> None:
+    mixed = pd.Categorical([2, "a", "2", None], categories=["2", "a", 2, (1, 2)], ordered=True)
+    written = pd.Series(writable_values(pd.Series(mixed))).array
+    assert list(written.categories) == ["2", "a", "(1, 2)"] and written.ordered
+    assert written.codes.tolist() == [0, 1, 0, -1]
+
+
+def test_long_doubles_in_mappings_are_stored_as_doubles(tmp_path: Path) -> None:
+    group = OPEN["zarr"](tmp_path)
+    write_elements(group, {"obsm": {"X": np.ones((3, 2), np.longdouble)}, "uns": {"deep": {"x": np.ones(2, np.clongdouble)}}})
+    assert ad.io.read_elem(group["obsm"])["X"].dtype == np.float64
+    assert ad.io.read_elem(group["uns"])["deep"]["x"].dtype == np.complex128
 
 
 def test_an_index_that_differs_from_the_column_of_its_name_gives_the_name_up() -> None:
