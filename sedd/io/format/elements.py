@@ -228,14 +228,14 @@ def writable_values(values: pd.Series) -> Any:
         if kind in ("string", "integer", "floating", "boolean", "empty"):
             return values.array
         labels = np.array([*map(_as_text, dtype.categories), None], object)  # the last one for -1
-        own = pd.Index(dict.fromkeys(labels[:-1]))  # 1 and "1" are one text
-        return pd.Categorical(labels[values.cat.codes.to_numpy()], categories=own, ordered=bool(dtype.ordered))
+        texts = pd.Index(dict.fromkeys(labels[:-1]))  # 1 and "1" are one text
+        return pd.Categorical(labels[values.cat.codes.to_numpy()], categories=texts, ordered=bool(dtype.ordered))
     if isinstance(dtype, pd.SparseDtype):
         return values.to_numpy()
     if isinstance(dtype, pd.ArrowDtype):
         return writable_values(values.convert_dtypes(dtype_backend="numpy_nullable"))
-    if pd.api.types.is_float_dtype(dtype) and not isinstance(dtype, np.dtype):  # files have NaN for what is missing among floats
-        return pd.Series(values.to_numpy(dtype.numpy_dtype, na_value=np.nan)).array
+    if isinstance(dtype, pd.Float32Dtype | pd.Float64Dtype):  # files have NaN for what is missing among floats
+        return pd.Series(values.to_numpy(np.float32 if dtype == pd.Float32Dtype() else np.float64, na_value=np.nan)).array
     if isinstance(dtype, np.dtype) and dtype in _LONG:
         return pd.Series(values.to_numpy().astype(_LONG[dtype])).array
     if isinstance(dtype, pd.StringDtype) or pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype):
@@ -252,7 +252,7 @@ def writable_values(values: pd.Series) -> Any:
     return text.array if len(there) == len(values) else pd.Categorical(text.reindex(values.index))
 
 
-_LONG = {np.dtype(np.longdouble): np.dtype(np.float64), np.dtype(np.clongdouble): np.dtype(np.complex128)}
+_LONG: dict[Any, Any] = {np.dtype(np.longdouble): np.dtype(np.float64), np.dtype(np.clongdouble): np.dtype(np.complex128)}
 """Types of which a Zarr store knows the half alone."""
 
 
