@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import h5py
@@ -29,6 +30,7 @@ from sedd.errors import DamagedFileError, UserError, WrongFileError, without_sec
 from sedd.inference.pretrained import Pretrained
 from sedd.io.convert import convert
 from sedd.io.format.pickled import check_contents
+from sedd.io.format.untrusted import check_zarr
 from sedd.options import recorded_path
 
 HUGE = 1 << 40
@@ -318,6 +320,43 @@ def test_a_column_named_like_a_path_stays_in_its_store(name: str, tmp_path: Path
     assert code in (0, 2)
     assert all(place.startswith("deep/er/cells.zarr") for place in made)
     assert not list(Path("/etc").glob("secret"))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_array_that_is_encoded_by_pickle_is_refused(version: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cells.zarr"
+    with warnings.catch_warnings():
+        for kind in (UserWarning, DeprecationWarning):  # anndata's, of the end of the older format
+            warnings.simplefilter("ignore", kind)
+        with ad.settings.override(zarr_write_format=version):
+            make_counts(20, 5).write_zarr(path)
+    (path / ".zmetadata").unlink(missing_ok=True)
+    own = path / "obs" / "depth" / (".zarray" if version == 2 else "zarr.json")
+    described = json.loads(own.read_text())
+    if version == 2:
+        described["filters"] = [{"id": "pickle"}]
+    else:
+        top = json.loads((path / "zarr.json").read_text())
+        top.pop("consolidated_metadata", None)
+        (path / "zarr.json").write_text(json.dumps(top))
+        described["codecs"] = [{"name": "numcodecs.pickle", "configuration": {"id": "pickle"}}, *described["codecs"]]
+    own.write_text(json.dumps(described))
+    chunk = path / "obs" / "depth" / ("0" if version == 2 else "c/0")
+    chunk.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    assert main(["info", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "pickle" in said
+    assert main(["convert", str(path), str(tmp_path / "out.zarr")]) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_codec_of_pickle_is_refused_by_sedd_whatever_zarr_would_do(tmp_path: Path) -> None:
+    import numcodecs
+
+    metadata = SimpleNamespace(zarr_format=2, filters=[numcodecs.Pickle()], compressor=None)
+    array = SimpleNamespace(metadata=metadata, shape=(1,), chunks=(1,), shards=None, dtype=np.dtype("O"), nbytes_stored=lambda: 8)
+    with pytest.raises(WrongFileError, match="x is encoded by pickle"):
+        check_zarr(str(tmp_path), SimpleNamespace(members=lambda max_depth: [("x", array)]))
 
 
 def test_a_store_that_names_a_column_outside_itself_is_refused(tiny_h5ad: Path, tmp_path: Path) -> None:
