@@ -91,7 +91,7 @@ def run_sedd(task: Task, folder: Path) -> dict[str, Any]:
     settings = {**yaml.safe_load(QUICK.read_text()), "genes": "all", "val_fraction": 0.1, "log_with": "none", "min_steps": STEPS}
     every = ad.AnnData(sparse.csr_matrix(task["counts"].astype(np.float32)))
     every.var_names = task["genes"]
-    asked: dict[str, dict[str, Any]] = {"sedd": {}, "sedd, own counts in full": {"own_counts": "full", "log1p": True}}
+    asked: dict[str, dict[str, Any]] = {"sedd": {}, "sedd, no similar cells": {"similar_cells": "none"}, "sedd, own counts in full": {"own_counts": "full", "log1p": True}}
     asked["sedd, other genes alone"] = {"own_counts": "none", "num_samples": 1}
     for f in range(FOLDS):
         with tempfile.TemporaryDirectory(dir=folder) as run:
@@ -105,7 +105,7 @@ def run_sedd(task: Task, folder: Path) -> dict[str, Any]:
                 values[f"{name}, sedd_log1p"] = np.expm1(found.layers["sedd_log1p"])
             if how.get("num_samples"):
                 values["sedd, one draw"] = found.layers["sedd_mean"]
-            if "own_share" in found.uns["sedd"]:
+            if not how:
                 shares.append(found.uns["sedd"]["own_share"])
             for key, value in values.items():
                 whole = value.toarray() if sparse.issparse(value) else np.asarray(value)

@@ -229,6 +229,8 @@ class Denoise(_Prediction):
     """Parts of a partition; each is hidden once."""
     own_counts: Literal["learned", "full", "none"] = "learned"
     """How much a count has a say in its own denoised value: as much as similar cells confirm, all that it can, or not at all."""
+    similar_cells: Literal["learned", "none"] = "learned"
+    """Whether a cell is averaged with cells in which its counts are about as probable; where own counts are learned."""
     log1p: bool = False
     """Also give the expected log1p(CP10k), in the layer sedd_log1p."""
     as_if: tuple[str, ...] = ()

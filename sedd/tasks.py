@@ -19,13 +19,13 @@ import torch
 from sedd.config import ReadingSettings
 from sedd.errors import UserError
 from sedd.inference import posterior
+from sedd.inference import similar_cells as similar
 from sedd.inference.applying import Data, all_arguments, described, for_each_batch, in_obsm
 from sedd.inference.cells import Cells
 from sedd.inference.new_genes import with_new_genes
 from sedd.inference.output_file import assemble
 from sedd.inference.output_parts import open_parts
 from sedd.inference.output_place import check_output
-from sedd.inference.own_share import learned
 from sedd.inference.posterior import AVERAGE, TaskBatch, labels_as_if, spans_of_batches
 from sedd.inference.pretrained import Pretrained
 from sedd.io.format.json_table import unpacked_table
@@ -167,6 +167,7 @@ def denoise(
     rounds: int = 4,
     folds: int = 4,
     own_counts: str = "learned",
+    similar_cells: str = "learned",
     log1p: bool = False,
     as_if: Mapping[str, str] | None = None,
     num_samples: int = 0,
@@ -185,7 +186,7 @@ def denoise(
     """Replace every count by the rate behind it, estimated from the whole cell.
 
     Each gene of a cell is hidden once a round, together with a random 1/`folds` of the others, and predicted from the rest;
-    predictions are averaged over `rounds` random partitions. The count itself then updates the prediction from the others.
+    predictions are averaged over `rounds` random partitions. They are averaged with those of similar cells, and the count itself then updates them.
 
     Parameters
     ----------
@@ -194,11 +195,13 @@ def denoise(
     rounds, folds
         More rounds average more random visible subsets; more folds show more of the cell each time.
     own_counts
-        How much an entry's own count has a say in it. "full": a count is Poisson around its rate, so the law of the count, a mixture of
-        negative binomials, is a mixture of gamma laws of the rate, and its posterior is one too. That takes all by which a count is off
-        the prediction, but for chance, for the cell's own, also what its measurement did. "learned": of each gene the share of it that
-        is found again in the cells of the data that are most similar, at least a tenth; of fewer than 100 cells a tenth. "none": the
-        other genes alone. It has no say where a token is not a count (any `--binning` but counts).
+        How much an entry's own count has a say in it. "full": a count is Poisson around its rate, so the law of the count, a mixture of negative binomials, is
+        a mixture of gamma laws of the rate, and its posterior is one too. That takes all by which a count is off the prediction, but for chance, for the
+        cell's own, also what its measurement did. "learned": of each gene the share of it that is found again in the cells of the data that are most
+        similar, at least a tenth; of fewer than 100 cells a tenth. "none": the other genes alone. It has no say where a token is not a count (any `--binning` but counts).
+    similar_cells
+        "learned": the prediction is averaged with those of cells that make the counts about as probable, and moved by what these have counted. "none": the
+        cell alone. They have no say among fewer than 100 cells, and where `own_counts` is not learned or has no say.
     log1p
         Also give the posterior predictive mean of `log1p(CP10k)`: what to expect of the same cells if they were measured once more. An
         own count has its full say in it, unless `own_counts` is "none".
@@ -234,16 +237,19 @@ def denoise(
     given = labels_as_if(model, as_if or {})
     if own_counts not in ("learned", "full", "none"):
         raise UserError(f"--own_counts is {own_counts!r}; expected learned, full or none.")
+    if similar_cells not in ("learned", "none"):
+        raise UserError(f"--similar_cells is {similar_cells!r}; expected learned or none.")
     if model.binning.kind != "counts" or as_if:
         own_counts = "none"
-    n_vars = len(model.genes)
-    share = {"none": None, "full": np.ones(n_vars), "learned": np.ones(n_vars)}[own_counts]
+    similar_cells = similar_cells if own_counts == "learned" else "none"
+    share = None if own_counts == "none" else np.ones(len(model.genes))
+    moved: similar.Moved | None = None
     if num_samples and len(given) > 1:
         raise UserError("--num_samples draws cells under one label, and --as_if asks for the average over several; name one label, or leave draws out.")
     reverse = model.sampler(sampler, num_steps=num_steps, batch_size=batch_size)
 
     def predict_batch(here: TaskBatch) -> dict[str, np.ndarray]:
-        found = (posterior.cross_predict(model, here.under(codes), folds, rounds, seed, own_share=share, log1p=log1p) for codes in given)
+        found = (posterior.cross_predict(model, here.under(codes), folds, rounds, seed, own_share=share, moved=moved, log1p=log1p) for codes in given)
         mean, std, log = posterior.averaged(found)
         layers = {"sedd_std": std.astype(np.float32)}
         if log is not None:
@@ -253,17 +259,12 @@ def denoise(
         return {"X": mean.astype(np.float32), "counts": here.counts, **layers, **posterior.spread_of(draws)}
 
     def learn(chosen: Cells, labels: Sequence[str] | None) -> dict[str, Any]:
-        nonlocal share
+        nonlocal share, moved
+        share, moved, facts = similar.learn(model, chosen, labels, arguments)
+        return facts
 
-        def predicted(here: TaskBatch, own: bool) -> np.ndarray:
-            return posterior.cross_predict(model, here, folds, 1, seed, own_share=np.ones(n_vars) if own else None)[0]
-
-        share = learned(model, chosen, predicted, batch_size=batch_size, progress=progress, labels=labels)
-        return {"own_share": share.astype(np.float32)}
-
-    details: dict[str, Any] = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "num_samples": num_samples, "seed": seed}
-    if as_if:
-        details["as_if"] = dict(as_if)
+    details: dict[str, Any] = {"rounds": rounds, "folds": folds, "own_counts": own_counts, "similar_cells": similar_cells, "num_samples": num_samples, "seed": seed}
+    details |= {"as_if": dict(as_if)} if as_if else {}
     return for_each_batch("denoise", model, arguments, predict_batch, details, first=learn if own_counts == "learned" else None)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,26 +27,47 @@ LEAST = 0.1
 GRID = np.linspace(0, 1, 21)
 
 
-def learned(
+@dataclass(frozen=True)
+class Sample:
+    """What is looked at before cells are denoised.
+
+    Attributes
+    ----------
+    cells : (n,) int64
+        Their numbers in the data, sorted.
+    counts, others, own : (n, n_vars) float32
+        Counts; what the other genes predict; what they and the own count do.
+    place : (n, dim) float32
+        Where the cells are: those near one another are similar.
+    """
+
+    cells: np.ndarray
+    counts: np.ndarray
+    others: np.ndarray
+    own: np.ndarray
+    place: np.ndarray
+
+
+def look(
     model: Pretrained,
     chosen: Cells,
-    predict: Callable[[TaskBatch, bool], np.ndarray],
+    predict: Callable[[TaskBatch], tuple[np.ndarray, np.ndarray]],
     *,
     batch_size: int,
     progress: bool,
     labels: Collection[str] | None,
-) -> np.ndarray:
-    """Share of each gene, (n_vars,) float64, of the cells that are asked for.
+) -> Sample | None:
+    """Return a sample of the cells that are asked for; None of too few.
 
     Parameters
     ----------
     predict
-        Expected counts of a batch, (B, n_vars): by the other genes, or if True is given also by the own count.
+        Expected counts of a batch, (B, n_vars) each: by the other genes, and also by the own count.
     labels
         As in `sedd.inference.posterior.batches`.
     """
     if len(chosen) < MIN_CELLS:
-        return np.full(len(model.genes), LEAST)
+        return None
     known = copy.copy(chosen)  # the cells that are asked for stay as many
     if len(known) > MAX_CELLS:
         known.keep(np.linspace(0, len(known) - 1, MAX_CELLS).round().astype(np.int64))
@@ -55,8 +77,9 @@ def learned(
         shown, hidden = here.hide(np.zeros(here.counts.shape, bool), model.binning.n_bins)
         with torch.no_grad():
             place = model.model.embed(shown, model.sigma(hidden), **here.context, basis=basis).float().cpu().numpy()
-        found.append((here.counts, predict(here, False).astype(np.float32), predict(here, True).astype(np.float32), place))
-    return shares(*(np.concatenate(part) for part in zip(*found, strict=True)))
+        others, own = predict(here)
+        found.append((here.cells, here.counts, others.astype(np.float32), own.astype(np.float32), place))
+    return Sample(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
 
 def shares(counts: np.ndarray, others: np.ndarray, own: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -72,7 +95,7 @@ def shares(counts: np.ndarray, others: np.ndarray, own: np.ndarray, place: np.nd
     place : (n_cells, dim)
         Where the cells are: those near one another are similar.
     """
-    near = _nearest(place)
+    near = nearest(place)
     ratio = own / np.maximum(others, 1e-9)
     seen, expected = np.zeros(counts.shape, np.float32), np.zeros(counts.shape, np.float32)
     for k in range(near.shape[1]):
@@ -85,7 +108,8 @@ def shares(counts: np.ndarray, others: np.ndarray, own: np.ndarray, place: np.nd
     return np.maximum(GRID[(fit + fit.mean(1, keepdims=True)).argmax(0)], LEAST)
 
 
-def _nearest(place: np.ndarray) -> np.ndarray:
+def nearest(place: np.ndarray) -> np.ndarray:
+    """Return the numbers of the `NEIGHBOURS` cells nearest to each, (n_cells, k)."""
     place = place.astype(np.float64)
     square = (place**2).sum(1)
     distance = square[:, None] + square - 2 * place @ place.T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,7 +200,6 @@ def predict(model: Pretrained, here: TaskBatch, hidden: np.ndarray) -> tuple[np.
     return found[0], found[1]
 
 
-@torch.no_grad()
 def cross_predict(
     model: Pretrained,
     here: TaskBatch,
@@ -209,6 +208,7 @@ def cross_predict(
     seed: int,
     *,
     own_share: np.ndarray | None = None,
+    moved: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
     log1p: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Predict every entry while it is hidden with a random 1/folds of the genes, averaged over rounds.
@@ -218,6 +218,9 @@ def cross_predict(
     own_share : (n_vars,), optional
         How much an entry's own count has a say in it: its rate has the posterior law under the averaged one, given the count, with this
         probability, and else the averaged law itself. Not at all if None.
+    moved
+        Is given counts, rates by the other genes and numbers of the cells, and says where the rates are to be; spreads move in
+        proportion. Only with an `own_share`.
     log1p
         Also give the expectation of `log1p(10,000 count / total)`, the total being that of the cell; with own counts the
         predictive one, of the count if the same cells were measured once more, in which an own count has its full say.
@@ -227,14 +230,41 @@ def cross_predict(
     mean, std, log1p : (B, n_vars) float64
         Of the count, or with own counts of the rate behind it.
     """
+    # Where own counts have all the say, nothing is asked of the others alone.
+    asked = ["others"] if own_share is None else ["own"] if moved is None and (own_share == 1).all() else ["own", "others"]
+    found, log = _cross_predict(model, here, folds, rounds, seed, asked, log1p=log1p)
+    mean, std = found[0]
+    if own_share is None or len(found) == 1:
+        return mean, std, log
+    mean_by_others, std_by_others = found[1]
+    share = np.where(here.missing, 1.0, own_share)
+    # Of a count, which is Poisson around its rate; what is missing has no count of its own, in either.
+    spread = np.maximum(std_by_others**2 - mean_by_others, 0)
+    both = share * mean + (1 - share) * mean_by_others
+    std = np.sqrt(share * (std**2 + (mean - both) ** 2) + (1 - share) * (spread + (mean_by_others - both) ** 2))
+    if moved is not None:
+        times = moved(here.counts, mean_by_others, here.cells) / np.maximum(mean_by_others, 1e-30)
+        both, std = both * times, std * times
+    return both, std, log
+
+
+def cross_predict_both(model: Pretrained, here: TaskBatch, folds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means of `cross_predict` in one round: by the other genes, and with the own counts in full."""
+    (own, _), (others, _) = _cross_predict(model, here, folds, 1, seed, ["own", "others"])[0]
+    return others, own
+
+
+@torch.no_grad()
+def _cross_predict(
+    model: Pretrained, here: TaskBatch, folds: int, rounds: int, seed: int, asked: Sequence[str], *, log1p: bool = False
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray | None]:
+    """Mean and standard deviation by "own" counts too or by the "others" alone, of each that is asked; and the logarithm of the first."""
     n_vars = here.tokens.shape[1]
     known = ~here.missing
     tokens = here.hide(np.zeros(here.tokens.shape, bool), model.binning.n_bins)[0]
     per_count = 1e4 / np.maximum(here.counts[:, known].sum(1, dtype=np.float64), 1)
     device = tokens.device
-    own = None if own_share is None else Sums.of_zeros(here.tokens.shape, log1p=log1p, device=device)
-    # Where own counts have all the say, nothing is asked of the others alone.
-    others = None if own_share is not None and (own_share == 1).all() else Sums.of_zeros(here.tokens.shape, log1p=log1p and own is None, device=device)
+    sums = [Sums.of_zeros(here.tokens.shape, log1p=log1p and name == asked[0], device=device) for name in asked]
     counts, scale, by_own = (torch.from_numpy(array).to(device) for array in (here.counts, per_count, known))
     for round_ in range(rounds):
         fold = _folds(seed, round_, np.zeros(1, np.int64), n_vars, folds)[0]
@@ -248,25 +278,13 @@ def cross_predict(
         readouts = model.model.readout_by_part(tokens, sigmas, places, **here.context)
         for place, readout in zip(places, readouts, strict=True):
             everywhere = torch.ones(readout.shape[:2], dtype=torch.bool, device=device)
-            if others is not None:
-                model.model.head.add_moments(others, readout, everywhere, genes=place, scale=scale)
-            if own is not None:
-                given = {"by_own": by_own[place], "counts": counts[:, place]}
-                model.model.head.add_moments(own, readout, everywhere, genes=place, scale=scale, **given)
-    done = [sums for sums in (own, others) if sums is not None]
-    logs = [done[0].log1p / done[0].evidence] if log1p else []
-    found = _on_host(*(x for sums in done for x in sums.mean_and_std()), *logs)  # the only copy from the device
-    log = found[-1] if log1p else None
-    mean, std = found[:2]
-    if own_share is None or others is None:
-        return mean, std, log
-    mean_by_others, std_by_others = found[2:4]
-    share = np.where(known, own_share, 1.0)
-    # Of a count, which is Poisson around its rate; what is missing has no count of its own, in either.
-    spread = np.maximum(std_by_others**2 - mean_by_others, 0)
-    both = share * mean + (1 - share) * mean_by_others
-    variance = share * (std**2 + (mean - both) ** 2) + (1 - share) * (spread + (mean_by_others - both) ** 2)
-    return both, np.sqrt(variance), log
+            for name, one in zip(asked, sums, strict=True):
+                given = {"by_own": by_own[place], "counts": counts[:, place]} if name == "own" else {}
+                model.model.head.add_moments(one, readout, everywhere, genes=place, scale=scale, **given)
+    logs = [sums[0].log1p / sums[0].evidence] if log1p else []
+    found = _on_host(*(x for one in sums for x in one.mean_and_std()), *logs)  # the only copy from the device
+    pairs = [(found[2 * k], found[2 * k + 1]) for k in range(len(asked))]
+    return pairs, found[-1] if log1p else None
 
 
 def _on_host(*tensors: torch.Tensor) -> np.ndarray:

@@ -44,7 +44,7 @@ def model_and_cells() -> tuple[Pretrained, ad.AnnData]:
 
 def test_a_rate_has_the_law_by_the_own_count_with_the_probability_that_was_learned(model_and_cells: tuple[Pretrained, ad.AnnData]) -> None:
     model, adata = model_and_cells
-    found, full, none = (sedd.denoise(model, adata, own_counts=how, log1p=True, progress=False) for how in ("learned", "full", "none"))
+    found, full, none = (sedd.denoise(model, adata, own_counts=how, similar_cells="none", log1p=True, progress=False) for how in ("learned", "full", "none"))
     share = found.uns["sedd"]["own_share"].astype(np.float64)
     assert share.shape == (30,) and share.min() >= np.float32(LEAST) and share.max() <= 1 and (share < 1).any()
     assert found.uns["sedd"]["own_counts"] == "learned" and "own_share" not in full.uns["sedd"]
