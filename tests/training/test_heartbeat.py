@@ -38,7 +38,7 @@ def processes(*seconds: float, after: float = 0.0) -> list[subprocess.Popen[str]
     return made
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_stands_still_is_noticed_by_the_other(lost: int) -> None:
     pair = processes(60, 60)
     try:

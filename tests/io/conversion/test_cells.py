@@ -53,7 +53,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_blocks_make_the_bytes_of_one(shuffle: bool, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [written(tmp_path / f"{k}.h5ad", table(k, ["", "b/text", "a int8"][k]), k) for k in range(n)]
     given: dict[str, Any] = {"shuffle": shuffle, "progress": False, "limit_cells": 17 + 30 * (n > 1)}

@@ -108,13 +108,14 @@ def places_of(changes: list[str]) -> dict[str, list[int]]:
     return places
 
 
-@pytest.mark.parametrize("kind", ["one", "shuffled"])
+@pytest.mark.parametrize("kind", ["one", pytest.param("shuffled", marks=pytest.mark.slow)])
 def test_a_killed_conversion_resumes_to_the_same_bytes(
     kind: str, processes: Any, sources: list[str], tmp_path: Path
 ) -> None:
     check_kills(processes, sources, tmp_path, kind, 3)
 
 
+@pytest.mark.slow
 def test_a_conversion_that_is_killed_after_a_layer_was_moved_resumes(
     processes: Any, sources: list[str], tmp_path: Path
 ) -> None:
@@ -140,7 +141,7 @@ def test_a_conversion_that_is_killed_after_a_layer_was_moved_resumes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["layers", "raw", "all"])
 def test_many_kills_resume_to_the_same_bytes(kind: str, processes: Any, sources: list[str], tmp_path: Path) -> None:
     check_kills(processes, sources, tmp_path, kind, 50 if kind == "all" else 12)
 
@@ -171,7 +172,7 @@ def check_kills(processes: Any, sources: list[str], folder: Path, kind: str, n: 
     assert len(set(fell)) >= min(n, len(places)) - 1
 
 
-@pytest.mark.parametrize("then", [{"overwrite": True}, {"resume": True}, {}])
+@pytest.mark.parametrize("then", [{"overwrite": True}, pytest.param({"resume": True}, marks=pytest.mark.slow), pytest.param({}, marks=pytest.mark.slow)])
 def test_a_store_that_was_moved_aside_when_its_conversion_was_killed_is_put_back(
     then: dict[str, Any], processes: Any, sources: list[str], tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_only_the_first_cells_are_grouped_and_appended_ones_come_after(tmp_path:
     assert "of the first 50 cells" in format_facts(store_facts(store.path))
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_by_groups_resumes_to_the_same_bytes(processes: Any, tmp_path: Path) -> None:
     source, output = write(tmp_path / "a.h5ad", 200, 1), str(tmp_path / "a.zarr")
     changes, _ = changes_of(processes, source, output, group_by="guide")

@@ -139,6 +139,7 @@ def test_repeated_names_get_the_numbers_of_anndata(names: list[str]) -> None:
     assert made_unique(names) == expected
 
 
+@pytest.mark.slow
 def test_the_shipped_file_is_converted_described_verified_joined_and_trained_on_without_anndata_and_dask(tmp_path: Path) -> None:
     store, run, both, more = tmp_path / "pbmc.zarr", tmp_path / "run", tmp_path / "both.zarr", tmp_path / "more.h5ad"
     cells = ad.read_h5ad(PBMC)[:50].copy()

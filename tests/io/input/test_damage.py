@@ -44,7 +44,7 @@ def nodes(root: h5py.Group) -> list[str]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("kind", HDF5)
+@pytest.mark.parametrize("kind", ["h5ad", *(pytest.param(kind, marks=pytest.mark.slow) for kind in HDF5[1:])])
 def test_each_element_that_is_not_there_is_named_or_not_needed(tmp_path: Path, kind: str) -> None:
     whole = Path(WRITERS[kind](tmp_path / "in", cells(counts(20, 9))))
     with h5py.File(whole) as file:
@@ -63,7 +63,7 @@ def test_each_element_that_is_not_there_is_named_or_not_needed(tmp_path: Path, k
 
 @pytest.mark.parametrize("kind", HDF5)
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_an_element_of_another_kind_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, kind: str, seed: int) -> None:
     folder = tmp_path_factory.mktemp("any")
     path = Path(WRITERS[kind](folder / "in", cells(counts(20, 9))))
@@ -84,7 +84,7 @@ def test_an_element_of_another_kind_is_refused_in_one_line(tmp_path_factory: pyt
 
 @pytest.mark.parametrize("kind", HDF5)
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bytes_that_changed_are_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, kind: str, seed: int) -> None:
     folder = tmp_path_factory.mktemp("any")
     path = Path(WRITERS[kind](folder / "in", cells(counts(20, 9))))
@@ -98,7 +98,7 @@ def test_bytes_that_changed_are_refused_in_one_line(tmp_path_factory: pytest.Tem
     converted_or_refused(path, folder)
 
 
-@pytest.mark.parametrize("kind", ["zarr v2", "zarr v3"])
+@pytest.mark.parametrize("kind", [pytest.param("zarr v2", marks=pytest.mark.slow), "zarr v3"])
 def test_each_array_that_is_not_there_is_named_or_not_needed(tmp_path: Path, kind: str) -> None:
     whole = Path(WRITERS[kind](tmp_path / "in", cells(counts(20, 9))))
     names = [name for name, _ in zarr.open_group(whole, mode="r").members(max_depth=None)]
@@ -116,7 +116,7 @@ def test_each_array_that_is_not_there_is_named_or_not_needed(tmp_path: Path, kin
 
 @pytest.mark.parametrize("kind", ["mtx v3", "mtx v2"])
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_folder_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, kind: str, seed: int) -> None:
     folder = tmp_path_factory.mktemp("any")
     path = Path(WRITERS[kind](folder / "in", cells(counts(20, 9))))
