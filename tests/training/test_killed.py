@@ -39,15 +39,15 @@ def execute(plan: list[dict[str, Any]], folder: Path) -> tuple[list[dict[str, An
 
 @pytest.fixture(scope="module")
 def layered_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of two files, one of them CSC, whose counts are a kept layer: what to train on is another matrix than X."""
+    """A store of a layer of two files, one of them CSC, that keeps another layer beside it."""
     folder = tmp_path_factory.mktemp("layers")
     for name, layout in (("one", sp.csc_matrix), ("two", sp.csr_matrix)):
         adata = make_counts(120, seed=len(name))
         adata.obs_names = [f"{name}{k}" for k in range(120)]
-        adata.layers["spliced"] = layout(adata.X)
+        adata.layers["spliced"], adata.layers["kept"] = layout(adata.X), layout(adata.X.multiply(3))
         adata.X = layout(adata.X.multiply(2))
         adata.write_h5ad(folder / f"{name}.h5ad")
-    convert([folder / "one.h5ad", folder / "two.h5ad"], folder / "both.zarr", keep_layers=("spliced",), progress=False)
+    convert([folder / "one.h5ad", folder / "two.h5ad"], folder / "both.zarr", layer="spliced", keep_layers=("kept",), progress=False)
     return folder / "both.zarr"
 
 
@@ -58,8 +58,7 @@ def test_killed_at_20_random_steps_a_run_ends_with_the_weights_of_an_undisturbed
     processes: int, layered_store: Path, tmp_path: Path
 ) -> None:
     def run(directory: str, *flags: str, kill: list[Any] | None = None) -> dict[str, Any]:
-        data = ["--data_path", str(layered_store), "--layer", "spliced"]
-        argv = ["train", *data, "--checkpoint_dir", str(tmp_path / directory), *FLAGS, *flags]
+        argv = ["train", "--data_path", str(layered_store), "--checkpoint_dir", str(tmp_path / directory), *FLAGS, *flags]
         return {"argv": argv, "processes": processes, "kill": kill}
 
     rng = np.random.default_rng(processes)
