@@ -17,17 +17,19 @@ import shutil
 import sys
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
 
-class Target:
+class Target(ABC):
     """A reader of bytes. `seeds` are good files to begin with, `read` reads one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seeds: list[bytes] = []
 
+    @abstractmethod
     def read(self, data: bytes) -> None:
         """Read a file of these bytes.
 
@@ -36,7 +38,6 @@ class Target:
         UserError
             If they are not what they should be; anything else is a finding.
         """
-        raise NotImplementedError
 
 
 def _cells(n_obs: int = 6, n_vars: int = 4):
