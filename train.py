@@ -2,7 +2,7 @@
 
 import sys
 
-from sedd.cli import main
+from sedd.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run(["train", *sys.argv[1:]])

@@ -2,29 +2,33 @@
 
 import gc
 import os
+import signal
 import sys
+from collections.abc import Sequence
 
 
-def run() -> None:
-    """Run the command that the program was called with, and exit."""
+def run(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the program was called with, or these words, and exit."""
     _prepare_streams()
     # Python looks for cyclic garbage after every 700 new objects, and imports make a million that stay.
     gc.set_threshold(100_000, 20, 20)
     from sedd.cli import main
 
+    status = 128 + signal.SIGPIPE  # unless the command ends before it notices that the reader of its output, such as `head`, went away
     try:
-        status = main()
+        status = main(argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = 0
+    except BrokenPipeError:
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     gc.freeze()  # what is left goes with the process; looking through it takes a quarter of a second
     sys.exit(status)
 
 
 def _prepare_streams() -> None:
     """Make standard streams that every part of a command may write to, in any surroundings."""
-    if sys.getfilesystemencoding() != "utf-8":  # start again in UTF-8: columns of obs are names of files in a store
+    # Start again in UTF-8: columns of obs are names of files in a store. Once: `python -E` and `-X utf8=0` do not look at the variable.
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for number, name in enumerate(("stdin", "stdout", "stderr")):

@@ -11,6 +11,7 @@ import inspect
 import io
 import os
 import re
+import select
 import shlex
 import sys
 import warnings
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     status
         0 done; 1 failed while running; 2 bad input, with one line on standard error; 75 stopped by SIGTERM or SIGUSR1
-        with the state saved; 130 stopped by Ctrl-C.
+        with the state saved; 130 stopped by Ctrl-C. An output that is read no more ends it by a BrokenPipeError.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -92,13 +93,20 @@ def _run(name: str, rest: list[str]) -> int:
         except KeyboardInterrupt as stopped:  # a command that can be continued says how
             print(f"sedd {name}: {str(stopped) or 'interrupted'}", file=sys.stderr)
             return EXIT_INTERRUPTED
-        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         except (OSError, FloatingPointError, MemoryError) as error:
+            if isinstance(error, BrokenPipeError) and _reader_left():
+                raise
             said, notes = without_secrets(str(error)) or type(error).__name__, getattr(error, "__notes__", ())  # such as what is kept for --resume
             print(f"sedd {name}: error: {' '.join([f'{said}.' if notes else said, *notes])}", file=sys.stderr)
             return 1
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what this process prints any more."""
+    streams = select.poll()
+    for number in (1, 2):
+        streams.register(number, 0)  # of an error it tells anyway
+    return any(event & select.POLLERR for _, event in streams.poll(0))
 
 
 def _train(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import anndata as ad
 import pytest
-from conftest import make_counts
+from conftest import TINY_FLAGS, make_counts
 
 from sedd.io.verify import verify
 
@@ -19,7 +19,8 @@ NO_UTF8 = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 def sedd(words: str, folder: Path, **surroundings: str) -> subprocess.CompletedProcess[bytes]:
     """Run the command by a shell, whose redirections may follow it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "", **surroundings}
-    return subprocess.run(f"'{sys.executable}' -m sedd {words}", shell=True, cwd=folder, env=environment, capture_output=True, timeout=120)
+    command = ["bash", "-c", f"'{sys.executable}' -m sedd {words}"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,20 @@ def test_closed_streams_are_none_of_the_files_that_are_written(folder: Path) -> 
     verify(folder / "closed.zarr", against=str(folder / "β.h5ad"), progress=False)
 
 
-def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
-    done = sedd("--help 2>said | true", folder, PYTHONUNBUFFERED="1")
-    assert done.returncode == 0 and (folder / "said").read_bytes() == b""
+@pytest.mark.parametrize(("words", "unbuffered", "status"), [("--help", "1", 141), ("info β.h5ad", "1", 141), ("info β.h5ad", "", 0)])
+def test_a_reader_that_goes_away_hears_no_error(folder: Path, words: str, unbuffered: str, status: int) -> None:
+    """What ended before it was noticed is done; the rest has the status of a command that such a pipe killed."""
+    done = sedd(f"{words} 2>said | true; echo ${{PIPESTATUS[0]}}", folder, PYTHONUNBUFFERED=unbuffered)
+    assert done.stdout == b"%d\n" % status and (folder / "said").read_bytes() == b""
+
+
+def test_a_run_whose_reader_goes_away_is_not_done(folder: Path) -> None:
+    flags = " ".join([*TINY_FLAGS, "--num_epochs", "50", "--condition", "cell_type"])
+    done = sedd(f"train --data_path β.h5ad --checkpoint_dir run {flags} 2>&1 | true; echo ${{PIPESTATUS[0]}}", folder)
+    assert done.stdout == b"141\n"
+    assert not (folder / "run" / "final.pt").exists()
+
+
+def test_it_starts_once_where_its_encoding_cannot_be_chosen(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-m", "sedd", "--version"], env={**os.environ, **NO_UTF8}, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,8 @@ from numba import njit
 
 TOLERANCE = 1e-6
 """How far from an integer a value may be and still be taken for a count."""
+LARGEST = int(np.iinfo(np.uint32).max)
+"""The largest count that a store holds."""
 
 
 def index_dtype(n_vars: int) -> np.dtype:
@@ -200,7 +202,7 @@ def clean_rows(
     out_indptr = np.zeros_like(indptr)
     out_indices = np.empty(indices.size, index_dtype(n_vars))
     out_values = np.empty(indices.size, np.float32 if real else np.uint32)
-    limit = np.inf if real else float(np.iinfo(np.uint32).max)
+    limit = np.inf if real else float(LARGEST)
     n_summed, row, gene = _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_indices, out_values, limit)
     if row >= 0:
         raise LargeSumError(int(row), int(gene), int(scratch[gene]))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sedd.errors import SeveralPartsError, UserError, without_secrets
-from sedd.io.conversion.counts import to_counts
+from sedd.io.conversion.counts import LARGEST, to_counts
 from sedd.io.conversion.explain import FRACTIONS, first_values, is_of_result, looks_like
 from sedd.io.input.base import Input
 from sedd.io.input.matrix import Matrix
@@ -81,8 +81,8 @@ def _holds(matrix: Matrix) -> tuple[str, str | None]:
         return "counts", None
     if not np.isfinite(values).all():
         return "values that are not finite", ""
-    if (largest := values.max()) > np.iinfo(np.uint32).max:
-        return f"values too large for counts (such as {largest:.10g}; the limit is {np.iinfo(np.uint32).max})", ""
+    if (largest := values.max()) > LARGEST:
+        return f"values too large for counts (such as {largest:.10g}; the limit is {LARGEST})", ""
     looks = looks_like(values)
     return f"no counts: {looks}", looks
 

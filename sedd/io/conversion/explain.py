@@ -7,15 +7,12 @@ from collections.abc import Callable
 import numpy as np
 
 from sedd.errors import NegativeValuesError, NotCountsError, UserError
-from sedd.io.conversion.counts import to_counts
+from sedd.io.conversion.counts import LARGEST, to_counts
 from sedd.io.input.base import Input
 from sedd.io.input.matrix import Matrix
 
 SAMPLE = 1 << 16
 """Values looked at to tell counts from the rest."""
-
-LARGEST = int(np.iinfo(np.uint32).max)
-"""The largest count that a store holds."""
 
 WHOLE_AMONG_COUNTS = 0.1
 """Share of whole numbers from which values look like counts of which some are fractions; normalised ones are hardly ever whole."""
