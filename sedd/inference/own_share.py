@@ -73,7 +73,7 @@ def look(
         known.keep(np.linspace(0, len(known) - 1, MAX_CELLS).round().astype(np.int64))
     basis = model.model.embedding_basis()
     found: list[tuple[np.ndarray, ...]] = []
-    for here in batches(model, known, batch_size, "denoise: how much own counts say", progress, labels=labels):
+    for here in batches(model, known, batch_size, "denoise: how much own counts and similar cells say", progress, labels=labels):
         shown, hidden = here.hide(np.zeros(here.counts.shape, bool), model.binning.n_bins)
         with torch.no_grad():
             place = model.model.embed(shown, model.sigma(hidden), **here.context, basis=basis).float().cpu().numpy()

@@ -386,7 +386,7 @@ def test_two_processes_of_a_launcher_make_the_result_of_one(
     made = [line for line in bars if line.startswith(f"{task}, the share of one of 2 processes: ")]
     assert made and all(f"/{share} " in line for line in made)
     # What is learned of the cells first, each process learns of all of them.
-    assert all(line.startswith("denoise: how much own counts say: ") and f"/{n} " in line for line in bars if line not in made)
+    assert all(line.startswith("denoise: how much own counts and similar cells say: ") and f"/{n} " in line for line in bars if line not in made)
     assert [path.name for path in tmp_path.iterdir() if path not in (one, two)] == []
 
 
