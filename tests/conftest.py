@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState
 from sedd.inference.pretrained import Pretrained
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # tests of one folder use what is in another's, as `tests.`; last, so that an installed sedd is what is tested
 
 
 def make_counts(n_obs: int = 240, n_vars: int = 60, seed: int = 0) -> ad.AnnData:

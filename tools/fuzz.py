@@ -3,8 +3,9 @@
     pip install --group fuzz                       # atheris
     python tools/fuzz.py h5ad --seconds 600        # guided by the branches of sedd that the bytes reach; also shard, checkpoint
 
-Inputs that reached something new are kept in CORPUS (`fuzz/TARGET`), and the one that ended otherwise beside it, as `crash-...`. Copy that to
-`tests/fuzzed/TARGET/`: `tests/test_fuzz.py` reads all of these, and some bytes changed at random, by every run of the tests.
+Inputs that reached something new are kept in CORPUS (`fuzz/TARGET`). One that ended otherwise is kept beside it, as `TARGET-crash-...`, one for each place
+in the code, and fuzzing continues. Copy it to `tests/fuzzed/TARGET/`: `tests/test_fuzz.py` reads all of these, and some bytes changed at random, by every
+run of the tests. The last lines say how many inputs were read, and how many places were found.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import contextlib
 import importlib
 import os
 import shutil
+import struct
 import sys
 import tempfile
+import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -118,7 +121,7 @@ class H5ad(Target):
 
 
 class Shard(Target):
-    """A store of which one file is these bytes; the first byte says which."""
+    """A store of which one file is these bytes; the first byte says which, and from 128 on its checksums are made right, as an attacker would."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -129,22 +132,38 @@ class Shard(Target):
         files = [path for path in (folder / "whole.zarr").rglob("*") if path.is_file()]
         wanted = ("X/data/c", "X/indices/c", "X/indptr/c", "obs/depth/c", "obs/kind/codes/c")
         self.files = [folder / "whole.zarr" / "zarr.json", *(path for path in sorted(files) if any(f"/{one}/" in path.as_posix() for one in wanted))]
-        self.seeds = [bytes([k]) + path.read_bytes() for k, path in enumerate(self.files)]
+        self.seeds = [bytes([k + high]) + path.read_bytes() for k, path in enumerate(self.files) for high in ((0, 128) if "X" in path.parts else (0,))]
 
     def read(self, data: bytes) -> None:
         """Read every row and table of the store."""
         from sedd.io.store import CellStore, close_stores
 
-        where = self.files[data[0] % len(self.files) if data else 0]
+        first = data[0] if data else 0
+        where = self.files[first % 128 % len(self.files)]
         kept = where.read_bytes()
         try:
-            where.write_bytes(data[1:])
+            where.write_bytes(_sealed(data[1:]) if first >= 128 and "X" in where.parts else data[1:])
             close_stores()
             with CellStore(self.folder / "whole.zarr") as store:
                 store.read_rows(0, store.n_obs)
                 _ = store.obs, store.var, store.cell_stats
         finally:
             where.write_bytes(kept)
+
+
+def _sealed(shard: bytes) -> bytes:
+    """Return a shard of one chunk with the checksums that its bytes ask for: of the chunk where its index says it is, and of the index."""
+    import google_crc32c
+
+    if len(shard) < 20:
+        return shard
+    changed = bytearray(shard)
+    offset, size = struct.unpack("<QQ", shard[-20:-4])
+    if 4 <= size and offset + size <= len(shard) - 20:
+        body = bytes(changed[offset : offset + size - 4])
+        changed[offset + size - 4 : offset + size] = struct.pack("<I", google_crc32c.value(body))
+    changed[-4:] = struct.pack("<I", google_crc32c.value(bytes(changed[-20:-4])))
+    return bytes(changed)
 
 
 class Checkpoint(Target):
@@ -180,10 +199,9 @@ def import_what_is_watched() -> None:
     import atheris
 
     root = Path(__file__).resolve().parent.parent
-    for path in sorted((root / "sedd").rglob("*.py")):
-        if "njit" in path.read_text():
-            importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
-    with atheris.instrument_imports(include=["sedd"]):
+    files = [path for path in sorted((root / "sedd").rglob("*.py")) if "njit" in path.read_text()]
+    kernels = [".".join(path.relative_to(root).with_suffix("").parts) for path in files]
+    with atheris.instrument_imports(include=["sedd"], exclude=kernels):
         for name in READERS:
             importlib.import_module(name)
 
@@ -198,6 +216,27 @@ def quiet(read: Callable[[bytes], None]) -> Callable[[bytes], None]:
             read(data)
 
     return checked
+
+
+class Recorder:
+    """A quiet reader that keeps the bytes of what ended in any other error, once for each place it was raised at, and continues."""
+
+    def __init__(self, read: Callable[[bytes], None], prefix: str) -> None:
+        self.read, self.prefix = quiet(read), prefix
+        self.found: set[str] = set()
+
+    def __call__(self, data: bytes) -> None:
+        try:
+            self.read(data)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in place if "/sedd/" in frame.filename] or place
+            name = f"{type(error).__name__}-{Path(own[-1].filename).stem}-{own[-1].lineno}"
+            if name not in self.found:
+                self.found.add(name)
+                Path(f"{self.prefix}-crash-{name}").write_bytes(data)
+                traceback.print_exc()
+                print(f"fuzz: found {name}", flush=True)
 
 
 def main() -> None:
@@ -218,8 +257,8 @@ def main() -> None:
         for number, seed in enumerate(target.seeds):
             (corpus / f"seed{number}").write_bytes(seed)
         longest = max(64, 2 * max(map(len, target.seeds)))
-        words = [f"-max_total_time={args.seconds}", f"-max_len={longest}", "-keep_seed=1", "-len_control=0", "-timeout=60", "-rss_limit_mb=4096", f"-artifact_prefix={corpus}-", str(corpus)]
-        atheris.Setup([sys.argv[0], *words], quiet(target.read))
+        words = [f"-max_total_time={args.seconds}", f"-max_len={longest}", "-keep_seed=1", "-len_control=0", "-timeout=60", "-rss_limit_mb=4096", "-print_final_stats=1", f"-artifact_prefix={corpus}-", str(corpus)]
+        atheris.Setup([sys.argv[0], *words], Recorder(target.read, str(corpus)))
         atheris.Fuzz()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

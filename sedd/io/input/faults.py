@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from sedd.errors import DamagedFileError, UserError
 
-READ_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError, MemoryError, zlib.error)
-"""What h5py, zarr, zlib and anndata raise when an element is damaged or of a kind that they do not know."""
+READ_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError, MemoryError, OverflowError, zlib.error)
+"""What h5py, zarr, zlib and anndata raise when an element is damaged or of a kind that they do not know, and Python for a size that is infinite."""
 
 _DAMAGE = ("truncated", "addr overflow", "signature", "bad ", "checksum", "inflate", "filter returned failure", "corrupt", "unable to read",
            "can't read", "decompress", "wrong ", "incorrect", "ran off end", "out of range", "end of file")  # fmt: skip
