@@ -10,4 +10,6 @@ if ! cmp -s .venv/.sedd-ready .venv/.sedd-docs-ready; then # once: an installati
 fi
 rm -rf docs/_build docs/reference/generated
 .venv/bin/python -m sphinx -b html -W --keep-going -q -j 2 "$@" docs docs/_build/html
+# On a phone, where a Chromium is installed: no page is too wide, the menu opens, the search finds.
+SEDD_SITE=$PWD/docs/_build/html .venv/bin/python -m pytest -q -m slow tests/test_site.py
 echo "docs: open docs/_build/html/index.html"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds wheel and sdist into dist/, checks them and the workflows, and tries both in an environment of their own, away from the source tree: a short
+# Builds wheel and sdist into dist/, checks them, the conda recipe and the workflows, and tries both in an environment of their own, away from the source tree: a short
 # quick run and a notebook from the wheel, with the cells that are in it, and tests from the sdist. PYTHON names the interpreter. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,6 +19,12 @@ install tools --group package
 rm -rf dist
 "$folder/tools/bin/python" -m build --outdir dist . >/dev/null
 "$folder/tools/bin/twine" check --strict dist/*
+"$folder/tools/bin/python" - <<'RECIPE' # rendered as for a build; building needs a channel
+from rattler_build import Stage0Recipe
+
+for one in Stage0Recipe.from_file("recipe/recipe.yaml").render():
+    print("recipe:", one.recipe.package.name, one.recipe.package.version, one.recipe.build.noarch)
+RECIPE
 if [ -d .github ]; then "$folder/tools/bin/zizmor" --offline --no-progress .github; fi
 
 "$python" -m venv "$folder/user"

@@ -159,7 +159,7 @@ def _sealed(shard: bytes) -> bytes:
         return shard
     changed = bytearray(shard)
     offset, size = struct.unpack("<QQ", shard[-20:-4])
-    if 4 <= size and offset + size <= len(shard) - 20:
+    if size >= 4 and offset + size <= len(shard) - 20:
         body = bytes(changed[offset : offset + size - 4])
         changed[offset + size - 4 : offset + size] = struct.pack("<I", google_crc32c.value(body))
     changed[-4:] = struct.pack("<I", google_crc32c.value(bytes(changed[-20:-4])))
@@ -226,6 +226,7 @@ class Recorder:
         self.found: set[str] = set()
 
     def __call__(self, data: bytes) -> None:
+        """Read one input."""
         try:
             self.read(data)
         except Exception as error:
