@@ -16,6 +16,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import tyro
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, rest: list[str]) -> int:
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = partial(_show_warning, set())
         warnings.simplefilter("always", SeddWarning)
         try:
             if name == "train":
@@ -177,9 +178,12 @@ def _one_line(box: str) -> str:
     return re.sub(r"^Error parsing [\w.]+: ", "", words).strip()
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+def _show_warning(said: set[str], message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Print a warning that this command has not `said` yet: data that are read several times warn each time."""
     if issubclass(category, SeddWarning):
-        print(f"warning: {message}", file=sys.stderr)
+        if str(message) not in said:
+            print(f"warning: {message}", file=sys.stderr)
+        said.add(str(message))
     elif os.environ.get("PYTHONWARNINGS"):
         print(warnings.formatwarning(message, category, *where[:2]), file=sys.stderr)
 

@@ -41,12 +41,13 @@ def given(command: Any, function: Callable[..., Any]) -> dict[str, Any]:
 
 def labels_by_column(flag: str, texts: Sequence[str]) -> dict[str, str]:
     """Return what a flag gives as COLUMN=LABEL, by column."""
-    labels = {}
+    labels: dict[str, str] = {}
     for text in texts:
         column, separator, label = text.partition("=")
         if not separator:
             raise UserError(f'--{flag} {text!r}: expected COLUMN=LABEL, such as cell_type="B cell".')
-        labels[column] = label
+        if labels.setdefault(column, label) != label:
+            raise UserError(f"--{flag} gives {column} two labels, {labels[column]!r} and {label!r}; expected one. Run the command once for each.")
     return labels
 
 
@@ -260,7 +261,7 @@ class Generate(_Task):
     sampler: Literal["analytic", "euler"] = "analytic"
     """Reverse process."""
     temperature: float = 1.0
-    """Below 1 sharpens the distribution of each draw."""
+    """Below 1 sharpens the distribution of each draw, up to 10 widens it."""
     order: Literal["random", "confidence"] = "random"
     """random: the reverse process. confidence: surest genes first, which is biased."""
     seed: int = 0

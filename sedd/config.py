@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sedd.errors import SettingError
-from sedd.options import parse_bytes, recorded_path
+from sedd.options import check_seed, parse_bytes, recorded_path
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
     "small": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4},
@@ -117,6 +117,7 @@ class ConversionSettings(InputSettings):
         if self.values not in ("counts", "real"):
             raise SettingError(f"values must be counts or real, not {self.values!r}.")
         super().__post_init__()
+        check_seed(self.seed)
         if self.round and self.values == "real":
             raise SettingError("--round makes whole numbers and --values real keeps fractions; leave one of them out.")
         if self.raw and self.keep_layers:
@@ -337,6 +338,7 @@ class RunConfig:
     """Say parameters, memory, steps and time, and train nothing."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         _require(self.num_threads >= 0, "num_threads", self.num_threads, "0 or more")
         _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
         _require(self.early_stopping >= 0, "early_stopping", self.early_stopping, "0 or more")

@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import operator
 import os
 import re
 import textwrap
@@ -15,9 +16,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sedd.errors import UserError, without_secrets
+from sedd.errors import SettingError, UserError, without_secrets
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse a seed that is not a whole number from 0 to the largest that a file holds."""
+    try:
+        fits = 0 <= operator.index(seed) < 2**63
+    except TypeError:
+        fits = False
+    if not fits:
+        raise SettingError(f"--seed is {seed}; expected a whole number from 0 to 2**63 - 1.")
 
 
 def parse_bytes(text: str | int) -> int:

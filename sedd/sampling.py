@@ -34,6 +34,7 @@ from sedd.noise import Noise
 
 ORDERS = ("random", "confidence")
 _WHEN, _VALUE, _STEP = 10, 11, 12  # streams of draws; the steps of the uniform graph follow _STEP
+_HOTTEST = 10  # a law of counts has no end: hotter, its tail is longer than memory
 _MAX_PROBABILITIES = 1 << 24  # (gene, bin) pairs whose probabilities exist at a time, 128 MiB in float64
 _TABLES = 1 << 12  # genes whose tables exist at a time
 
@@ -95,8 +96,8 @@ class Sampler(ABC):
     ) -> None:
         if num_steps < 1:
             raise UserError(f"num_steps is {num_steps}; expected at least 1, such as 64.")
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"temperature is {temperature}; expected more than 0; 1 is the model itself.")
+        if not 0 < temperature <= _HOTTEST:
+            raise UserError(f"temperature is {temperature}; expected more than 0 and at most {_HOTTEST}; 1 is the model itself.")
         if order not in ORDERS:
             raise UserError(f"unknown order {order!r}; expected one of {', '.join(ORDERS)}.")
         if not 0 <= guidance < float("inf"):

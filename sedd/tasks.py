@@ -30,7 +30,7 @@ from sedd.inference.posterior import AVERAGE, TaskBatch, labels_as_if, spans_of_
 from sedd.inference.pretrained import Pretrained
 from sedd.io.format.json_table import unpacked_table
 from sedd.kernels.mask import exact_mask
-from sedd.options import keywords_of
+from sedd.options import check_seed, keywords_of
 
 
 @keywords_of(ReadingSettings)
@@ -332,16 +332,15 @@ def generate(
         there = ", ".join(model.categories) or "none (train with --condition COLUMN)"
         raise UserError(f"the model is not conditioned on {unknown[0]!r}; its condition columns are: {there}.")
     by_library = model.model.config["condition_library"]
+    check_seed(seed)
     if library_size is not None and not by_library:
         raise UserError("--library_size needs a model trained with --condition_library_size; this one was not.")
     if library_size is not None and not 0 < library_size < float("inf"):
         raise UserError(f"--library_size is {library_size:g}; expected a total count above 0, such as 2000.")
     if guidance != 1 and not where and not by_library:
-        raise UserError(
-            f"--guidance is {guidance} and there is nothing to be guided by; give --where COLUMN=LABEL or leave it at 1."
-        )
+        raise UserError(f"--guidance is {guidance} and there is nothing to be guided by; give --where COLUMN=LABEL or leave it at 1.")
     codes = [
-        model.condition_codes(column, np.array([where[column]] if column in where else [None], object))[0]
+        model.condition_codes(column, np.array([where[column]] if column in where else [None], object), asked=True)[0]
         for column in model.categories
     ]
     n_vars, mask = len(model.genes), model.binning.n_bins

@@ -41,7 +41,7 @@ def values_unlike_the_defaults(name: str, folder: Path) -> dict[str, Any]:
         elif isinstance(field.default, int | float):
             values[field.name] = 1000 + number
         elif isinstance(field.default, tuple):
-            values[field.name] = (f"{field.name}=one", f"{field.name}=two")
+            values[field.name] = (f"{field.name}=one", f"{field.name}2=two")
         else:
             values[field.name] = f"a_{field.name}"
     if name == "info":  # refuses a path where nothing is

@@ -33,7 +33,7 @@ from sedd.kernels.mask import exact_mask
 from sedd.likelihood import CellBatch, LibraryPrior, confidence_interval, nelbo
 from sedd.metrics import CountBaselines, generation_table, likelihood_table, recovery_table, visible_library
 from sedd.metrics.generation import MIN_CELLS
-from sedd.options import grouped, keywords_of, recorded_path
+from sedd.options import check_seed, grouped, keywords_of, recorded_path
 from sedd.report.figures import subsample
 from sedd.report.page import write_report
 from sedd.report.plots import ReportData
@@ -142,6 +142,7 @@ def evaluate(
     >>> print(sedd.metrics.metrics_table(found.metrics))  # doctest: +SKIP
     """
     grouped(reading, ReadingSettings)  # refuses what is no setting
+    check_seed(seed)
     if any(number < 1 for number in steps):
         raise UserError(f"--steps is {' '.join(map(str, steps))}; expected numbers of sampling steps, such as 1 4 16.")
     if max_cells < MIN_CELLS:

@@ -21,7 +21,7 @@ from sedd.inference.pretrained import Pretrained
 from sedd.inference.reading import reading_of
 from sedd.inference.sources import Source, opened
 from sedd.io.format.plain import column_called
-from sedd.options import grouped, recorded_path
+from sedd.options import check_seed, grouped, recorded_path
 
 Data: TypeAlias = ad.AnnData | str | Path
 
@@ -32,7 +32,7 @@ def all_arguments(own: dict[str, Any]) -> dict[str, Any]:
     Raises
     ------
     UserError
-        If `as_if` is no mapping, or what is read is said in no way that there is.
+        If `as_if` is no mapping, the seed no seed, or what is read is said in no way that there is.
     """
     (reading,) = grouped(own["reading"], ReadingSettings)
     found = {**{name: value for name, value in own.items() if name != "reading"}, **asdict(reading)}
@@ -41,6 +41,8 @@ def all_arguments(own: dict[str, Any]) -> dict[str, Any]:
             found[name] = [found[name]]
     if not isinstance(found.get("as_if") or {}, Mapping):
         raise UserError(f'as_if is {found["as_if"]!r}; expected columns and their labels, such as {{"batch": "b1"}}.')
+    if "seed" in found:
+        check_seed(found["seed"])
     return found
 
 

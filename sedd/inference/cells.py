@@ -22,10 +22,9 @@ from sedd.io.files import obs_digest
 from sedd.io.format.plain import made_unique
 from sedd.io.input.base import own_layer
 from sedd.kernels.count_law_draws import LARGEST
+from sedd.kernels.gather import EXACT_FLOAT32
 
 WINDOW = 2048  # cells that are read together: a store has many in a chunk
-_EXACT = 1 << 24
-"""Up to it float32 has all whole numbers."""
 MIN_OVERLAP = 0.25  # below this share of the panel it is more often other names than other genes; docs/missing-genes.md has what is lost
 
 
@@ -181,7 +180,7 @@ class Cells:
             return np.asarray(block.data, np.float32)
         wide = np.rint(block.data)
         values: np.ndarray = wide.astype(np.float32)
-        if self._inexact is None and wide.max(initial=0) > _EXACT and (other := values != wide).any():
+        if self._inexact is None and wide.max(initial=0) > EXACT_FLOAT32 and (other := values != wide).any():
             k = int(other.argmax())
             self._inexact = f"{wide[k]:.0f} at {self._place_in(block, k, lo)} is {values[k]:.0f} there"
         return values
@@ -195,7 +194,7 @@ class Cells:
         """Say which count of those read so far a result cannot hold."""
         if self._inexact is not None:
             warn_user(
-                f"{self.name}: has counts above {_EXACT}, which results hold in single precision, rounded to a relative 6e-8 (first: "
+                f"{self.name}: has counts above {EXACT_FLOAT32}, which results hold in single precision, rounded to a relative 6e-8 (first: "
                 f"{self._inexact}). The data have them as they are."
             )
 

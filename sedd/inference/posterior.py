@@ -80,7 +80,7 @@ def labels_as_if(model: Pretrained, as_if: Mapping[str, str]) -> list[dict[int, 
         if label == AVERAGE and label not in known:
             codes = np.unique(np.linspace(1, len(known), min(MAX_LABELS, len(known))).round().astype(int)).tolist()
         else:
-            codes = model.condition_codes(column, np.array([label], object)).tolist()
+            codes = model.condition_codes(column, np.array([label], object), asked=True).tolist()
         number = list(model.categories).index(column)
         given = [{**one, number: code} for one in given for code in codes]
     every = -(-len(given) // MAX_LABELS)

@@ -266,8 +266,8 @@ class Pretrained:
             lines.append(f"validation  {last['val_nelbo']:.1f} nats per cell after epoch {last['epoch']}")
         return "\n".join(lines)
 
-    def condition_codes(self, column: str, labels: np.ndarray) -> np.ndarray:
-        """Labels of a condition column as the model's codes, (n,) int64; missing ones are 0.
+    def condition_codes(self, column: str, labels: np.ndarray, *, asked: bool = False) -> np.ndarray:
+        """Labels of a condition column, of the data or `asked` for, as the model's codes, (n,) int64; missing ones are 0.
 
         Raises
         ------
@@ -282,9 +282,9 @@ class Pretrained:
                 continue
             code = index.get(label_text(label))
             if code is None:
+                without = f", or leave {column} out (--drop obs/{column}, or missing in that cell): the model then does without"
                 raise UserError(
-                    f"{column}={str(label)!r} was not there in training; known: {', '.join(map(repr, known))}. Use one of these, or leave "
-                    f"{column} out (--drop obs/{column}, or missing in that cell): the model then does without."
+                    f"{column}={str(label)!r} was not there in training; known: {', '.join(map(repr, known))}. Use one of these{'' if asked else without}."
                 )
             codes[i] = code
         return codes

@@ -23,6 +23,7 @@ from sedd.io.loading.selection import cumulative_weights, encode_label, find_gen
 from sedd.io.loading.torch_dataset import TorchDataset
 from sedd.io.plan import FULL_SHUFFLE_BYTES, EpochOrder, RankSteps, Split
 from sedd.io.store import CellStore
+from sedd.kernels.gather import EXACT_FLOAT32
 from sedd.kernels.mask import masked_count
 from sedd.kernels.tokens import RowFiller
 from sedd.options import grouped, keywords_of, with_meanings
@@ -91,6 +92,7 @@ class CellLoader:
             cumulative=cumulative_weights(self.store, self.cells, chosen.weights),
             pinned=torch.cuda.is_available() if running.pin_memory == "auto" else bool(running.pin_memory),
         )
+        self._inexact = self.store.is_counts and self.store.max_value > EXACT_FLOAT32 and not (contents.target_sum or contents.log1p)
         self._client = running.client
         self._pipeline: Pipeline | None = None
         self._pid = os.getpid()
@@ -222,6 +224,7 @@ class CellLoader:
         span, epoch, steps = self.batch_size * self.world_size, self.epoch, self._steps(start)
         if steps.n_mine == 0:
             return
+        self._report_inexact(form)
         batches = self._running().run(steps, self.order, form)
         try:
             for step in itertools.count(1):
@@ -235,6 +238,15 @@ class CellLoader:
                 yield fields
         finally:
             batches.close()
+
+    def _report_inexact(self, form: str) -> None:
+        """Say once that counts of the store are too large for single precision, where they are given in it."""
+        if self._inexact and (form == "csr" or self.binning is None):
+            self._inexact = False
+            warn_user(
+                f"{self.store.path} has counts above {EXACT_FLOAT32} (the largest is {int(self.store.max_value)}); float32 rounds them to a relative 6e-8. "
+                "Tokens and CellStore.read_rows have them as they are."
+            )
 
     def _running(self) -> Pipeline:
         if self._pipeline is not None and self._pid != os.getpid():

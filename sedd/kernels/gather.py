@@ -10,6 +10,9 @@ import numpy as np
 from sedd.errors import DamagedFileError, UserError
 from sedd.kernels.rows import choose, fetch, inside
 
+EXACT_FLOAT32 = 1 << 24
+"""Up to it float32 has all whole numbers."""
+
 
 @numba.njit(cache=True, nogil=True)
 def _count(indices: Any, starts: Any, stops: Any, n_store: Any, columns: Any, indptr: Any) -> bool:

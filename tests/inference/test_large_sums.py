@@ -20,6 +20,7 @@ from sedd.inference.matrices import Rows
 from sedd.inference.pretrained import Pretrained
 from sedd.io.conversion.counts import LargeSumError, clean_rows, to_counts
 from sedd.io.convert import convert
+from sedd.io.loader import CellLoader
 from sedd.tasks import denoise, impute
 
 N, M = 8, 60
@@ -119,6 +120,28 @@ def test_a_count_that_a_result_cannot_hold_is_said(output: str | None, model: Pr
     with warnings.catch_warnings():
         warnings.simplefilter("error", SeddWarning)
         denoise(model, with_count(2**24 + 2), progress=False)
+
+
+def test_a_loader_says_once_which_counts_single_precision_does_not_hold(tmp_path: Path) -> None:
+    store = convert(written(with_count(2**24 + 1), tmp_path / "a.h5ad"), tmp_path / "a.zarr", progress=False)
+    assert store is not None
+
+    def largest(**options: object) -> int:
+        with CellLoader(store, split="all", mask=None, shuffle=False, **options) as loader:
+            first, again = ([int(batch.tokens.max()) for batch in loader] for _ in range(2))
+            assert first == again
+            return first[0]
+
+    said = r"a\.zarr has counts above 16777216 \(the largest is 16777217\); float32 rounds them"
+    with pytest.warns(SeddWarning, match=said) as found:
+        assert largest(dtype="float32") == 2**24
+    assert len(found) == 1
+    with pytest.warns(SeddWarning, match=said), CellLoader(store, split="all") as loader:
+        assert next(loader.as_csr()).x.max() == 2**24
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SeddWarning)
+        assert largest() == 2**24 + 1  # tokens are whole numbers
+        assert 0 < largest(dtype="float32", target_sum=1e4) <= 1e4
 
 
 def test_a_count_that_no_model_takes_is_said_with_its_place(model: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

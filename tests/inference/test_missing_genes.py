@@ -163,6 +163,18 @@ def test_repeated_gene_names_are_said(model: Pretrained, cells: ad.AnnData) -> N
         denoise(model, twice, rounds=1, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_a_command_that_reads_data_several_times_warns_once(model: Pretrained, cells: ad.AnnData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = panel(cells, model)
+    twice.var_names = [*twice.var_names[:-1], twice.var_names[0]]
+    twice.write_h5ad(tmp_path / "twice.h5ad")
+    model.save_pretrained(tmp_path / "model")
+    words = ["score", tmp_path / "model", tmp_path / "twice.h5ad", "--reference", tmp_path / "twice.h5ad", "--n_masks", 1, "-o", tmp_path / "out.h5ad"]
+    for _ in range(2):  # and each command anew
+        assert main([str(word) for word in [*words, "--overwrite"]]) == 0
+        assert capsys.readouterr().err.count("gene names repeat") == 1
+
+
 def test_a_share_to_hide_that_hides_nothing_is_refused(model: Pretrained, cells: ad.AnnData) -> None:
     with pytest.raises(UserError, match="--hide is 0.0001, which is none of the model's 60 genes"):
         impute(model, cells, hide=1e-4, progress=False)

@@ -16,7 +16,7 @@ class Batch:
 
     Attributes
     ----------
-    tokens : (B, n_vars) uint8 or uint16 tensor (float32 with `dtype="float32"`)
+    tokens : (B, n_vars) uint8, uint16 or int32 tensor (float32 with `dtype="float32"`)
         Clean tokens: the mask is not applied.
     masked : (B, n_vars) bool tensor or None
         Genes to hide.

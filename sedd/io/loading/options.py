@@ -11,7 +11,7 @@ import numpy as np
 from sedd.binning import Binning
 from sedd.errors import UserError
 from sedd.io.plan import CellList, Split
-from sedd.options import parse_bytes
+from sedd.options import check_seed, parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Contents:
     noise : callable, optional
         Mask probability at time t; log-linear with eps 1e-3 by default.
     dtype : {"auto", "float32"}
-        `float32` gives counts instead of tokens.
+        `float32` gives counts instead of tokens. Counts above 2**24 are rounded, which a warning says.
     target_sum, log1p : float, bool
         With `float32`: scale each cell to this sum over the panel, take log(1 + x).
     """
@@ -108,6 +108,7 @@ class Order:
     pad: bool | None = None
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         check_positive(world_size=self.world_size)
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank is {self.rank} of world_size {self.world_size}; expected 0 to {self.world_size - 1}")
