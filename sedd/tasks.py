@@ -408,7 +408,7 @@ def embed(
     Returns
     -------
     embedded : AnnData
-        The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var, obsm and uns alone.
+        The input with `obsm["X_sedd"]`, (n_obs, hidden_dim) float32. With `output`, its obs, var and uns alone.
 
     Raises
     ------

@@ -14,7 +14,6 @@ import torch
 from sedd.config import ReadingSettings
 from sedd.errors import UserError
 from sedd.inference.applying import Data, all_arguments, for_each_batch
-from sedd.inference.cells import Cells
 from sedd.inference.output_file import Beside
 from sedd.inference.output_place import check_output
 from sedd.inference.posterior import TaskBatch
@@ -65,7 +64,7 @@ def annotate(
     annotated : AnnData
         The input with, for a condition column `cell_type`, `obs["sedd_cell_type"]`, the most probable label;
         `obs["sedd_cell_type_probability"]`, its probability; `obsm["sedd_cell_type_probability"]`, (n_obs, labels) float32, those
-        of all labels, which are named in `uns["sedd"]["labels"]["cell_type"]`. With `output`, its obs, var, obsm and uns alone.
+        of all labels, which are named in `uns["sedd"]["labels"]["cell_type"]`. With `output`, its obs, var and uns alone.
 
     Raises
     ------
@@ -91,7 +90,7 @@ def annotate(
             laws = model.model.label_laws(shown, model.sigma(hidden), **here.context)
         return {f"label{k}": law.exp().cpu().numpy() for k, law in enumerate(laws)}
 
-    def beside(made: dict[str, np.ndarray], chosen: Cells) -> Beside:
+    def beside(made: dict[str, np.ndarray], cells: np.ndarray) -> Beside:
         probabilities = {column: made[f"label{k}"] for k, column in enumerate(model.categories) if column in asked}
         obs: dict[str, Any] = {}
         for column, p in probabilities.items():

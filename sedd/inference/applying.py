@@ -46,7 +46,7 @@ def all_arguments(own: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def in_obsm(made: dict[str, np.ndarray], chosen: Cells) -> Beside:
+def in_obsm(made: dict[str, np.ndarray], cells: np.ndarray) -> Beside:
     """Put all that was made into obsm, under its names."""
     return Beside(obsm=made)
 
@@ -58,7 +58,7 @@ def for_each_batch(
     make: Callable[[TaskBatch], dict[str, np.ndarray]],
     details: dict[str, Any],
     *,
-    beside: Callable[[dict[str, np.ndarray], Cells], Beside] | None = None,
+    beside: Callable[[dict[str, np.ndarray], np.ndarray], Beside] | None = None,
     first: Callable[[Cells, Sequence[str] | None], dict[str, Any]] | None = None,
 ) -> ad.AnnData:
     """Return what `make` gives for each batch of cells, put together.
@@ -71,8 +71,8 @@ def for_each_batch(
     details
         What the result's uns records of how it was made, beside which genes were missing.
     beside
-        Where what was made of the cells is to be put beside them: gives its places, from all of it and the cells, which are then
-        seen whole. Else it is a new table.
+        Where what was made of the cells is to be put beside them: gives its places, block by block of successive cells, from what was
+        made of them and their numbers in the data. The model then sees cells whole. Else it is a new table.
     first
         What is to be learned from the cells before: is given them and the columns whose labels the model sees, and gives more details.
     """
@@ -84,10 +84,12 @@ def for_each_batch(
             if column_called(chosen.obs, column) is None:
                 there = ", ".join(map(str, chosen.obs.columns)) or "none"
                 raise UserError(f"--given {column}: {source.name} has no such obs column; there are: {there}.")
-        tables, before = chosen.tables(), source.record()
+        before = source.record()
         if before is not None:
             details = {**details, "before": before}
-        if output is not None and isinstance(data, ad.AnnData):
+        in_memory = isinstance(data, ad.AnnData)
+        tables = chosen.tables() if beside is None or in_memory else {}
+        if output is not None and in_memory:
             check_tables(source.name, {**tables, "uns": {**tables["uns"], "sedd": before or {}}})
         if beside is None:
             _warn_of_other_counts(model, source, layer, raw)
@@ -107,8 +109,7 @@ def for_each_batch(
             if beside is None:
                 chosen.report_inexact()
                 return assemble(output, {**tables, "uns": {**tables["uns"], "sedd": done}}, parts)
-            which = None if cells == "all" else chosen.indices
-            return attach(output, data, source, which, parts, done, lambda made: beside(made, chosen))
+            return attach(output, data, source, None if cells == "all" else chosen.indices, parts, done, beside)
 
 
 def _warn_of_other_counts(model: Pretrained, source: Source, layer: str | None, raw: bool) -> None:

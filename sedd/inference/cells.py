@@ -75,7 +75,7 @@ class Cells:
         self._real, self._rounding, self._rounded, self._largest = real, rounding, 0, largest
         self._inexact: str | None = None
         self._window: tuple[int, Any] = (0, None)
-        self.obs: pd.DataFrame = rows_of(source.obs, self.indices)
+        self.obs: pd.DataFrame = source.obs if cells is None else rows_of(source.obs, self.indices)
         table = source.var(raw)
         names = table.index
         if not names.is_unique:
@@ -105,7 +105,7 @@ class Cells:
     def tables(self) -> dict[str, Any]:
         """Return what a result has of these cells beside its matrices: obs, var, obsm and uns, as the source has them."""
         obsm = {name: rows_of(value, self.indices) for name, value in self.source.obsm().items()}
-        return {"obs": self.obs, "var": self.var, "obsm": obsm, "uns": self.source.uns()}
+        return {"obs": self.obs.copy(), "var": self.var, "obsm": obsm, "uns": self.source.uns()}
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -1,15 +1,17 @@
 """Blocks of cells become an AnnData in memory, or a file that grows block by block.
 
 A file is written in the folder of its parts and moved to its name when it is complete; it is an ordinary `.h5ad` or an ordinary
-AnnData Zarr store, and at no time more than a block of cells is in memory.
+AnnData Zarr store, and at no time more than a block of cells is in memory, but for the table of cells.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from sedd.io.outputs import move_into_place, partial_folder
 
 _BLOCK = 1 << 22  # values that are gathered before they are written
 _CHUNK = 1 << 16  # values in a chunk of a sparse matrix
+_ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}
 _MAPPINGS = ("obsm", "varm", "obsp", "varp", "layers")
 
 
@@ -92,7 +95,7 @@ def attach(
     chosen: np.ndarray | None,
     parts: Parts,
     done: dict[str, Any],
-    beside: Callable[[dict[str, np.ndarray]], Beside],
+    beside: Callable[[dict[str, np.ndarray], np.ndarray], Beside],
 ) -> ad.AnnData:
     """Put what was made of each cell beside it, in a copy of the data.
 
@@ -111,20 +114,23 @@ def attach(
     done
         What `uns["sedd"]` says of it.
     beside
-        Makes of the whole arrays what is put beside the cells.
+        Makes of a block of these arrays, and of the numbers of its cells, what is put beside the cells.
+
+    Returns
+    -------
+    result
+        Whole in memory; in a copy of a file only numbers in `obs` are gathered, and arrays are written block by block.
     """
     parts.complete()
     if not parts.writes:
         return ad.AnnData(uns={"sedd": done})
-    whole: dict[str, list[np.ndarray]] = {}
-    for block in parts.all():
-        for name, part in block.items():
-            whole.setdefault(name, []).append(part.toarray() if sp.issparse(part) else part)
-    new = beside({name: np.concatenate(parts) for name, parts in whole.items()})
-    there = {"obs": list(source.obs.columns), "obsm": source.obsm_names() if new.obsm else []}
-    replaced = [f"{group}[{name!r}]" for group, names in (("obs", new.obs), ("obsm", new.obsm)) for name in names if name in there[group]]
+    found = _blocks(parts, np.arange(len(source.obs)) if chosen is None else chosen, beside)
+    first = next(found)
+    there = {"obs": list(source.obs.columns), "obsm": source.obsm_names() if first.obsm else []}
+    replaced = [f"{group}[{name!r}]" for group, names in (("obs", first.obs), ("obsm", first.obsm)) for name in names if name in there[group]]
     if replaced:
         warn_user(f"{source.name}: has {', '.join(replaced)} already; the result has what was made now in place of it, and the data stay as they are.")
+    found = itertools.chain([first], found)
     if (
         output is not None
         and chosen is None
@@ -132,14 +138,14 @@ def attach(
         and source.copyable
         and _can_be_copied(Path(data), Path(output))
     ):
-        obs = source.obs.assign(**new.obs)
-        _attach_to_copy(Path(data), Path(output), source, new, obs, done)
-        return ad.AnnData(obs=obs, var=source.var(), obsm=source.obsm() | new.obsm, uns=source.uns() | {"sedd": done})
+        obs = _attach_to_copy(Path(data), Path(output), source, found, done)
+        return ad.AnnData(obs=obs, var=source.var(), uns=source.uns() | {"sedd": done})
+    gathered = list(found)
     with ad.settings.override(remove_unused_categories=False):
         result = source.whole() if chosen is None else source.whole()[chosen].copy()
-    result.obsm.update(new.obsm)
-    if new.obs:
-        result.obs = result.obs.assign(**new.obs)
+    result.obsm.update({name: _joined([block.obsm[name] for block in gathered]) for name in first.obsm})
+    if first.obs:
+        result.obs = result.obs.assign(**{name: _joined([block.obs[name] for block in gathered]) for name in first.obs})
     result.uns["sedd"] = done
     if output is None:
         return result
@@ -147,7 +153,24 @@ def attach(
     with _created(part) as root:
         _write_whole(root, result, str(output))
     move_into_place(part, Path(output))
-    return ad.AnnData(obs=result.obs, var=result.var, obsm=dict(result.obsm), uns=result.uns)
+    return ad.AnnData(obs=result.obs, var=result.var, uns=result.uns)
+
+
+def _blocks(parts: Parts, numbers: np.ndarray, beside: Callable[[dict[str, np.ndarray], np.ndarray], Beside]) -> Iterator[Beside]:
+    """Return what is put beside successive cells, whose numbers in the data these are."""
+    lo = 0
+    for block in parts.all():
+        made = {name: part.toarray() if sp.issparse(part) else part for name, part in block.items()}
+        hi = lo + len(next(iter(made.values())))
+        yield beside(made, numbers[lo:hi])
+        lo = hi
+
+
+def _joined(blocks: Sequence[Any]) -> Any:
+    """Return successive parts of an array, or of a column of the same categories, as one."""
+    if isinstance(blocks[0], pd.Categorical):
+        return pd.Categorical.from_codes(np.concatenate([block.codes for block in blocks]), dtype=blocks[0].dtype)
+    return np.concatenate(blocks)
 
 
 def check_tables(name: str, tables: dict[str, Any]) -> None:
@@ -187,20 +210,31 @@ def _can_be_copied(data: Path, output: Path) -> bool:
         return root.attrs.get("encoding-type") == "anndata" and not any(hasattr(group, "shape") for group in groups)
 
 
-def _attach_to_copy(
-    data: Path, output: Path, source: Source, new: Beside, obs: pd.DataFrame, done: dict[str, Any]
-) -> None:
+def _attach_to_copy(data: Path, output: Path, source: Source, blocks: Iterator[Beside], done: dict[str, Any]) -> pd.DataFrame:
+    """Copy a file and write into the copy, block by block; return the table of its cells."""
     part = Path(partial_folder(output), output.name)
     if data.is_dir():
         shutil.copytree(data, part, dirs_exist_ok=True)
     else:
         shutil.copyfile(data, part)
+    arrays: dict[str, _GrowingArray] = {}
+    columns: dict[str, list[Any]] = {}
+    obs = source.obs
     with _opened(part, "r+") as root:
         for name in ("obsm", "uns"):
             if name not in root:
                 _write(root, {name: {}}, str(output))
-        _write(root["obsm"], new.obsm, str(output))
-        if new.obs:
+        for block in blocks:
+            for name, array in block.obsm.items():
+                if name not in arrays:
+                    arrays[name] = _GrowingArray(root["obsm"], name, (len(obs), *array.shape[1:]), array.dtype, str(output))
+                arrays[name].add(array)
+            for name, values in block.obs.items():
+                columns.setdefault(name, []).append(values)
+        for growing in arrays.values():
+            growing.finish()
+        if columns:
+            obs = obs.assign(**{name: _joined(values) for name, values in columns.items()})
             del root["obs"]
             _write(root, {"obs": obs}, str(output))
         if source.is_store:  # what makes it one stays
@@ -211,6 +245,53 @@ def _attach_to_copy(
             _write(root["uns"], {"sedd": done}, str(output))
     source.check_unchanged()  # while it was copied
     move_into_place(part, output)
+    return obs
+
+
+class _GrowingArray:
+    """An array in an open file, to which successive rows are written, a chunk of a store at a time.
+
+    Parameters
+    ----------
+    group, name
+        Where it is put; what is there is replaced.
+    shape, dtype
+        Of the whole array.
+    output
+        What messages call the file.
+    """
+
+    def __init__(self, group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], output: str) -> None:
+        kept = free_names([name], nested=False)[name]
+        if kept != name:
+            warn_user(f"{output}: obsm {name!r} is kept as {kept!r}.")
+        if kept in group:
+            del group[kept]
+        self._rows = max(1, min(shape[0], _BLOCK // max(1, math.prod(shape[1:]))))
+        if isinstance(group, zarr.Group):
+            self._node = group.create_array(kept, shape=shape, dtype=dtype, chunks=(self._rows, *shape[1:]))
+        else:
+            self._node = group.create_dataset(kept, shape=shape, dtype=dtype)
+        self._node.attrs.update(_ARRAY)
+        self._waiting: list[np.ndarray] = []
+        self._written = 0
+
+    def add(self, block: np.ndarray) -> None:
+        """Take in the next rows, and write the chunks that are complete."""
+        self._waiting.append(block)
+        while sum(map(len, self._waiting)) >= self._rows:
+            rows = np.concatenate(self._waiting)
+            self._write(rows[: self._rows])
+            self._waiting = [rows[self._rows :]]
+
+    def _write(self, rows: np.ndarray) -> None:
+        self._node[self._written : self._written + len(rows)] = rows
+        self._written += len(rows)
+
+    def finish(self) -> None:
+        """Write what is left."""
+        if any(map(len, self._waiting)):
+            self._write(np.concatenate(self._waiting))
 
 
 @contextlib.contextmanager
@@ -332,7 +413,7 @@ class _GrowingFile:
             node = self._root.create_array(key, **storage)
         else:
             node = self._root.create_dataset(key, **storage, compression="gzip")
-        node.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        node.attrs.update(_ARRAY)
 
     def finish(self) -> None:
         """Complete the file and move it to its name."""

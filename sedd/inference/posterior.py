@@ -170,7 +170,7 @@ def batches(
         context: dict[str, Any] = {"condition": None, "library": None}
         if model.categories:
             columns = [
-                model.condition_codes(name, known.to_numpy(object)[lo:hi])
+                model.condition_codes(name, known.iloc[lo:hi].to_numpy(object))
                 if (known := column_called(source.obs, name)) is not None and (labels is None or name in labels)
                 else np.zeros(hi - lo, np.int64)
                 for name in model.categories

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def score(
     scored : AnnData
         The input with `obs["sedd_nats"]`, a bound on -log p of the cell's counts of the genes that are there, and
         `obs["sedd_surprise"]`, which share of the reference cells of about the same total count exceeds what was expected of it by less, in (0, 1). With
-        `output`, its obs, var, obsm and uns alone.
+        `output`, its obs, var and uns alone.
 
     Raises
     ------
@@ -120,13 +121,18 @@ def score(
             totals = here.counts[:, ~missing].sum(1, dtype=np.float64)
             return {"nats": nats[:, None], "excess": excess[:, None], "totals": totals[:, None]}
 
-        def beside(made: dict[str, np.ndarray], chosen: Cells) -> Beside:
+        @functools.cache
+        def compared_with() -> tuple[np.ndarray, np.ndarray]:
             found = [score_batch(here) for here in batches(model, known, batch_size, "reference", progress, labels=given)]
             excess, totals = (np.concatenate([part[name] for part in found])[:, 0] for name in ("excess", "totals"))
+            return excess, totals
+
+        def beside(made: dict[str, np.ndarray], cells: np.ndarray) -> Beside:
+            excess, totals = compared_with()
             itself = None
             if own:
-                at = np.searchsorted(known.indices, chosen.indices).clip(max=len(known) - 1)
-                itself = np.where(known.indices[at] == chosen.indices, at, -1)
+                at = np.searchsorted(known.indices, cells).clip(max=len(known) - 1)
+                itself = np.where(known.indices[at] == cells, at, -1)
             share = surprise(made["excess"][:, 0], made["totals"][:, 0], excess, totals, itself)
             return Beside(obs={"sedd_nats": made["nats"][:, 0], "sedd_surprise": share})
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
@@ -15,8 +17,12 @@ import scipy.sparse as sp
 
 from sedd.errors import UserError
 from sedd.evaluation.evaluate import evaluate
+from sedd.inference import output_file
+from sedd.inference.annotation import annotate
+from sedd.inference.pretrained import Pretrained
+from sedd.inference.scoring import score
 from sedd.io.format import elements
-from sedd.tasks import impute
+from sedd.tasks import embed, impute
 from tests.conftest import make_counts
 
 FEW: dict[str, Any] = {"n_masks": 2, "num_steps": 2, "steps": (), "umap": False, "progress": False}
@@ -54,6 +60,45 @@ def test_of_few_cells_is_measured_what_can_be(tiny_run: Path, n_obs: int, tmp_pa
     (note,) = [note for note in found.notes if note.startswith("Generation was not measured")]
     assert f"{n_obs} cell{'s are' if n_obs > 1 else ' is'} held out" in note and "--val_fraction" in note
     assert note in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("task", [embed, annotate, score])
+def test_what_is_put_beside_cells_of_a_file_is_read_and_written_in_blocks(
+    model: Pretrained, tiny_h5ad: Path, tmp_path: Path, suffix: str, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adata = make_counts()
+    path = tmp_path / f"in{suffix}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what anndata says of coming versions
+        adata.write_zarr(path) if suffix == ".zarr" else adata.write_h5ad(path)
+    settings: dict[str, Any] = {"batch_size": 24, "progress": False}
+    settings |= {"reference": str(tiny_h5ad), "n_masks": 1} if task is score else {}
+    lengths: list[int] = []  # of labels that are looked up, and of rows that are written
+
+    def looked_up(series: pd.Series, *args: Any, of: Any = pd.Series.to_numpy, **more: Any) -> Any:
+        lengths.extend([len(series)] * (object in args))
+        return of(series, *args, **more)
+
+    def written(array: Any, rows: np.ndarray, write: Any = output_file._GrowingArray._write) -> None:
+        lengths.append(len(rows))
+        write(array, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_file, "_BLOCK", 16 * 50)
+        patch.setattr(output_file._GrowingArray, "_write", written)
+        patch.setattr(pd.Series, "to_numpy", looked_up)
+        patch.setattr("sedd.inference.sources.FileSource.obsm", None)  # nobody asks for it
+        made = task(model, path, output=tmp_path / f"out{suffix}", **settings)
+    assert max(lengths, default=0) == {embed: 50, annotate: 240, score: 0}[task]  # rows of a chunk: 50 of 16 numbers, all of 3
+    assert not made.obsm
+    read = ad.read_zarr(tmp_path / f"out{suffix}") if suffix == ".zarr" else ad.read_h5ad(tmp_path / f"out{suffix}")
+    whole = task(model, path, **settings)
+    pd.testing.assert_frame_equal(read.obs, whole.obs)
+    pd.testing.assert_frame_equal(made.obs, whole.obs)
+    assert read.obsm.keys() == whole.obsm.keys()
+    for name, array in whole.obsm.items():
+        assert read.obsm[name].dtype == array.dtype and np.array_equal(read.obsm[name], array)
 
 
 EVALUATION = """
