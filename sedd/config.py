@@ -26,6 +26,13 @@ TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What each size trains with for a hundred epochs without trouble: docs/tuning.md has the curves."""
 
+GPU_BATCH = {"small": 1024, "medium": 1024, "large": 512}
+"""Cells per step and process that keep a GPU busy, where they are many; docs/tuning.md says what of this was tried."""
+GPU_STEPS = 64
+"""Steps of an epoch, at least, for which a GPU takes smaller batches."""
+GPU_RATE = 5e-4
+"""Up to it the learning rate rises with the square root of the batch (Malladi et al. 2022, arXiv:2205.10287)."""
+
 LEAST_BUDGET = 64 << 20
 """Bytes that a conversion needs for data in flight, whatever its input."""
 
@@ -278,10 +285,10 @@ class OptimConfig:
     min_steps: int = 0
     """Take at least so many steps: few cells are passed over more often than --num_epochs."""
     batch_size: int | None = None
-    """Cells per step and process; from --model if not given (small and medium: 32, large: 64)."""
+    """Cells per step and process; from --model if not given (small and medium: 32, large: 64; on a GPU up to 1,024 and 512, of many cells)."""
     learning_rate: float | None = None
     """Learning rate of AdamW, constant after the warm-up, for the laws of genes. The network gets five times of it (less beyond 128 channels, in
-    proportion), the vectors of genes ten times. From --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4)."""
+    proportion), the vectors of genes ten times. From --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4; on a GPU more, with the batch)."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.01
@@ -368,26 +375,31 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def __post_init__(self) -> None:
-        defaults = TRAINING_DEFAULTS[self.model.model]
-        missing = {name: value for name, value in defaults.items() if getattr(self.optim, name) is None}
-        object.__setattr__(self, "optim", dataclasses.replace(self.optim, **missing))
-
     @property
     def batch_size(self) -> int:
-        """Cells per step and process."""
-        assert self.optim.batch_size is not None
-        return self.optim.batch_size
+        """Cells per step and process; as on a CPU where that is not settled."""
+        return int(self.optim.batch_size or TRAINING_DEFAULTS[self.model.model]["batch_size"])
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate after the warm-up."""
-        assert self.optim.learning_rate is not None
-        return self.optim.learning_rate
+        """Learning rate after the warm-up; as on a CPU where that is not settled."""
+        return float(self.optim.learning_rate or TRAINING_DEFAULTS[self.model.model]["learning_rate"])
+
+    def settled(self, *, on_gpu: bool, n_cells: int) -> TrainConfig:
+        """Return the settings with batch size and learning rate, where they were not given, for a device and so many training cells of a process."""
+        batch, rate = self.batch_size, self.learning_rate
+        if on_gpu and self.optim.batch_size is None:
+            fits = 1 << max(1, n_cells // GPU_STEPS).bit_length() - 1  # a power of two
+            batch = max(batch, min(GPU_BATCH[self.model.model], fits))
+        if on_gpu and self.optim.learning_rate is None:
+            times = (batch / TRAINING_DEFAULTS[self.model.model]["batch_size"]) ** 0.5
+            rate = max(rate, min(GPU_RATE, rate * times))
+        return dataclasses.replace(self, optim=dataclasses.replace(self.optim, batch_size=batch, learning_rate=float(f"{rate:.2g}")))
 
     def to_flat(self) -> dict[str, Any]:
         """All settings as one dictionary of flag name to plain value, as in args.json; paths without what is private in them."""
         flat = {k: v for part in dataclasses.asdict(self).values() for k, v in part.items()}
+        flat |= {"batch_size": self.batch_size, "learning_rate": self.learning_rate}
         for name in PATHS:
             value = flat[name]
             flat[name] = tuple(map(recorded_path, value)) if isinstance(value, tuple) else value and recorded_path(value)

@@ -32,8 +32,8 @@ from sedd.training.failures import check_finite, explained
 from sedd.training.heartbeat import heartbeat
 from sedd.training.learner import Learner, Outcome
 from sedd.training.logs import Progress, Tracker, resolve_logger
-from sedd.training.parallel import Ranks, from_first, make_accelerator, together
-from sedd.training.resuming import state_to_resume
+from sedd.training.parallel import Ranks, from_first, make_accelerator, on_gpu, together
+from sedd.training.resuming import settled, state_to_resume
 from sedd.training.run_data import Panel, prepare_panel
 from sedd.training.saving import Saver
 from sedd.training.stopping import StopRequest, TrainingInterrupted
@@ -105,6 +105,8 @@ class SEDDTrainer:
             with self._stop.at_once():
                 resumed = self._state_to_resume()
                 self._panel = self._prepare(resumed)
+            n_cells = self._panel.train_cells.n_cells // self.accelerator.num_processes
+            self.config = settled(self.config, resumed, on_gpu=on_gpu(self.accelerator), n_cells=n_cells)
             stack.callback(self._panel.store.close)
             stack.enter_context(explained(self.config, lambda: self.step, self._largest_batch))
             self._build(resumed)

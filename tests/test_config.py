@@ -50,9 +50,25 @@ def test_a_preset_sets_what_is_not_given(size: str, shape: tuple[int, int, int])
     data = DataConfig(data_path="x.h5ad")
     trained = TrainConfig(data=data, model=config)
     assert {name: trained.to_flat()[name] for name in ("batch_size", "learning_rate")} == TRAINING_DEFAULTS[size]
-    assert TrainConfig.from_flat(trained.to_flat()) == trained
+    assert TrainConfig.from_flat(trained.to_flat()) == trained.settled(on_gpu=False, n_cells=10**6)
     chosen = TrainConfig(data=data, model=config, optim=OptimConfig(batch_size=7))
     assert (chosen.batch_size, chosen.learning_rate) == (7, TRAINING_DEFAULTS[size]["learning_rate"])
+
+
+@pytest.mark.parametrize(
+    ("size", "n_cells", "expected"),
+    [
+        *[("small", 10**6, (1024, 5e-4)), ("small", 2_400, (32, 1e-4)), ("small", 20_000, (256, 2.8e-4)), ("medium", 10**6, (1024, 5e-4))],
+        *[("large", 10**6, (512, 5e-4)), ("large", 8_192, (128, 2.8e-4)), ("large", 1, (64, 2e-4))],
+    ],
+)
+def test_a_gpu_takes_larger_batches_of_many_cells(size: str, n_cells: int, expected: tuple[int, float]) -> None:
+    config = TrainConfig(data=DataConfig(data_path="x.h5ad"), model=ModelConfig(model=size))  # type: ignore[arg-type]
+    chosen = config.settled(on_gpu=True, n_cells=n_cells)
+    assert (chosen.batch_size, chosen.learning_rate) == expected
+    given = dataclasses.replace(config, optim=OptimConfig(batch_size=7, learning_rate=3e-3))
+    assert given.settled(on_gpu=True, n_cells=n_cells) == given
+    assert chosen.settled(on_gpu=False, n_cells=5) == chosen
 
 
 @pytest.mark.parametrize(
@@ -88,7 +104,7 @@ def test_flat_settings_are_a_round_trip() -> None:
     config = TrainConfig(
         data=DataConfig(data_path="x.h5ad", num_bins=7), model=ModelConfig(condition=("cell_type",), model="medium")
     )
-    assert TrainConfig.from_flat(config.to_flat()) == config
+    assert TrainConfig.from_flat(config.to_flat()) == config.settled(on_gpu=False, n_cells=1)
     with pytest.raises(UserError, match="unknown settings"):
         TrainConfig.from_flat({"data_path": "x", "speed": 11})
 

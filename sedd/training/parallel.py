@@ -53,6 +53,11 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     return accelerator
 
 
+def on_gpu(accelerator: Accelerator) -> bool:
+    """Whether a run trains on a GPU, which is busy with larger batches than a CPU."""
+    return accelerator.device.type == "cuda"
+
+
 def _divide_weights(accelerator: Accelerator) -> None:
     """Set up FSDP as a run needs it."""
     state = accelerator.state

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from sedd import checkpoint
 from sedd.config import SECTIONS, TrainConfig
 from sedd.errors import SettingError, UserError, warn_user
 from sedd.model import SEDDTransformer
+from sedd.processes import is_main
 from sedd.training.directory import RunDirectory
 
 SAME, REPORTED, CONTENT, FREE = "same", "reported", "content", "free"
@@ -32,6 +36,31 @@ SAME: it is an error, for the result would be of neither. REPORTED: the way out 
 it changes how the rest is fitted. CONTENT: what counts is what it names, a store, a list of genes, vectors or sizes, and that is
 compared. FREE: it says how long, where and on what the run trains, and the steps are the same.
 """
+
+
+PRESET = ("batch_size", "learning_rate")
+"""Settings that depend on the device where they are not given; a run that is resumed keeps its own."""
+
+
+def settled(config: TrainConfig, state: dict[str, Any] | None, *, on_gpu: bool, n_cells: int) -> TrainConfig:
+    """Return the settings with batch size and learning rate: those given, else those of the run that is resumed, else of the device.
+
+    Parameters
+    ----------
+    state
+        The checkpoint to resume from, if any.
+    on_gpu, n_cells
+        As in `TrainConfig.settled`.
+    """
+    if state is not None:
+        own = {name: state["args"][name] for name in PRESET if getattr(config.optim, name) is None}
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **own))
+    chosen = config.settled(on_gpu=on_gpu, n_cells=n_cells)
+    picked = [_flag(name, getattr(chosen.optim, name)) for name in PRESET if getattr(config.optim, name) is None]
+    if picked and is_main():
+        where = "a GPU" if on_gpu else "a CPU"
+        tqdm.write(f"{' '.join(picked)}: what --model {config.model.model} trains with on {where} and {n_cells:,} cells", file=sys.stderr)
+    return chosen
 
 
 def state_to_resume(config: TrainConfig, directory: RunDirectory) -> tuple[Path, dict[str, Any]] | None:
@@ -84,6 +113,8 @@ def check_same_settings(state: dict[str, Any], config: TrainConfig) -> None:
     wrong: list[tuple[str, Any, Any]] = []
     for name, kind in ON_RESUME.items():
         was, given = before.get(name, fields[name].default), now[name]  # a setting that came later had its default
+        if name in PRESET and getattr(config.optim, name) is None:
+            continue  # it stays
         was, given = (list(value) if isinstance(value, list | tuple) else value for value in (was, given))
         if name == "gene_embeddings":
             same = (was is None) == (given is None)

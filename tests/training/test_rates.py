@@ -27,3 +27,24 @@ def test_the_network_learns_five_times_as_fast_as_the_laws_of_genes_and_their_ve
     assert 1e-3 < moved["head.start"] < 2.01e-3
     assert 5e-3 < moved["backbone.write.weight"] < 1.005e-2
     assert torch.equal(weights["1e-3"]["backbone.usual"], weights["1e-9"]["backbone.usual"])
+
+
+def test_a_run_takes_the_batch_and_rate_of_its_device_says_so_and_keeps_them_on_another(
+    tiny_h5ad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = ["--data_path", str(tiny_h5ad), "--checkpoint_dir", str(tmp_path)]
+    flags = [*paths, *TINY_FLAGS, "--val_fraction", "0.4"]  # 144 cells are trained on
+    for name in ("--batch_size", "--learning_rate"):
+        del flags[(at := flags.index(name)) : at + 2]
+    monkeypatch.setattr("sedd.config.GPU_STEPS", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("sedd.trainer.on_gpu", lambda _: True)
+        assert main(["train", *flags, "--num_epochs", "1"]) == 0
+    assert "--batch_size 64 --learning_rate 0.00014: what --model small trains with on a GPU and 144 cells" in capsys.readouterr().err
+    state = checkpoint.load(tmp_path / "final.pt")
+    assert (state["args"]["batch_size"], state["args"]["learning_rate"], state["step"]) == (64, 1.4e-4, 3)
+    assert main(["train", *flags, "--num_epochs", "2", "--resume", "auto"]) == 0
+    said = capsys.readouterr().err
+    assert "from here on" not in said and "a CPU" not in said
+    state = checkpoint.load(tmp_path / "final.pt")
+    assert (state["args"]["batch_size"], state["args"]["learning_rate"], state["step"]) == (64, 1.4e-4, 6)
