@@ -431,3 +431,15 @@ class TrainConfig:
 
 PATHS = {"data_path", "cache_dir", "genes", "gene_embeddings", "checkpoint_dir", "resume"}
 SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
+
+
+def bound_is_given(settings: dict[str, Any]) -> str:
+    """Return what a run's bound of a validation cell is given of it: `nothing`, or as `cell_type, total`.
+
+    Parameters
+    ----------
+    settings
+        The flat settings of a run, as in args.json; what is not there counts as not given.
+    """
+    given = [*map(str, settings.get("condition") or ()), *(["total"] if settings.get("condition_library_size") else [])]
+    return ", ".join(given) or "nothing"

@@ -25,6 +25,7 @@ from torch import Tensor
 from sedd import __version__
 from sedd.binning import Binning
 from sedd.checkpoint import FORMAT
+from sedd.config import bound_is_given
 from sedd.errors import DamagedFileError, ExistsError, MissingFileError, UserError, WrongFileError
 from sedd.io.outputs import clear, move_into_place, only_writer
 
@@ -270,6 +271,7 @@ def _metrics(config: dict[str, Any], source: Path) -> str:
         for name, label in _MEASURED.items():
             if name in last:
                 error = f" (standard error {last['val_nelbo_se']:.3g})" if name == "val_nelbo" else ""
+                label = label.replace("nats per cell", f"nats per cell given {_plain(bound_is_given(config['args']))}")
                 lines.append(f"| {label} | {last[name]:.5g}{error} |")
     evaluated = source.parent / "metrics.json"
     if source.is_file() and evaluated.is_file() and evaluated.stat().st_mtime >= source.stat().st_mtime:

@@ -15,7 +15,7 @@ import torch
 
 from sedd import checkpoint
 from sedd.binning import UNBOUNDED, Binning
-from sedd.config import TrainConfig
+from sedd.config import TrainConfig, bound_is_given
 from sedd.errors import DamagedFileError, UserError, counted
 from sedd.graph import AbsorbingGraph, UniformGraph, make_graph
 from sedd.inference.export import is_part_of_export, read_export, write_export
@@ -263,7 +263,7 @@ class Pretrained:
         for column, labels in self.categories.items():
             lines.append(f"condition   {column}: {', '.join(labels)}")
         if last is not None:
-            lines.append(f"validation  {last['val_nelbo']:.1f} nats per cell after epoch {last['epoch']}")
+            lines.append(f"validation  {last['val_nelbo']:.1f} nats per cell, given {bound_is_given(state['args'])}, after epoch {last['epoch']}")
         return "\n".join(lines)
 
     def condition_codes(self, column: str, labels: np.ndarray, *, asked: bool = False) -> np.ndarray:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from sedd.checkpoint import numbered_checkpoints
+from sedd.config import bound_is_given
 from sedd.errors import ExistsError, MissingFileError, UserError
 from sedd.io.files import new_file, write_json
 from sedd.io.outputs import only_writer_in
 
 _FILES = ("best.pt", "final.pt", "args.json", "history.json", "metrics.jsonl", "wandb_id")
-_HEADER = ["run", "state", "epochs", "step", "best nats/cell", "at", "cells/s", "model", "attention", "genes", "batch", "lr", "seed"]
+_HEADER = ["run", "state", "epochs", "step", "best nats/cell", "given", "at", "cells/s", "model", "attention", "genes", "batch", "lr", "seed"]
 _SETTINGS = ("model", "attention", "n_vars", "batch_size", "learning_rate", "seed")  # that a table of runs shows
 _QUIET_S = 120  # a run at work writes a line about every second, but none while it validates
 
@@ -138,7 +139,8 @@ def runs_table(directory: str | Path) -> str:
     -------
     text
         A table. The state of a run is `done`, `at work` (it wrote in the last two minutes) or `stopped`; the bound is the best
-        one over its epochs, and `at` is the epoch that had it.
+        one over its epochs, `given` is what it was given of a cell (bounds that were given different things do not compare), and `at`
+        is the epoch that had it.
 
     Raises
     ------
@@ -171,7 +173,7 @@ def _row(run: Path, root: Path) -> list[str]:
         _state(run),
         f"{len(history)}/{epochs}",
         str(last.get("step", "-")),
-        *(["-", "-"] if best is None else [f"{best['val_nelbo']:.1f}", str(best["epoch"])]),
+        *(["-", bound_is_given(settings), "-"] if best is None else [f"{best['val_nelbo']:.1f}", bound_is_given(settings), str(best["epoch"])]),
         "-" if speed is None else f"{speed:.0f}",
         *[str(settings.get(name, "?")) for name in _SETTINGS],
     ]

@@ -137,7 +137,7 @@ def check_same_settings(state: dict[str, Any], config: TrainConfig) -> None:
 def _flag(name: str, value: Any) -> str:
     """Return a setting as on the command line."""
     if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
+        return f"--{name}" if value else f"--no_{name}"
     if value is None or value == []:
         return f"no --{name}"
     return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -126,7 +126,7 @@ def test_the_commands_make_the_files_and_refuse_to_replace_them(
     assert ad.read_h5ad(out["imputed"]).n_obs == 24
     assert ad.read_h5ad(out["generated"]).n_obs == 40
     written = ["--imputed", out["imputed"], "--generated", out["generated"]]
-    assert main(["evaluate", run, data, "-o", str(tmp_path / "report"), *written, "--n_masks", "4", "--steps", "1", "--no-umap"]) == 0
+    assert main(["evaluate", run, data, "-o", str(tmp_path / "report"), *written, "--n_masks", "4", "--steps", "1", "--no_umap"]) == 0
     said = capsys.readouterr().out
     assert "Held-out NELBO" in said
     assert "[real cells]" in said

@@ -207,7 +207,7 @@ def test_the_commands_take_counts_from_raw(tiny_run: Path, tmp_path: Path, capsy
         assert main([task, run, data, "-o", str(tmp_path / f"{task}.h5ad")]) == 2
         assert "--raw" in capsys.readouterr().err
         assert main([task, run, data, "-o", str(tmp_path / f"{task}.h5ad"), "--raw"]) == 0
-    few = ["--n_masks", "1", "--num_steps", "2", "--steps", "1", "--no-umap"]
+    few = ["--n_masks", "1", "--num_steps", "2", "--steps", "1", "--no_umap"]
     assert main(["evaluate", run, data, "-o", str(tmp_path / "report"), "--raw", *few]) == 0
     embedded = ad.read_h5ad(tmp_path / "embed.h5ad")
     assert embedded.raw.shape == (240, 60)

@@ -78,7 +78,7 @@ def test_all_settings_that_differ_are_named_with_both_values(tiny_run: Path) -> 
     state = checkpoint.load(tiny_run / "final.pt")
     config = changed(state, weight_decay=0.5, condition=(), layer="counts", condition_library_size=False)
     was = "no --layer, --condition cell_type, --condition_library_size, --weight_decay 0.01"
-    now = "--layer counts, no --condition, --no-condition_library_size, --weight_decay 0.5"
+    now = "--layer counts, no --condition, --no_condition_library_size, --weight_decay 0.5"
     with pytest.raises(
         UserError, match=f"was made with {was}; the settings now say {now}\\..*: pass {was}, or start anew"
     ):

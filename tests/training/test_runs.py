@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sedd.cli import main
+from sedd.inference.pretrained import Pretrained
 
 
 def cells(text: str, run: str) -> list[str]:
@@ -41,13 +42,13 @@ def test_runs_are_listed_with_state_progress_and_settings(
     best = min(history, key=lambda entry: entry["val_nelbo"])
     settings = ["small", "latent", "60", "16", "0.002", "0"]
     done = cells(said, "done")
-    assert done[1:6] == ["done", "2/2", "28", f"{best['val_nelbo']:.1f}", str(best["epoch"])]
-    assert done[7:] == settings
+    assert done[1:7] == ["done", "2/2", "28", f"{best['val_nelbo']:.1f}", "cell_type, total", str(best["epoch"])]
+    assert done[8:] == settings
     bound = f"{history[0]['val_nelbo']:.1f}"
-    assert cells(said, "at-work") == ["at-work", "at work", "1/2", "21", bound, "1", "77", *settings]
+    assert cells(said, "at-work") == ["at-work", "at work", "1/2", "21", bound, "cell_type, total", "1", "77", *settings]
     assert cells(said, "group/stopped")[1:3] == ["stopped", "1/2"]
     assert cells(said, "first-epoch")[1:4] == ["at work", "0/2", "-"]
-    assert cells(said, "first-epoch")[8:10] == ["latent", "all"]
+    assert cells(said, "first-epoch")[9:11] == ["latent", "all"]
     assert cells(said, "damaged")[2] == "0/?"
 
 
@@ -59,3 +60,20 @@ def test_a_run_itself_can_be_named(tiny_run: Path, capsys: pytest.CaptureFixture
 def test_a_directory_without_runs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_bound_that_is_given_labels_or_totals_is_never_shown_as_one_that_is_given_nothing(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = json.loads((tiny_run / "args.json").read_text())
+    wanted = {"nothing": ([], False), "total": ([], True), "donor": (["donor"], False), "cell_type, total": (["cell_type"], True)}
+    for given, (columns, total) in wanted.items():
+        run = shutil.copytree(tiny_run, tmp_path / "runs" / given)
+        (run / "args.json").write_text(json.dumps({**settings, "condition": columns, "condition_library_size": total}))
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    table = capsys.readouterr().out
+    assert {given: cells(table, given)[5] for given in wanted} == {given: given for given in wanted}
+    assert main(["info", str(tiny_run)]) == 0
+    assert "nats per cell, given cell_type, total, after epoch 2" in capsys.readouterr().out
+    Pretrained.load(tiny_run).save_pretrained(tmp_path / "exported")
+    assert "nats per cell given cell\\_type, total (lower is better)" in (tmp_path / "exported" / "README.md").read_text()
