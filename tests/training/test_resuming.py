@@ -60,7 +60,7 @@ def test_a_setting_that_differs_is_an_error_or_reported_or_does_not_matter(name:
     check_same_settings(state, changed(state))
     config = changed(state, **{name: OTHER[name]})
     assert config.to_flat()[name] != state["args"][name]
-    flag = f"--(no-)?{name}"
+    flag = f"--(no_)?{name}"
     if ON_RESUME[name] == SAME or name == "gene_embeddings":
         pattern = f"--resume: the checkpoint was made with (no )?{flag}.*; the settings now say (no )?{flag}.*pass (no )?{flag}.*or start anew"
         with pytest.raises(UserError, match=pattern):
