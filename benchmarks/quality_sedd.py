@@ -71,14 +71,16 @@ def impute(model: Pretrained, adata: anndata.AnnData, hidden: np.ndarray) -> dic
 
 
 def denoise(model: Pretrained, adata: anndata.AnnData, seed: int) -> dict[str, np.ndarray]:
-    """Denoised counts: by default, fast, with own counts in full, from the other genes alone, and by the mean of the logarithm."""
+    """Denoised counts: by default, without similar cells, fast, with own counts in full, from the other genes alone, and by the mean of the logarithm."""
     settings: dict[str, Any] = {"seed": seed, "progress": False}
     made = tasks.denoise(model, adata, log1p=True, **settings)[:, adata.var_names]
+    alone = tasks.denoise(model, adata, similar_cells="none", **settings)[:, adata.var_names]
     full = tasks.denoise(model, adata, own_counts="full", **settings)[:, adata.var_names]
     others = tasks.denoise(model, adata, own_counts="none", **settings)[:, adata.var_names]
     fast = tasks.denoise(model, adata, rounds=1, folds=2, **settings)[:, adata.var_names]
     return {
         "sedd": np.asarray(made.X, np.float64),
+        "sedd, no similar cells": np.asarray(alone.X, np.float64),
         "sedd, one round of two folds": np.asarray(fast.X, np.float64),
         "sedd, own counts in full": np.asarray(full.X, np.float64),
         "sedd, other genes only": np.asarray(others.X, np.float64),
