@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tarfile
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,18 @@ def test_a_good_file_is_read(target: Any) -> None:
 def test_what_was_found_once_ends_in_an_error_for_users(target: Any) -> None:
     for path in sorted((FOUND / target.name).glob("*")):
         FUZZ.quiet(target.read)(path.read_bytes())
+
+
+def test_what_an_hour_of_fuzzing_kept_ends_in_an_error_for_users(target: Any) -> None:
+    read, n_read = FUZZ.quiet(target.read), 0
+    with tarfile.open(FOUND / "corpus.tar.xz") as corpus:
+        for member in corpus:
+            if member.isfile() and member.name.startswith(f"{target.name}/"):
+                file = corpus.extractfile(member)
+                assert file is not None
+                read(file.read())
+                n_read += 1
+    assert n_read > 10
 
 
 def test_bytes_changed_at_random_end_in_an_error_for_users(target: Any) -> None:

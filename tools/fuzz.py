@@ -4,7 +4,7 @@
     python tools/fuzz.py h5ad --seconds 600        # guided by the branches of sedd that the bytes reach; also shard, checkpoint
 
 Inputs that reached something new are kept in CORPUS (`fuzz/TARGET`). One that ended otherwise is kept beside it, as `TARGET-crash-...`, one for each place
-in the code, and fuzzing continues. Copy it to `tests/fuzzed/TARGET/`: `tests/test_fuzz.py` reads all of these, and some bytes changed at random, by every
+in the code, and fuzzing continues. Copy it to `tests/fuzzed/TARGET/`: `tests/test_fuzz.py` reads all of these, the corpus in `tests/fuzzed/corpus.tar.xz`, and some bytes changed at random, by every
 run of the tests. The last lines say how many inputs were read, and how many places were found.
 """
 
