@@ -393,8 +393,8 @@ class TrainConfig:
             batch = max(batch, min(GPU_BATCH[self.model.model], fits))
         if on_gpu and self.optim.learning_rate is None:
             times = (batch / TRAINING_DEFAULTS[self.model.model]["batch_size"]) ** 0.5
-            rate = max(rate, min(GPU_RATE, rate * times))
-        return dataclasses.replace(self, optim=dataclasses.replace(self.optim, batch_size=batch, learning_rate=float(f"{rate:.2g}")))
+            rate = float(f"{max(rate, min(GPU_RATE, rate * times)):.2g}")
+        return dataclasses.replace(self, optim=dataclasses.replace(self.optim, batch_size=batch, learning_rate=rate))
 
     def to_flat(self) -> dict[str, Any]:
         """All settings as one dictionary of flag name to plain value, as in args.json; paths without what is private in them."""

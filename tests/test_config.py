@@ -66,8 +66,8 @@ def test_a_gpu_takes_larger_batches_of_many_cells(size: str, n_cells: int, expec
     config = TrainConfig(data=DataConfig(data_path="x.h5ad"), model=ModelConfig(model=size))  # type: ignore[arg-type]
     chosen = config.settled(on_gpu=True, n_cells=n_cells)
     assert (chosen.batch_size, chosen.learning_rate) == expected
-    given = dataclasses.replace(config, optim=OptimConfig(batch_size=7, learning_rate=3e-3))
-    assert given.settled(on_gpu=True, n_cells=n_cells) == given
+    given = dataclasses.replace(config, optim=OptimConfig(batch_size=7, learning_rate=3.1416e-3))
+    assert given.settled(on_gpu=True, n_cells=n_cells) == given.settled(on_gpu=False, n_cells=n_cells) == given
     assert chosen.settled(on_gpu=False, n_cells=5) == chosen
 
 
