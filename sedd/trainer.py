@@ -105,9 +105,9 @@ class SEDDTrainer:
             with self._stop.at_once():
                 resumed = self._state_to_resume()
                 self._panel = self._prepare(resumed)
+            stack.callback(self._panel.store.close)
             n_cells = self._panel.train_cells.n_cells // self.accelerator.num_processes
             self.config = settled(self.config, resumed, on_gpu=on_gpu(self.accelerator), n_cells=n_cells)
-            stack.callback(self._panel.store.close)
             stack.enter_context(explained(self.config, lambda: self.step, self._largest_batch))
             self._build(resumed)
             fresh, resumed = resumed is None, None  # its tensors would be in memory as long as the run is

@@ -267,11 +267,11 @@ def _metrics(config: dict[str, Any], source: Path) -> str:
     lines = []
     if history:
         last = history[-1]
-        lines += [f"## Metrics\n\nOn the held-out cells, after epoch {last['epoch']}:\n", "| metric | value |", "|---|---|"]
+        given = _plain(bound_is_given(config["args"]))
+        lines += [f"## Metrics\n\nOn the held-out cells, after epoch {last['epoch']}; the bound is given {given}:\n", "| metric | value |", "|---|---|"]
         for name, label in _MEASURED.items():
             if name in last:
                 error = f" (standard error {last['val_nelbo_se']:.3g})" if name == "val_nelbo" else ""
-                label = label.replace("nats per cell", f"nats per cell given {_plain(bound_is_given(config['args']))}")
                 lines.append(f"| {label} | {last[name]:.5g}{error} |")
     evaluated = source.parent / "metrics.json"
     if source.is_file() and evaluated.is_file() and evaluated.stat().st_mtime >= source.stat().st_mtime:

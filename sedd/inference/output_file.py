@@ -32,7 +32,7 @@ from sedd.io.outputs import move_into_place, partial_folder
 
 _BLOCK = 1 << 22  # values that are gathered before they are written
 _CHUNK = 1 << 16  # values in a chunk of a sparse matrix
-_ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}
+_DENSE = 1 << 20  # values in a chunk of an array
 _MAPPINGS = ("obsm", "varm", "obsp", "varp", "layers")
 
 
@@ -227,7 +227,10 @@ def _attach_to_copy(data: Path, output: Path, source: Source, blocks: Iterator[B
         for block in blocks:
             for name, array in block.obsm.items():
                 if name not in arrays:
-                    arrays[name] = _GrowingArray(root["obsm"], name, (len(obs), *array.shape[1:]), array.dtype, str(output))
+                    kept = free_names([name], nested=False)[name]
+                    if kept != name:
+                        warn_user(f"{output}: obsm {name!r} is kept as {kept!r}.")
+                    arrays[name] = _GrowingArray(root["obsm"], kept, (len(obs), *array.shape[1:]), array.dtype)
                 arrays[name].add(array)
             for name, values in block.obs.items():
                 columns.setdefault(name, []).append(values)
@@ -249,7 +252,7 @@ def _attach_to_copy(data: Path, output: Path, source: Source, blocks: Iterator[B
 
 
 class _GrowingArray:
-    """An array in an open file, to which successive rows are written, a chunk of a store at a time.
+    """An array in an open file, to which successive rows are written, a chunk at a time.
 
     Parameters
     ----------
@@ -257,32 +260,27 @@ class _GrowingArray:
         Where it is put; what is there is replaced.
     shape, dtype
         Of the whole array.
-    output
-        What messages call the file.
+    **storage
+        What h5py or zarr is told beside that.
     """
 
-    def __init__(self, group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], output: str) -> None:
-        kept = free_names([name], nested=False)[name]
-        if kept != name:
-            warn_user(f"{output}: obsm {name!r} is kept as {kept!r}.")
-        if kept in group:
-            del group[kept]
-        self._rows = max(1, min(shape[0], _BLOCK // max(1, math.prod(shape[1:]))))
-        if isinstance(group, zarr.Group):
-            self._node = group.create_array(kept, shape=shape, dtype=dtype, chunks=(self._rows, *shape[1:]))
-        else:
-            self._node = group.create_dataset(kept, shape=shape, dtype=dtype)
-        self._node.attrs.update(_ARRAY)
+    def __init__(self, group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], **storage: Any) -> None:
+        if name in group:
+            del group[name]
+        self._rows = max(1, min(shape[0], _DENSE // max(1, math.prod(shape[1:]))))
+        create = group.create_array if isinstance(group, zarr.Group) else group.create_dataset
+        self._node = create(name, shape=shape, dtype=dtype, chunks=(self._rows, *shape[1:]), **storage)
+        self._node.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         self._waiting: list[np.ndarray] = []
         self._written = 0
 
     def add(self, block: np.ndarray) -> None:
         """Take in the next rows, and write the chunks that are complete."""
         self._waiting.append(block)
-        while sum(map(len, self._waiting)) >= self._rows:
-            rows = np.concatenate(self._waiting)
-            self._write(rows[: self._rows])
-            self._waiting = [rows[self._rows :]]
+        if (n_rows := sum(map(len, self._waiting))) >= self._rows:
+            rows, whole = np.concatenate(self._waiting), n_rows - n_rows % self._rows
+            self._write(rows[:whole])
+            self._waiting = [rows[whole:]]
 
     def _write(self, rows: np.ndarray) -> None:
         self._node[self._written : self._written + len(rows)] = rows
@@ -363,9 +361,9 @@ class _GrowingFile:
         self._is_zarr = path.suffix == ".zarr"
         self._stack = contextlib.ExitStack()
         self._root = self._stack.enter_context(_created(self._part / path.name))
-        self._waiting: dict[str, list[Any]] = {}
-        self._kept_dense: dict[str, bool] = {}
-        self._written: dict[str, int] = {}
+        self._arrays: dict[str, _GrowingArray | None] = {}  # None: a sparse matrix
+        self._waiting: dict[str, list[sp.csr_matrix]] = {}
+        self._begun: set[str] = set()
         _write(self._root, {**{name: {} for name in _MAPPINGS}, **tables}, str(path))
 
     def __enter__(self) -> _GrowingFile:
@@ -374,51 +372,38 @@ class _GrowingFile:
     def add(self, **blocks: Any) -> None:
         """Take in the next cells, and write what has gathered."""
         for name, block in blocks.items():
-            dense = self._kept_dense.setdefault(name, is_mostly_full(block))
-            kept = block if not dense else block.toarray() if sp.issparse(block) else np.asarray(block)
+            if name not in self._arrays:
+                self._arrays[name] = self._array(name, block.dtype) if is_mostly_full(block) else None
+            if (array := self._arrays[name]) is not None:
+                array.add(block.toarray() if sp.issparse(block) else np.asarray(block))
+                continue
             waiting = self._waiting.setdefault(name, [])
-            waiting.append(kept if dense else sp.csr_matrix(block))
+            waiting.append(sp.csr_matrix(block))
             if sum(part.size for part in waiting) >= _BLOCK:
                 self._flush(name)
+
+    def _where(self, name: str) -> tuple[Any, str]:
+        return (self._root, name) if name == "X" else (self._root["layers"], name)
+
+    def _array(self, name: str, dtype: np.dtype[Any]) -> _GrowingArray:
+        return _GrowingArray(*self._where(name), self._shape, dtype, **({} if self._is_zarr else {"compression": "gzip"}))
 
     def _flush(self, name: str) -> None:
         waiting = self._waiting[name]
         if not waiting:
             return
-        key = name if name == "X" else f"layers/{name}"
-        lo = self._written.get(name, 0)
-        if self._kept_dense[name]:
-            block = np.concatenate(waiting)
-            if not lo:
-                self._create_dense(key, block.dtype)
-            self._root[key][lo : lo + len(block)] = block
-        else:
-            block = sp.vstack(waiting, format="csr")
-            if lo:
-                ad.io.sparse_dataset(self._root[key]).append(block)
-            else:
-                group, _, own = key.rpartition("/")
-                # The whole matrix may have more values than the first block says.
-                _write_matrix(
-                    self._root[group] if group else self._root, own, block, chunks=(_CHUNK,), indptr_dtype=np.int64
-                )
-        self._written[name] = lo + block.shape[0]
+        block, (group, key) = sp.vstack(waiting, format="csr"), self._where(name)
+        if name in self._begun:
+            ad.io.sparse_dataset(group[key]).append(block)
+        else:  # the whole matrix may have more values than the first block says
+            _write_matrix(group, key, block, chunks=(_CHUNK,), indptr_dtype=np.int64)
+        self._begun.add(name)
         waiting.clear()
-
-    def _create_dense(self, key: str, dtype: np.dtype[Any]) -> None:
-        shape = self._shape
-        rows = max(1, min(shape[0], (1 << 20) // max(1, shape[1])))
-        storage: dict[str, Any] = {"shape": shape, "dtype": dtype, "chunks": (rows, shape[1])}
-        if self._is_zarr:
-            node = self._root.create_array(key, **storage)
-        else:
-            node = self._root.create_dataset(key, **storage, compression="gzip")
-        node.attrs.update(_ARRAY)
 
     def finish(self) -> None:
         """Complete the file and move it to its name."""
-        for name in self._waiting:
-            self._flush(name)
+        for name, array in self._arrays.items():
+            array.finish() if array is not None else self._flush(name)
         self._stack.close()
         move_into_place(self._part / self._path.name, self._path)
 

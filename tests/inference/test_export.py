@@ -86,7 +86,8 @@ def test_the_card_has_the_data_the_panel_the_metrics_and_commands_that_work(expo
     assert "Panel of 60 genes: `gene0`, `gene1`" in card
     assert "Conditioned on `cell_type`: T cell, monocyte, B cell." in card
     last = config["history"][-1]
-    assert f"| likelihood bound, nats per cell given cell\\_type, total (lower is better) | {last['val_nelbo']:.5g}" in card
+    assert f"On the held-out cells, after epoch {last['epoch']}; the bound is given cell\\_type, total:" in card
+    assert f"| likelihood bound, nats per cell (lower is better) | {last['val_nelbo']:.5g}" in card
     assert f"| hidden counts: mean absolute error | {last['val_mae']:.5g} |" in card
     commands = re.findall(r"^sedd (\w+) DIRECTORY", card, flags=re.MULTILINE)
     assert commands == ["impute", "denoise", "generate"]

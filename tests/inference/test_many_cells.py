@@ -85,7 +85,7 @@ def test_what_is_put_beside_cells_of_a_file_is_read_and_written_in_blocks(
         write(array, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output_file, "_BLOCK", 16 * 50)
+        patch.setattr(output_file, "_DENSE", 16 * 50)
         patch.setattr(output_file._GrowingArray, "_write", written)
         patch.setattr(pd.Series, "to_numpy", looked_up)
         patch.setattr("sedd.inference.sources.FileSource.obsm", None)  # nobody asks for it

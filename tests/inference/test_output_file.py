@@ -37,6 +37,7 @@ def test_a_file_that_grows_by_blocks_holds_what_memory_would(
     }
     whole = run[task](progress=False, batch_size=20)
     monkeypatch.setattr(output_file, "_BLOCK", 3000)
+    monkeypatch.setattr(output_file, "_DENSE", 3000)
     monkeypatch.setattr(output_parts, "_CELLS", 40)
     monkeypatch.setattr(cells, "WINDOW", 64)
     monkeypatch.setattr("sedd.inference.sources.FileSource.whole", None)  # nothing is read as a whole
@@ -94,6 +95,7 @@ def test_a_file_that_is_longer_takes_little_more_memory(
     model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_file, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(output_file, "_DENSE", 1 << 14)
     monkeypatch.setattr(output_parts, "_CELLS", 64)
     monkeypatch.setattr(cells, "WINDOW", 128)
     monkeypatch.setattr(own_share, "MAX_CELLS", 200)  # of which both files have more

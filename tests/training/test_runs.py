@@ -76,4 +76,4 @@ def test_a_bound_that_is_given_labels_or_totals_is_never_shown_as_one_that_is_gi
     assert main(["info", str(tiny_run)]) == 0
     assert "nats per cell, given cell_type, total, after epoch 2" in capsys.readouterr().out
     Pretrained.load(tiny_run).save_pretrained(tmp_path / "exported")
-    assert "nats per cell given cell\\_type, total (lower is better)" in (tmp_path / "exported" / "README.md").read_text()
+    assert "the bound is given cell\\_type, total:" in (tmp_path / "exported" / "README.md").read_text()
