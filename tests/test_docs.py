@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -91,3 +92,32 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         for block in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL):
             listed |= {(page.parent / line).resolve() for line in block.splitlines() if line and not line.startswith(":")}
     assert not [page.name for page in PAGES if page.with_suffix("").resolve() not in listed and page.name != "index.md"]
+
+
+PEER_ROWS = (
+    {"protocol": "likelihood", "metric": "nats_per_cell", "conditions_on": "nothing", "sedd": "sedd, bound"},
+    {"protocol": "imputation", "metric": "nll", "hidden_percent": 15},
+    {"protocol": "denoising", "metric": "poisson"},
+    {"protocol": "denoising", "metric": "mse", "sedd": "sedd, mean of the logarithm"},
+    {"protocol": "generation", "metric": "w2", "only": "prior"},
+    {"protocol": "generation", "metric": "mmd2", "only": "prior"},
+)
+
+
+def test_the_readme_compares_with_peers_by_the_numbers_that_were_measured() -> None:
+    block = (ROOT / "README.md").read_text().partition("<!-- peers -->")[2].partition("<!-- end of peers -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == len(PEER_ROWS)
+    for column, name in ((1, "pbmc3k"), (3, "baron_mouse")):
+        records = json.loads((ROOT / "benchmarks" / "results" / f"quality_{name}.json").read_text())["records"]
+        for cells, row in zip(rows, PEER_ROWS, strict=True):
+            kept = {k: v for k, v in row.items() if k in ("protocol", "conditions_on", "hidden_percent")}
+            values: dict[str, list[float]] = {}
+            for record in records:
+                if row["metric"] in record and all(record.get(k) == v for k, v in kept.items()):
+                    values.setdefault(record["method"], []).append(record[str(row["metric"])])
+            means = {method: sum(found) / len(found) for method, found in values.items()}
+            others = {k: v for k, v in means.items() if k.startswith(("scVI", "MAGIC", "kNN")) and str(row.get("only", "")) in k}
+            for text, value in ((cells[column], means[str(row.get("sedd", "sedd"))]), (cells[column + 1], min(others.values()))):
+                shown = text.split(" (")[0].strip("*")
+                assert shown == f"{value:.{len(shown.partition('.')[2])}f}", (cells[0], name, value)
