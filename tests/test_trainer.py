@@ -357,6 +357,7 @@ def test_gene_vectors_are_matched_by_name_and_used(tiny_h5ad: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, while it imports its compiler
 def test_a_compiled_model_trains_to_the_same_loss(tiny_h5ad: Path, tmp_path: Path) -> None:
     assert train(tiny_h5ad, tmp_path / "plain", "--num_epochs", "1", "--dropout", "0") == 0
     assert train(tiny_h5ad, tmp_path / "compiled", "--num_epochs", "1", "--dropout", "0", "--compile") == 0
