@@ -7,6 +7,7 @@ the command that needs them, so `sedd --help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import os
@@ -14,22 +15,27 @@ import re
 import select
 import shlex
 import sys
+import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from sedd import __version__
 from sedd.commands import COMMANDS
 from sedd.config import TrainConfig
 from sedd.config_files import config_file_arguments, environment_arguments
 from sedd.errors import SeddWarning, UserError, without_secrets
+from sedd.options import fields_to_show, meanings_of
 from sedd.shipped import Quick
 from sedd.training.stopping import EXIT_INTERRUPTED, TrainingInterrupted, follow_launcher, report_status
 
 _TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.DisallowNone)
+_RULES = ConstructorRegistry()
+_SAYS_IF_NOT_GIVEN = re.compile(r"if not given|by default|without it|without a number")
 
 CLASSES: dict[str, Any] = {"quick": Quick, "train": TrainConfig, **COMMANDS}
 """The dataclass of each command; the first two are run by this file, the others run themselves."""
@@ -162,12 +168,39 @@ def _parse(cls: Any, name: str, arguments: list[str], *, others_too: bool = Fals
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(  # type: ignore[call-overload]
-                cls, args=arguments, prog=f"sedd {name}", description=description, config=_TYRO, use_underscores=True, return_unknown_args=others_too
+                cls, args=arguments, prog=f"sedd {name}", description=description, config=_TYRO, registry=_RULES, use_underscores=True, return_unknown_args=others_too
             )  # fmt: skip
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise
         raise UserError(_one_line(said.getvalue()) + f" (`sedd {name} --help` lists the options.)") from None
+
+
+@_RULES.struct_rule
+def _as_listed(asked: StructTypeInfo) -> StructConstructorSpec | None:
+    """Return how a dataclass of settings is shown: in the order of `fields_to_show`, with the default in words, its meaning in one paragraph."""
+    if not dataclasses.is_dataclass(asked.type):
+        return None
+    hints, fields = typing.get_type_hints(asked.type, include_extras=True), []
+    for field in fields_to_show(asked.type):
+        meaning, hint = partial(_meaning, asked.type, field.name), hints[field.name]
+        metavar = "STR [STR ...]" if hint == str | tuple[str, ...] else None  # which tyro writes as STR|{[STR [STR ...]]}
+        shown = tyro.conf.arg(help_behavior_hint=partial(_default, field, meaning), metavar=metavar)
+        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default  # a nested dataclass is asked for on its own
+        fields.append(StructFieldSpec(field.name, typing.Annotated[hint, shown], default, meaning))  # type: ignore[arg-type]
+    return StructConstructorSpec(asked.type, tuple(fields))
+
+
+def _meaning(group: type, name: str) -> str:
+    return meanings_of(group).get(name, "")
+
+
+def _default(field: dataclasses.Field[Any], meaning: Callable[[], str], written: str) -> str:
+    if field.default is dataclasses.MISSING:  # of a tuple, which tyro takes empty too
+        return "(required)"
+    if field.default not in (None, ()):
+        return f"(default: {written})"
+    return "" if _SAYS_IF_NOT_GIVEN.search(meaning()) else "(default: none)"
 
 
 def _one_line(box: str) -> str:

@@ -119,7 +119,7 @@ class Verify:
     store: Annotated[Positional[str], tyro.conf.arg(metavar="STORE")]
     """The .zarr store."""
     against: tuple[str, ...] = ()
-    """The inputs it was made from, in their order."""
+    """The inputs it was made from, in their order; compare with nothing if not given."""
     workers: int | None = None
     """Threads; all cores if not given."""
 
@@ -137,9 +137,9 @@ class _OfModel:
     """What every use of a model takes."""
 
     checkpoint: Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """A checkpoint or the directory of a run."""
+    """A checkpoint, the directory of a run, or an exported model."""
     batch_size: int = 256
-    """Cells at a time."""
+    """Cells that the network is given at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,11 +211,11 @@ class Impute(_Prediction):
     """Predict unobserved genes of cells from their observed ones."""
 
     predict: tuple[str, ...] = ()
-    """Genes to predict in every cell."""
+    """Genes to predict in every cell, whatever was counted of them."""
     hide: float = 0.0
-    """Share of each cell's genes to hide and predict, to see how well it works; with neither, zeros are predicted."""
+    """Share of each cell's genes to hide and predict, to see how well it works; without --predict and --hide, zeros are predicted."""
     folds: int = 4
-    """Where zeros are predicted: parts of a random partition of the genes, each hidden once."""
+    """Parts of a random partition of the genes, each hidden once; used where zeros are predicted."""
 
     calls: ClassVar[str] = "sedd.tasks:impute"
 
@@ -229,9 +229,9 @@ class Denoise(_Prediction):
     folds: int = 4
     """Parts of a partition; each is hidden once."""
     own_counts: Literal["learned", "full", "none"] = "learned"
-    """How much a count has a say in its own denoised value: as much as similar cells confirm, all that it can, or not at all."""
+    """Weight of a count in its own denoised value. learned: as much as similar cells confirm. full: the most it can have. none: no weight."""
     similar_cells: Literal["learned", "none"] = "learned"
-    """Whether a cell is averaged with cells in which its counts are about as probable; where own counts are learned."""
+    """learned: a cell is averaged with cells in which its counts are about as probable, if --own_counts is learned. none: it is not."""
     log1p: bool = False
     """Also give the expected log1p(CP10k), in the layer sedd_log1p."""
     as_if: tuple[str, ...] = ()
@@ -253,7 +253,7 @@ class Generate(_Task):
     where: tuple[str, ...] = ()
     """Labels to condition on, as COLUMN=LABEL, such as cell_type="B cell"."""
     library_size: float | None = None
-    """Total count to ask for, in a model conditioned on it."""
+    """Total count of each cell, in a model trained with --condition_library_size, which draws it if not given."""
     guidance: float = 1.0
     """Strength of classifier-free guidance; 1 is the conditional model."""
     num_steps: int = 32
@@ -261,9 +261,9 @@ class Generate(_Task):
     sampler: Literal["analytic", "euler"] = "analytic"
     """Reverse process."""
     temperature: float = 1.0
-    """Below 1 sharpens the distribution of each draw, up to 10 widens it."""
+    """Below 1 sharpens the distribution of each draw, above 1 (up to 10) widens it."""
     order: Literal["random", "confidence"] = "random"
-    """random: the reverse process. confidence: surest genes first, which is biased."""
+    """Order in which genes are drawn. random: that of the reverse process. confidence: the surest first, which is biased."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -289,7 +289,7 @@ class Annotate(_Cells, _Task):
     """Give cells the labels that a model was trained with, with their probabilities."""
 
     given: tuple[str, ...] = ()
-    """Condition columns whose labels in the data the model is shown; the others are predicted. None by default."""
+    """Condition columns whose labels in the data the model is given; the others are predicted."""
 
     calls: ClassVar[str] = "sedd.inference.annotation:annotate"
 
@@ -301,7 +301,7 @@ class Score(_Cells, _Task):
     reference: str | None = None
     """Cells to compare with; the validation cells of the training run if not given."""
     given: tuple[str, ...] = ()
-    """Condition columns whose labels the model is given; none by default."""
+    """Condition columns whose labels in the data the model is given."""
     n_masks: int = 16
     """Masks per cell of the likelihood bound."""
     seed: int = 0
@@ -319,7 +319,7 @@ class Evaluate(ReadingSettings, _OfModel):
     output: Output
     """Directory for metrics.json, steps.json and report.html."""
     cells: Literal["val", "all"] | None = None
-    """Which cells; val for the data of the training run, else all."""
+    """Which cells; if not given, val for the data of the training run, else all."""
     layer: str | None = None
     """Take counts from this layer, or from X itself if it is X; if not given, from where the training data had them."""
     raw: bool = False
@@ -333,7 +333,7 @@ class Evaluate(ReadingSettings, _OfModel):
     n_masks: int = 32
     """Masks per cell of the likelihood bound."""
     max_cells: int = 20_000
-    """Of more held-out cells, and of more training cells for the baselines, so many drawn at random; memory and time grow with it."""
+    """Largest number of held-out cells, and of training cells for the baselines; of more, so many are drawn at random. Memory and time grow with it."""
     num_steps: int = 32
     """Steps of the sampler."""
     steps: tuple[int, ...] = (1, 4, 16)
@@ -343,7 +343,7 @@ class Evaluate(ReadingSettings, _OfModel):
     seed: int = 0
     """Seed of the masks and the samples."""
     overwrite: bool = False
-    """Replace what is there of these."""
+    """Replace these files where they are there."""
 
     calls: ClassVar[str] = "sedd.evaluation:evaluate"
 

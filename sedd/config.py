@@ -93,9 +93,9 @@ class ConversionSettings(InputSettings):
     """What a store is made to hold, and on which machine."""
 
     genes: str | None = None
-    """Keep only these genes, in this order: a file with one name a line (in Python also a list of names)."""
+    """Keep only these genes, in this order: a file with one name a line (in Python also a list of names); all if not given."""
     obs: tuple[str, ...] = ()
-    """Keep only these obs columns; all if none is named."""
+    """Keep only these obs columns; all if not given."""
     keep_layers: tuple[str, ...] = ()
     """Keep these layers too, beside the matrix."""
     shuffle: bool = False
@@ -118,7 +118,7 @@ class ConversionSettings(InputSettings):
     values: Literal["counts", "real"] = "counts"
     """counts: whole numbers, anything else is an error. real: keep real values as float32."""
     limit_cells: int | None = None
-    """Convert only the first so many cells."""
+    """Convert only this many cells, the first ones; all if not given."""
 
     def __post_init__(self) -> None:
         if self.values not in ("counts", "real"):
@@ -178,7 +178,7 @@ class DataConfig(InputSettings):
     val_cells: int = 20_000
     """Validate with at most this many cells, whatever their share; the others are trained on."""
     limit_cells: int | None = None
-    """Use only this many cells (a random subset), for a quick look."""
+    """Use only this many cells (a random subset), for a quick look; all if not given."""
     memory_budget: str = "2GiB"
     """Memory for the loader's windows of decoded cells, per process."""
     loader_threads: int = 2
@@ -283,11 +283,11 @@ class OptimConfig:
     num_epochs: int = 100
     """Passes over the training cells."""
     min_steps: int = 0
-    """Take at least so many steps: few cells are passed over more often than --num_epochs."""
+    """Take at least this many steps: few cells are then passed over more often than --num_epochs says."""
     batch_size: int | None = None
     """Cells per step and process; from --model if not given (small and medium: 32, large: 64; on a GPU up to 1,024 and 512, of many cells)."""
     learning_rate: float | None = None
-    """Learning rate of AdamW, constant after the warm-up, for the laws of genes. The network gets five times of it (less beyond 128 channels, in
+    """Learning rate of AdamW, constant after the warm-up, for the laws of genes. The network gets five times as much (less beyond 128 channels, in
     proportion), the vectors of genes ten times. From --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4; on a GPU more, with the batch)."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from zero."""
@@ -333,7 +333,7 @@ class RunConfig:
     num_threads: int = 0
     """CPU threads for the network, per process; 0 leaves torch's choice."""
     checkpoint_every: str | None = None
-    """Also save every so many steps (`500`) or minutes (`10min`)."""
+    """Also save a checkpoint every so many steps (`500`) or minutes (`10min`); after epochs only if not given."""
     keep_checkpoints: int = 3
     """How many of the checkpoints of --checkpoint_every to keep."""
     early_stopping: int = 0

@@ -111,6 +111,14 @@ def meanings_of(group: type) -> dict[str, str]:
     return found
 
 
+def fields_to_show(group: type) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a dataclass as its help lists them: what is required, then its own, then what it shares with others."""
+    depth = {name: place for place, one in reversed([*enumerate(group.__mro__)]) for name in inspect.get_annotations(one)}
+    fields = dataclasses.fields(group)
+    required = {field.name for field in fields if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING}
+    return sorted(fields, key=lambda field: 0 if field.name in required else 1 + depth[field.name])
+
+
 @functools.cache
 def _classes(path: str) -> dict[str, ast.ClassDef]:
     return {node.name: node for node in ast.parse(Path(path).read_text()).body if isinstance(node, ast.ClassDef)}

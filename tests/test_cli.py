@@ -13,9 +13,11 @@ import pytest
 
 from sedd import __version__
 from sedd.cli import CLASSES, PURPOSES, main
+from sedd.commands import Impute
 from sedd.config import ConversionSettings
 from sedd.config_files import setting_types
 from sedd.io.convert import convert
+from sedd.options import fields_to_show
 
 
 def test_a_file_is_converted_described_and_proven(
@@ -78,11 +80,17 @@ def test_help_shows_every_option_as_it_is_documented(name: str, capsys: pytest.C
     page = capsys.readouterr().out
     options = set(re.findall(r"--([a-z][\w-]*)", page))
     assert not [option for option in options if "-" in option]
-    assert "{None}" not in page
+    assert not re.search(r"\{None\}|\||default: (None)?\)", page.replace("--no_", "no_").replace(" | no_", ""))
     fields = set(setting_types()) if name == "train" else {setting.name for setting in dataclasses.fields(CLASSES[name])}
     positional = {field for field in fields if field not in options}
     assert positional <= {"path", "paths", "store", "checkpoint", "data", "directory"}
     assert all(re.search(rf"\b{field.upper()}\b", page) for field in positional)
+
+
+def test_help_begins_with_what_is_required_and_what_is_the_commands_own() -> None:
+    shown = [field.name for field in fields_to_show(Impute)]
+    assert shown[:5] == ["checkpoint", "output", "data", "predict", "hide"]
+    assert sorted(shown) == sorted(field.name for field in dataclasses.fields(Impute))
 
 
 def test_the_overview_names_each_command_once_by_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from sedd.cli import CLASSES, PURPOSES
 from sedd.config import SECTIONS
-from sedd.options import meanings_of
+from sedd.options import fields_to_show, meanings_of
 
 
 class SeddCommands(SphinxDirective):
@@ -40,7 +40,7 @@ def command_page(name: str) -> list[str]:
         if name == "train":
             lines += [f"**{(group.__doc__ or '').strip().splitlines()[0]}**", ""]
         positional, flags = [], []
-        for field in dataclasses.fields(group):
+        for field in fields_to_show(group):
             words, is_positional = option(field, hints[field.name])
             (positional if is_positional else flags).append(f"{words}\n: {meanings[field.name]}{default_of(field)}\n")
         lines += positional + flags

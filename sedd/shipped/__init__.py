@@ -46,7 +46,7 @@ class Quick:
     data_path: str | None = None
     """Your raw counts, in any format that `sedd train` takes; the 2,700 PBMC that come with sedd if not given."""
     layer: str | None = None
-    """Take counts from this layer."""
+    """Take counts from this layer; from X if not given."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "experiments/quick"
     """Directory for the run, the imputed and the generated cells and the page report.html."""
     overwrite: bool = False
