@@ -254,8 +254,9 @@ class SEDDTrainer:
         """Validate, write the epoch's line and its checkpoints."""
         began, waited = time.monotonic(), self._validator.wait_seconds
         with self._learner.averaged_model() as model:
-            # Ranks validate different numbers of batches, so within it each looks at its own signal only.
-            found = self._validator.run(model, stop=lambda: self._stop.signal_number != 0)
+            # Ranks validate different numbers of batches, so each looks at its own signal only, unless they divide the weights.
+            in_step = self._ranks if self.accelerator.is_fsdp2 else None
+            found = self._validator.run(model, stop=lambda: self._stop.signal_number != 0, in_step=in_step)
         (signal_number,) = self._ranks.largest(self._stop.signal_number)
         if signal_number:  # resumed from here: the epoch's training is not done again
             self._interrupt(signal_number)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sedd.kernels.features import count_features, count_surprises
 from sedd.kernels.single_genes import add_surprises, products, sum_surprises
-from sedd.nn.blocks import Block, Conditioner, Given, fourier
+from sedd.nn.blocks import Block, Conditioner, Given, array_of, fourier
 
 
 class GeneEmbedding(nn.Module):
@@ -194,7 +194,7 @@ class LatentBackbone(nn.Module):
         usual, genes = (self.usual, self.genes()) if part is None else (self.usual[part], self.genes()[part])
         if torch.is_grad_enabled() or not self.features.has_kernel(tokens) or genes.dtype != torch.float32:
             return (self.features.surprises(tokens, usual) @ genes).flatten(1)
-        sums, left = map(torch.from_numpy, sum_surprises(tokens.numpy(), self.features.mask_token, usual.numpy(), genes.numpy()))
+        sums, left = map(torch.from_numpy, sum_surprises(tokens.numpy(), self.features.mask_token, usual.numpy(), array_of(genes)))
         if left.all():
             return (self.features.surprises(tokens, usual) @ genes).flatten(1)
         if left.any():
@@ -205,7 +205,7 @@ class LatentBackbone(nn.Module):
         """Make the genes (N,) of the cells (N,) visible in `summary`."""
         if self.features.has_kernel(tokens):
             sums = summary.numpy().reshape(len(summary), 2, self.dim)
-            vectors, usual = self.genes().detach().numpy(), self.usual.numpy()
+            vectors, usual = array_of(self.genes()), self.usual.numpy()
             add_surprises(sums, vectors, usual, genes.numpy(), cells.numpy(), tokens.numpy())
             return
         told = self.features.surprises(tokens[None], self.usual[genes])[0].T
@@ -252,7 +252,7 @@ class LatentBackbone(nn.Module):
         """Return the readouts of single genes, (N, rank)."""
         factors = self._factors(self._latents(summary, given))
         if factors.device.type == "cpu" and not torch.is_grad_enabled():
-            arrays = (self.genes().float().numpy(), factors.float().numpy(), genes.numpy(), cells.numpy())
+            arrays = (array_of(self.genes()), factors.float().numpy(), genes.numpy(), cells.numpy())
             return torch.from_numpy(products(*arrays))
         return torch.einsum("nd,nrd->nr", self.genes()[genes], factors[cells])
 

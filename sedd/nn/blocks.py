@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +29,16 @@ def fourier(x: Tensor, n: int, period: float) -> Tensor:
     scaled = x.float().unsqueeze(-1) / period
     angle = 2 * math.pi * scaled * torch.arange(1, n + 1, device=x.device)
     return torch.cat([scaled, angle.cos(), angle.sin()], dim=-1)
+
+
+def array_of(weights: Tensor) -> np.ndarray:
+    """Return weights on the CPU for a kernel of Numba, float32: a copy where several processes may divide them.
+
+    FSDP frees what it gathered between passes, which it cannot while an array looks at it.
+    """
+    weights = weights.detach().float()
+    several = dist.is_available() and dist.is_initialized()
+    return np.asarray((weights.clone() if several else weights).numpy())
 
 
 class Given(NamedTuple):

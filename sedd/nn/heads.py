@@ -18,6 +18,7 @@ from sedd.errors import UserError
 from sedd.kernels import count_law, count_law_draws, count_law_moments, count_law_torch
 from sedd.kernels.count_law_draws import COMPONENTS, LOG_MEAN
 from sedd.kernels.count_law_moments import Sums
+from sedd.nn.blocks import array_of
 
 # (position, bin) pairs whose probabilities exist at a time: what stays in a core's cache, what keeps a GPU busy.
 CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
@@ -100,7 +101,7 @@ class CountHead(nn.Module):
         return (start if genes is None else start[genes]) + torch.einsum("...r,rjc->...jc", readout, moves)
 
     def _host(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.start.detach().float().cpu().numpy(), self.moves.detach().float().cpu().numpy()
+        return array_of(self.start.cpu()), array_of(self.moves.cpu())
 
     def add_moments(
         self,
@@ -193,8 +194,7 @@ class _CountLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, readout: Tensor, start: Tensor, moves: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
-        # Of the weights copies: FSDP frees theirs between passes, which it cannot while an array looks at them.
-        readout_, start_, moves_ = readout.detach().numpy(), start.detach().clone().numpy(), moves.detach().clone().numpy()
+        readout_, start_, moves_ = readout.detach().numpy(), array_of(start), array_of(moves)
         log_p, slopes = count_law.log_probs(
             readout_, start_, moves_, targets.numpy(), masked.numpy(), slopes=any(ctx.needs_input_grad)
         )

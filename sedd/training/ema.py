@@ -25,6 +25,8 @@ class EMA:
         learned in them.
     decay
         Decay per update once `k / (k + 9)` has passed it.
+    in_place
+        Whether values change places rather than tensors: of weights that are divided among processes, each of which is sent from where it lies.
 
     Raises
     ------
@@ -32,11 +34,12 @@ class EMA:
         If `decay` is not in [0, 1).
     """
 
-    def __init__(self, model: nn.Module, *, decay: float = 0.999) -> None:
+    def __init__(self, model: nn.Module, *, decay: float = 0.999, in_place: bool = False) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"decay of the averaged weights is {decay}; expected 0 <= decay < 1, such as 0.999.")
         self.decay = float(decay)
         self.updates = 0
+        self._in_place = in_place
         # Looked up once: going through all modules takes longer than an update.
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self._weights.items()}
@@ -56,8 +59,15 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """Give the model the averaged weights, and its own back afterwards, bit for bit.
 
-        The two sets of tensors change places; nothing is copied and nothing is computed.
+        The two sets of tensors change places; nothing is copied and nothing is computed, unless they do so `in_place`.
         """
+        if self._in_place:
+            self._exchange()
+            try:
+                yield
+            finally:
+                self._exchange()
+            return
         own = {name: p.data for name, p in self._weights.items()}
         for name, p in self._weights.items():
             p.data = self.average[name]
@@ -66,6 +76,13 @@ class EMA:
         finally:
             for name, p in self._weights.items():
                 p.data = own[name]
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, p in self._weights.items():
+            own = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name].copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the average, the decay and the number of updates."""

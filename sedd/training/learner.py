@@ -20,7 +20,7 @@ from sedd.noise import make_noise
 from sedd.training.ema import EMA
 from sedd.training.failures import check_finite, largest_batch
 from sedd.training.masking import device_masks, drop_conditions, hide_labels
-from sedd.training.parallel import divide_like, divide_optimizer_state, whole
+from sedd.training.parallel import divide_like, divide_optimizer_state, ends_gathered, whole
 from sedd.training.resuming import check_same_vectors
 from sedd.training.run_data import Panel
 
@@ -131,7 +131,8 @@ class Learner:
             optimizer, [_rate(group["faster"], warmup) for group in optimizer.param_groups]
         )
         # Of the weights where and as the optimizer has them: on the device, and divided if they are.
-        self.ema = EMA(self.model, decay=config.optim.ema_decay) if config.optim.ema_decay else None
+        decay = config.optim.ema_decay
+        self.ema = EMA(self.model, decay=decay, in_place=accelerator.is_fsdp2) if decay else None
         if resumed is not None:
             self._load_state(resumed)
 
@@ -223,17 +224,13 @@ class Learner:
 
     @contextlib.contextmanager
     def averaged_model(self) -> Iterator[SEDDTransformer]:
-        """Return the model with its averaged weights. Of divided ones a whole copy, which ranks can use independently."""
-        if self._accelerator.is_fsdp2:
-            weights = {**self.model.state_dict(), **({} if self.ema is None else self.ema.average)}
-            copy = SEDDTransformer(**self.model.config).to(self._accelerator.device)
-            copy.load_state_dict({name: whole(value.detach()) for name, value in weights.items()})
-            yield copy
-        elif self.ema is None:
+        """Return the model with its averaged weights. Divided ones stay so, and every process must then make every call of the model."""
+        with contextlib.ExitStack() as stack:
+            if self.ema is not None:
+                stack.enter_context(self.ema.applied())
+            if self._accelerator.is_fsdp2:
+                stack.enter_context(ends_gathered(self._module))
             yield self.model
-        else:
-            with self.ema.applied():
-                yield self.model
 
     def state(self) -> dict[str, Any]:
         """Return the part of a checkpoint that belongs to the network; divided weights are still divided in it."""

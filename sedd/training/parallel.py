@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -165,6 +166,34 @@ def divide_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimiz
         for i, values in state["state"].items()
     }
     return {**state, "state": divided}
+
+
+@contextlib.contextmanager
+def ends_gathered(root: Any) -> Iterator[None]:
+    """Have what of divided weights is in no block whole on every process, as within a training step; a block is gathered when it is run.
+
+    Parameters
+    ----------
+    root
+        What `Accelerator.prepare` returned of the network. Whose weights were changed before are gathered anew, and again afterwards.
+    """
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    def divide() -> None:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    divide()
+    root.set_reshard_after_forward(False, recurse=False)
+    root.gather = lambda: None
+    register_fsdp_forward_method(root, "gather")
+    try:
+        root.gather()
+        yield
+    finally:
+        del root.gather
+        divide()
 
 
 def whole(value: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Validator:
         self._loader.close()
 
     @torch.no_grad()
-    def run(self, model: SEDDTransformer, *, stop: Callable[[], bool]) -> torch.Tensor:
+    def run(self, model: SEDDTransformer, *, stop: Callable[[], bool], in_step: Ranks | None = None) -> torch.Tensor:
         """Return sums over this rank's cells.
 
         They are: cells, nats, nats squared, hidden entries, their negative log score, their error, labels that are asked for, their
@@ -79,23 +79,41 @@ class Validator:
             With the weights to validate.
         stop
             Asked between batches; when true the rest is left out.
+        in_step
+            The processes of a model whose weights they divide: all of them take as many batches, and stop when one does.
         """
-        seed = self._config.run.seed
         sums = torch.zeros(9, dtype=torch.float64)
         training = model.training
         model.eval()
         try:
-            for batch in self._batches():
-                if stop():
+            batches = self._batches()
+            while True:
+                batch, stopped = next(batches, None), stop()
+                left = batch is not None
+                if in_step is not None:
+                    left, stopped = map(bool, in_step.largest(left, stopped))
+                if stopped or not left:
                     break
-                with self._accelerator.autocast():
-                    nats = nelbo(model, self._graph, self._noise, [batch], n_masks=N_MASKS, seed=seed).per_cell
-                mine = [len(nats), float(nats.sum()), float((nats**2).sum())]
-                recovered = self._recovery(model, batch) if isinstance(self._graph, AbsorbingGraph) else [0, 0, 0]
-                sums += torch.tensor([*mine, *recovered, *self._labels(model, batch)], dtype=torch.float64)
+                found = self._sums(model, self._nobody(model) if batch is None else batch)
+                if batch is not None:
+                    sums += found
         finally:
             model.train(training)
         return sums
+
+    def _sums(self, model: SEDDTransformer, batch: CellBatch) -> torch.Tensor:
+        with self._accelerator.autocast():
+            nats = nelbo(model, self._graph, self._noise, [batch], n_masks=N_MASKS, seed=self._config.run.seed).per_cell
+        mine = [len(nats), float(nats.sum()), float((nats**2).sum())]
+        recovered = self._recovery(model, batch) if isinstance(self._graph, AbsorbingGraph) else [0, 0, 0]
+        return torch.tensor([*mine, *recovered, *self._labels(model, batch)], dtype=torch.float64)
+
+    def _nobody(self, model: SEDDTransformer) -> CellBatch:
+        """Return a cell without counts, for a process that has none left while others have."""
+        device, columns = self._accelerator.device, len(model.config["condition_sizes"])
+        condition = torch.zeros(1, columns, dtype=torch.int64, device=device) if columns else None
+        library = torch.zeros(1, device=device) if model.config["condition_library"] else None
+        return CellBatch(torch.zeros(1, model.n_vars, dtype=torch.int32, device=device), condition, library, torch.zeros(1, dtype=torch.int64))
 
     def _recovery(self, model: SEDDTransformer, batch: CellBatch) -> list[float]:
         """How many entries were hidden, the sum of their negative log scores, that of their errors."""

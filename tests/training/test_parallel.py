@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_FLAGS
 from launching import CONFIGS, environment, launched
 from test_trainer import assert_same_weights, train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from sedd import checkpoint
 from sedd.errors import UserError
+from sedd.graph import make_graph
 from sedd.inference.pretrained import Pretrained
+from sedd.likelihood import nelbo
+from sedd.model import SEDDTransformer
+from sedd.noise import make_noise
 from sedd.training import parallel
-from sedd.training.parallel import make_accelerator
+from sedd.training.ema import EMA
+from sedd.training.parallel import divide_like, ends_gathered, make_accelerator, whole
 
 FLAGS = [*TINY_FLAGS, "--num_latents", "2", "--num_layers", "2", "--num_epochs", "2", "--checkpoint_every", "4"]
 
@@ -42,6 +53,8 @@ def test_divided_weights_are_saved_whole_and_are_those_of_undivided_ones(tiny_h5
     held = divided(tiny_h5ad, run)
     assert held[0]["held"] + held[1]["held"] == held[0]["all"] == held[1]["all"]
     assert 0.4 < held[0]["held"] / held[0]["all"] < 0.6
+    # Of two blocks the one that is run, and half of the other.
+    assert all(own["validated"] <= 0.8 * own["blocks"] for own in held)
     launched("cpu.yaml", 2, tiny_h5ad, whole, *FLAGS)
     state, other = checkpoint.load(run / "final.pt"), checkpoint.load(whole / "final.pt")
     assert state["step"] == other["step"]
@@ -75,6 +88,44 @@ def test_divided_weights_train_in_low_precision_and_compiled(flags: list[str], t
     divided(tiny_h5ad, plain, "--dropout", "0")
     found, expected = (checkpoint.load(path / "final.pt")["history"][-1] for path in (run, plain))
     assert found["val_nelbo"] == pytest.approx(expected["val_nelbo"], rel=1e-2)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """The only process of a group, which still divides weights as one of several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_divided_weights_validate_with_their_averages_without_a_copy_and_come_back(one_process: None) -> None:
+    torch.manual_seed(0)
+    model = SEDDTransformer(6, 5, hidden_dim=8, num_layers=2, num_heads=2, num_latents=2, dropout=0).eval()
+    tokens, graph, noise = torch.arange(24).view(4, 6) % 5, make_graph("absorbing", 5), make_noise("loglinear")
+    average, own = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for p, q in zip(average.parameters(), own.parameters(), strict=True):
+            p.add_(torch.randn_like(p) / 10)
+            q.add_(torch.randn_like(q) / 10)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.backbone.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    ema = EMA(model, in_place=True)
+    for p, q, mean in zip(model.parameters(), own.parameters(), average.parameters(), strict=True):
+        p.data.copy_(divide_like(q.detach(), p))
+        ema.average[next(name for name, one in model.named_parameters() if one is p)].copy_(divide_like(mean.detach(), p))
+    for _ in range(2):  # before anything was trained on too, as of a run that is resumed after an epoch's last step
+        with ema.applied(), ends_gathered(model):
+            bound = nelbo(model, graph, noise, [tokens]).per_cell
+            mean, _ = model.expectation(tokens, torch.ones(4))
+            assert all(isinstance(p, DTensor) for block in model.backbone.blocks for p in block.parameters())
+        assert bound.tolist() == nelbo(average, graph, noise, [tokens]).per_cell.tolist()
+        assert torch.equal(mean, average.expectation(tokens, torch.ones(4))[0])
+        bound = nelbo(model, graph, noise, [tokens]).per_cell
+        assert bound.tolist() == nelbo(own, graph, noise, [tokens]).per_cell.tolist()
+        for p, q in zip(model.parameters(), own.parameters(), strict=True):
+            assert torch.equal(whole(p.detach()), q)
 
 
 def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,30 @@ def validate(config: TrainConfig, panel: Panel, model: SEDDTransformer, n_ranks:
     return last.summary(found[0], ranks)
 
 
+def test_a_process_without_cells_asks_as_often_as_the_others_and_counts_nobody(tiny_h5ad: Path) -> None:
+    """As where weights are divided: each process takes part in what the others ask."""
+    config = settings(tiny_h5ad, condition_library_size=True)
+    panel = prepare_panel(config, None)
+    model, expected = trained(panel, config), None
+    process: Any = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1, autocast=contextlib.nullcontext)
+    for more in (0, 2):  # batches that another process has left, after the last one of this
+        asked: list[int] = []
+        said = iter([1] * (5 + more))
+        ranks: Any = SimpleNamespace(largest=lambda left, stopped, said=said: [max(left, next(said, 0)), stopped])
+        with contextlib.closing(Validator(config, panel, process, make_noise("loglinear"), make_graph("absorbing", panel.binning.n_bins))) as validator:
+            hook = model.conditioner.register_forward_hook(lambda *_, asked=asked: asked.append(1))
+            sums = validator.run(model, stop=lambda: False, in_step=ranks)
+            hook.remove()
+        assert len(asked) == (N_MASKS + 2) * (5 + more)
+        expected = sums if expected is None else expected
+        assert torch.equal(sums, expected)
+    stopped = iter([0, 1])
+    ranks = SimpleNamespace(largest=lambda left, _: [left, next(stopped)])
+    with contextlib.closing(Validator(config, panel, process, make_noise("loglinear"), make_graph("absorbing", panel.binning.n_bins))) as validator:
+        assert 0 < validator.run(model, stop=lambda: False, in_step=ranks)[0] < expected[0]
+    panel.store.close()
+
+
 def val_cells(panel: Panel, config: TrainConfig) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The validation cells' numbers, tokens, labels and totals, from the AnnData and not from a loader."""
     adata = make_counts()
