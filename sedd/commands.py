@@ -65,6 +65,8 @@ class Convert(ConversionSettings):
     """Add the cells to the store OUTPUT.zarr, which is there, by its genes and settings; its full shards stay as they are."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
+    progress: bool = True
+    """Show a bar of the cells that are done."""
 
     calls: ClassVar[str] = "sedd.io.convert:convert"
 
@@ -122,12 +124,14 @@ class Verify:
     """The inputs it was made from, in their order; compare with nothing if not given."""
     workers: int | None = None
     """Threads; all cores if not given."""
+    progress: bool = True
+    """Show a bar of the cells that are done."""
 
     calls: ClassVar[str] = "sedd.io.verify:verify"
 
     def run(self) -> int:
         """Verify and print the report."""
-        print(format_facts(called_by(self)(self.store, against=list(self.against) or None, workers=self.workers, progress=True)))
+        print(format_facts(called_by(self)(self.store, **{**given(self, called_by(self)), "against": list(self.against) or None})))
         print("The store is whole" + (", and every entry is that of its input." if self.against else "."))
         return 0
 
@@ -140,6 +144,8 @@ class _OfModel:
     """A checkpoint, the directory of a run, or an exported model."""
     batch_size: int = 256
     """Cells that the network is given at a time."""
+    progress: bool = True
+    """Show a bar of the cells that are done."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -341,6 +341,8 @@ class RunConfig:
     log_with: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
     """Where the curves go besides history.json; auto: tensorboard if it is installed. wandb writes files for `wandb sync`,
     unless WANDB_MODE=online."""
+    progress: bool = True
+    """Show bars, and a line after each epoch; the curves are in files in any case."""
     dry_run: bool = False
     """Say parameters, memory, steps and time, and train nothing."""
 

@@ -219,7 +219,7 @@ class SEDDTrainer:
             self._loader.state_dict()["position"],
             self._loader.n_cells,
             nelbo=self.history[-1]["val_nelbo"] if self.history else None,
-            shown=self.accelerator.is_main_process,
+            shown=self.config.run.progress and self.accelerator.is_main_process,
         )
         batches = iter(self._loader)
         start, waited = time.monotonic(), self._loader.wait_seconds
@@ -292,6 +292,8 @@ class SEDDTrainer:
             return
         self.directory.write_history(self.history)
         self._tracker.epoch(entry)
+        if not self.config.run.progress:
+            return
         tqdm.write(
             f"epoch {self.epoch}: train {entry['train_loss']:.1f}, validation {nats:.1f} ± {1.96 * validation['val_nelbo_se']:.1f} nats per cell"
             f"{' (best)' if improved else ''}; {entry['cells_per_s']:.0f} cells/s, {entry['wait_share']:.1%} waiting for data, "

@@ -118,7 +118,7 @@ def keywords_of(name: str) -> dict[str, Any]:
     """The parameters of the function of a command that can be given by name and have a default, but those that only Python needs."""
     parameters = inspect.signature(function_of(name)).parameters.values()
     assert not [one.name for one in parameters if one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL, one.POSITIONAL_ONLY)]
-    return {one.name: one.default for one in parameters if one.default is not one.empty and one.name != "progress"}
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("quick", "info", "runs")])  # which have no function for users

@@ -47,6 +47,19 @@ def test_an_anndata_a_file_and_the_command_line_make_one_model(tiny_h5ad: Path, 
         assert all(torch.equal(value, wanted[name]) for name, value in model.model.state_dict().items())
 
 
+def test_without_progress_nothing_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_counts().write_h5ad(tmp_path / "a.h5ad")
+    run, cells, out = (str(tmp_path / name) for name in ("run", "a.h5ad", "b.h5ad"))
+    assert sedd.train(cells, checkpoint_dir=run, progress=False, **TINY) is not None  # converts, counts, trains and validates
+    assert capfd.readouterr().err == ""
+    assert main(["impute", run, cells, "-o", out, "--no_progress"]) == 0
+    assert main(["verify", str(tmp_path / "a.sedd.zarr"), "--no_progress"]) == 0
+    assert capfd.readouterr().err == ""
+    assert sedd.train(cells, checkpoint_dir=run, overwrite=True, **TINY) is not None
+    said = capfd.readouterr().err
+    assert "epoch 1/1: 100%" in said and "nats per cell (best)" in said
+
+
 def test_the_counts_of_a_layer_and_the_labels_of_a_view_are_what_is_learned(tmp_path: Path) -> None:
     whole = make_counts()
     whole.layers["counts"] = whole.X.copy()

@@ -29,7 +29,7 @@ def verify(
     against: str | os.PathLike[str] | list[str] | None = None,
     *,
     workers: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Check a store: every chunk's checksum, every cell's hash and, with `against`, every entry of the input's matrix.
 

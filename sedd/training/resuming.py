@@ -28,7 +28,7 @@ ON_RESUME: dict[str, str] = {
     "num_epochs": FREE, "min_steps": FREE, "batch_size": REPORTED, "learning_rate": REPORTED, "warmup_steps": SAME, "weight_decay": SAME, "grad_clip": REPORTED,
     "ema_decay": SAME, "gradient_accumulation_steps": REPORTED, "mixed_precision": REPORTED, "compile": REPORTED,
     "checkpoint_dir": FREE, "resume": FREE, "overwrite": FREE, "seed": SAME, "num_threads": FREE, "checkpoint_every": FREE,
-    "keep_checkpoints": FREE, "early_stopping": FREE, "log_with": FREE, "dry_run": FREE,
+    "keep_checkpoints": FREE, "early_stopping": FREE, "log_with": FREE, "progress": FREE, "dry_run": FREE,
 }  # fmt: skip
 """What a resumed run does about each setting, if it is not that of the checkpoint.
 
@@ -57,7 +57,7 @@ def settled(config: TrainConfig, state: dict[str, Any] | None, *, on_gpu: bool, 
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **own))
     chosen = config.settled(on_gpu=on_gpu, n_cells=n_cells)
     picked = [_flag(name, getattr(chosen.optim, name)) for name in PRESET if getattr(config.optim, name) is None]
-    if picked and is_main():
+    if picked and config.run.progress and is_main():
         where = "a GPU" if on_gpu else "a CPU"
         tqdm.write(f"{' '.join(picked)}: what --model {config.model.model} trains with on {where} and {n_cells:,} cells", file=sys.stderr)
     return chosen

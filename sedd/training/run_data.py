@@ -164,7 +164,7 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
     """
     data = config.data
     check_inputs(config)
-    store = _open_store(data)
+    store = _open_store(data, progress=config.run.progress)
     if resumed is not None:
         store = _as_trained_on(store, resumed, data.named)
     if resumed is not None:
@@ -173,7 +173,7 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
         gene = str(store.var_names[int(np.argmax(store.gene_stats()["max"]))])
         raise UserError(f"{data.named}: gene {gene!r} has a count of {int(store.max_value)}; expected counts up to {LARGEST}. Correct or remove it.")
     train, val = split_of_cells(config, store.n_obs, shuffled=bool(store.uns_sedd["settings"]["shuffle"]) and not store.grown)
-    hist = _count(store, train, val)
+    hist = _count(store, train, val, progress=config.run.progress)
     genes = _choose_genes(data, store, hist, train.n_cells)
     index = pd.Index(store.var_names).get_indexer(genes)
     if hist is not None and data.binning != "quantile":
@@ -207,8 +207,9 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
     )
 
 
-def _open_store(data: DataConfig) -> CellStore:
-    return counts_or_real(data, lambda values: ensure_store(data.paths, cache_dir=data.cache_dir, values=values, **data.of_inputs()))
+def _open_store(data: DataConfig, *, progress: bool) -> CellStore:
+    settings: dict[str, Any] = {"cache_dir": data.cache_dir, "progress": progress, **data.of_inputs()}
+    return counts_or_real(data, lambda values: ensure_store(data.paths, values=values, **settings))
 
 
 def counts_or_real(data: DataConfig, make: Callable[[Literal["counts", "real"]], T]) -> T:
@@ -238,13 +239,13 @@ def _as_trained_on(store: CellStore, state: dict[str, Any], named: str) -> CellS
     return known
 
 
-def _count(store: CellStore, train: Split, val: Split) -> sp.csr_array | None:
+def _count(store: CellStore, train: Split, val: Split, *, progress: bool) -> sp.csr_array | None:
     """Return how many training cells have each count of each gene: what the conversion counted, less the validation cells."""
     if not store.is_counts:
         return None
     if train.limit is None:
         return histogram(store, without=val.cells())
-    return histogram(store, train.cells(), progress=train.n_cells > 100_000)
+    return histogram(store, train.cells(), progress=progress and train.n_cells > 100_000)
 
 
 def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore) -> Panel:
@@ -263,7 +264,7 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore)
     data, train, val = config.data, split_of(state, "train"), split_of(state, "val")
     wanted = state["genes"]
     if config.to_flat()["genes"] != state["args"]["genes"]:
-        wanted = _choose_genes(data, store, _count(store, train, val), train.n_cells)
+        wanted = _choose_genes(data, store, _count(store, train, val, progress=config.run.progress), train.n_cells)
     if wanted != state["genes"]:
         raise UserError(
             f"--resume: the checkpoint was trained on {len(state['genes'])} other genes than the {len(wanted)} of --genes "

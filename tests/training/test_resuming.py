@@ -36,7 +36,7 @@ OTHER: dict[str, Any] = {
     "mixed_precision": "bf16", "compile": True, "seed": 1,
     "data_path": "elsewhere.zarr", "cache_dir": "elsewhere", "genes": "genes.txt", "memory_budget": "1GiB", "loader_threads": 1, "masks_on": "device",
     "model": "medium", "gene_embeddings": "vectors.npz", "num_epochs": 3, "min_steps": 5, "checkpoint_dir": "elsewhere", "resume": "auto", "overwrite": True,
-    "num_threads": 2, "checkpoint_every": "7", "keep_checkpoints": 2, "early_stopping": 5, "log_with": "tensorboard", "dry_run": True,
+    "num_threads": 2, "checkpoint_every": "7", "keep_checkpoints": 2, "early_stopping": 5, "log_with": "tensorboard", "progress": False, "dry_run": True,
 }  # fmt: skip
 """Of every setting a value that `tiny_run` was not made with."""
 
@@ -121,7 +121,7 @@ def test_what_does_not_change_the_steps_may_change(tiny_h5ad: Path, tiny_run: Pa
     given = {
         name: OTHER[name]
         for name, kind in ON_RESUME.items()
-        if kind == FREE and name not in ("dry_run", "overwrite", "num_threads")
+        if kind == FREE and name not in ("dry_run", "overwrite", "num_threads", "progress")
     }
     given |= {
         "genes": tmp_path / "genes.txt",
@@ -130,7 +130,7 @@ def test_what_does_not_change_the_steps_may_change(tiny_h5ad: Path, tiny_run: Pa
         "checkpoint_dir": runs[1],
         "learning_rate": "2e-3",
     }
-    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    flags = ["--no_progress", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
     assert train(Path(moved), runs[1], *CONDITIONED, *flags) == 0
     assert_same_weights(runs[0] / "final.pt", runs[1] / "final.pt")
 
