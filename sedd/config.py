@@ -165,7 +165,7 @@ class DataConfig(InputSettings):
     """A .zarr store, or one or several inputs, which are converted once into a store and reused while they are unchanged: an
     .h5ad, an AnnData .zarr, an .h5mu, a 10x .h5 or matrix.mtx folder, or a .loom."""
     cache_dir: str | None = None
-    """Where that store is kept; beside the first input if not given."""
+    """Where the store that is made of inputs is kept; beside the first of them if not given."""
     genes: str | None = "2000"
     """The genes to model: a number N (the N most variable, seurat_v3 on the training cells), a file with one name a
     line, or `all`."""

@@ -86,8 +86,10 @@ def with_meanings(doc: str | None, *groups: type, without: tuple[str, ...] = ())
     lines = []
     for group in groups:
         meanings = meanings_of(group)
-        for name in (field.name for field in dataclasses.fields(group) if field.name in meanings and field.name not in without):
-            lines += [name, *textwrap.wrap(meanings[name], 120, initial_indent="    ", subsequent_indent="    ")]
+        for field in fields_to_show(group):
+            if field.name in meanings and field.name not in without:
+                text = meanings[field.name] + ("" if field.default in (dataclasses.MISSING, None, ()) else f" Default: {field.default!r}.")
+                lines += [field.name, *textwrap.wrap(text, 120, initial_indent="    ", subsequent_indent="    ")]
         if not meanings:  # it says what they mean in one place
             lines += inspect.cleandoc(group.__doc__ or "").partition("Attributes\n----------\n")[2].splitlines()
     listed = "\n".join(lines)

@@ -55,6 +55,12 @@ def test_every_public_name_says_what_it_is() -> None:
     assert not bare
 
 
+def test_every_public_function_says_what_goes_in() -> None:
+    functions = {name: found for name in _names_with_a_page() if inspect.isfunction(found := _resolved(name))}
+    assert len(functions) > 50
+    assert not [name for name, one in functions.items() if inspect.signature(one).parameters and "Parameters\n---" not in (inspect.getdoc(one) or "")]
+
+
 FUNCTIONS = [getattr(sedd, name) for name in sedd.__all__ if inspect.isfunction(getattr(sedd, name))]
 OF_A_MODEL = [sedd.Pretrained.load, sedd.Pretrained.save_pretrained, sedd.Pretrained.push_to_hub]
 

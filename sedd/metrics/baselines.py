@@ -84,7 +84,20 @@ def nb_log_prob(
 
 
 def nb_cdf(counts: np.ndarray, mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:
-    """Probability of at most `counts` under the same negative binomial; 0 below zero."""
+    """Probability of at most so many counts under a negative binomial.
+
+    Parameters
+    ----------
+    counts
+        Any shape; below zero the probability is 0.
+    mean, dispersion
+        As of `nb_log_prob`, of a shape that goes with `counts`.
+
+    Returns
+    -------
+    probability
+        The shape of `counts`.
+    """
     mu = np.maximum(mean, _MIN_MEAN)
     return np.asarray(nbinom.cdf(counts, dispersion, dispersion / (dispersion + mu)))
 

@@ -11,7 +11,17 @@ Matrix: TypeAlias = Any  # (n_cells, n_vars): a numpy array or any scipy sparse 
 
 
 def to_dense(counts: Matrix) -> np.ndarray:
-    """Return a float64 array of a dense or sparse matrix."""
+    """Return a float64 array of a dense or sparse matrix.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_vars), an array or a SciPy matrix of any format.
+
+    Returns
+    -------
+    dense : (n_cells, n_vars) float64
+    """
     return np.asarray(counts.toarray() if sparse.issparse(counts) else counts, dtype=np.float64)
 
 

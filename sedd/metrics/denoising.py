@@ -114,7 +114,22 @@ def expected_log_cp10k(rate: Matrix, depth: np.ndarray, target: float = 1e4) -> 
 def denoising_metrics(
     predicted: Matrix, held_out: Matrix, kept: Matrix, *, predicted_log: Matrix | None = None
 ) -> dict[str, float]:
-    """`mse` and `poisson` of one method; `predicted_log`, if given, is scored by `mse` in place of `predicted`."""
+    """Score one method on molecules that it did not see.
+
+    Parameters
+    ----------
+    predicted
+        (n_cells, n_vars) denoised counts on any per-cell scale.
+    held_out, kept
+        (n_cells, n_vars) counts: the molecules that were taken away, and those that the method saw.
+    predicted_log
+        If given, (n_cells, n_vars) expected log1p(CP10k), which `mse` scores in place of `predicted`.
+
+    Returns
+    -------
+    metrics : dict
+        `mse` as of `mse_log_cp10k`, and `poisson` as of `poisson_nll`, in nats per cell and gene; both are lower where better.
+    """
     return {
         "mse": mse_log_cp10k(predicted, held_out)
         if predicted_log is None

@@ -138,7 +138,18 @@ def gene_correlation_error(real: Matrix, other: Matrix, n_genes: int = 500) -> f
 
 
 def gene_moments(counts: Matrix) -> dict[str, np.ndarray]:
-    """Per-gene `mean`, `variance` and `zero_fraction` of counts, each `(n_vars,)`."""
+    """Moments of each gene over the cells.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_vars), dense or sparse.
+
+    Returns
+    -------
+    moments : dict
+        `mean` in counts, `variance` in squared counts and `zero_fraction`, each (n_vars,) float64.
+    """
     csr = sparse.csr_array(counts).astype(np.float64)
     mean = np.asarray(csr.mean(axis=0)).ravel()
     square = np.asarray(csr.multiply(csr).mean(axis=0)).ravel()
@@ -148,6 +159,11 @@ def gene_moments(counts: Matrix) -> dict[str, np.ndarray]:
 
 def gene_moment_errors(real: Matrix, other: Matrix) -> dict[str, float]:
     """How far per-gene moments are off.
+
+    Parameters
+    ----------
+    real, other
+        (n_cells, n_vars) counts of the same genes; the numbers of cells may differ.
 
     Returns
     -------
@@ -165,13 +181,35 @@ def gene_moment_errors(real: Matrix, other: Matrix) -> dict[str, float]:
 
 
 def library_ks(real: Matrix, other: Matrix) -> float:
-    """Kolmogorov-Smirnov distance between the library sizes of two sets of cells, 0 to 1."""
+    """Kolmogorov-Smirnov distance between the library sizes of two sets of cells.
+
+    Parameters
+    ----------
+    real, other
+        (n_cells, n_vars) counts; the numbers of cells may differ.
+
+    Returns
+    -------
+    distance
+        From 0 to 1.
+    """
     totals = [np.asarray(sparse.csr_array(x).sum(axis=1)).ravel() for x in (real, other)]
     return float(ks_2samp(totals[0], totals[1], method="asymp").statistic)
 
 
 def nearest_distance(cells: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Distance of each cell to its nearest training cell: `(n_cells,)`."""
+    """Distance of each cell to its nearest training cell.
+
+    Parameters
+    ----------
+    cells, train
+        (n_cells, n_components) and (n_train, n_components), in the same coordinates.
+
+    Returns
+    -------
+    distance : (n_cells,) float64
+        Euclidean, in the units of the coordinates.
+    """
     return np.asarray(NearestNeighbors(n_neighbors=1).fit(train).kneighbors(cells)[0][:, 0])
 
 
@@ -216,11 +254,19 @@ def generation_metrics(
 
 
 def generation_split(n_train: int, n_test: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Deal training cells into those for the anchor (at most `n_test`) and those for the components.
+    """Deal training cells into those for the anchor and those for the components.
+
+    Parameters
+    ----------
+    n_train, n_test
+        Numbers of training and of test cells.
+    seed
+        Of the random choice.
 
     Returns
     -------
-    anchor, outside : sorted int64 arrays; `outside` is at least half of the training cells
+    anchor, outside : sorted int64 arrays
+        At most `n_test` cells, and at least half of the training cells.
     """
     order = np.random.default_rng(seed).permutation(n_train)
     size = min(n_test, n_train // 2)

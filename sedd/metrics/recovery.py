@@ -20,28 +20,91 @@ Rows = dict[str, dict[str, Any]]
 
 
 def negative_log_score(log_prob: np.ndarray) -> float:
-    """Mean of `-log p(true value)`, in nats per entry; a proper score, so only the true distribution is best."""
+    """Mean of `-log p(true value)`: a proper score, so only the true distribution is best.
+
+    Parameters
+    ----------
+    log_prob
+        Natural logarithms of the probabilities that were given to the true values, any shape.
+
+    Returns
+    -------
+    score
+        In nats per entry; lower is better.
+    """
     return float(-np.mean(np.asarray(log_prob, np.float64)))
 
 
 def mean_absolute_error(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean of `|true - predicted|`, in counts. On sparse counts all zeros is hard to beat: never read it alone."""
+    """Mean of `|true - predicted|`. On sparse counts all zeros is hard to beat: never read it alone.
+
+    Parameters
+    ----------
+    true
+        Counts, any shape.
+    predicted
+        Expected counts, the same shape.
+
+    Returns
+    -------
+    error
+        In counts.
+    """
     return float(np.mean(np.abs(np.asarray(true, np.float64) - predicted)))
 
 
 def nonzero_mean_absolute_error(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean of `|true - predicted|` over the entries whose true count is not zero; NaN if there are none."""
+    """Mean of `|true - predicted|` over the entries whose true count is not zero.
+
+    Parameters
+    ----------
+    true
+        Counts, any shape.
+    predicted
+        Expected counts, the same shape.
+
+    Returns
+    -------
+    error
+        In counts; NaN if all true counts are zero.
+    """
     expressed = np.asarray(true) > 0
     return mean_absolute_error(true[expressed], predicted[expressed]) if expressed.any() else float("nan")
 
 
 def rmse_log1p(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Root mean squared error of `log1p(count)`."""
+    """Root mean squared error of `log1p(count)`.
+
+    Parameters
+    ----------
+    true
+        Counts, any shape.
+    predicted
+        Expected counts, the same shape.
+
+    Returns
+    -------
+    error
+        In natural logarithms of 1 + count.
+    """
     return float(np.sqrt(np.mean((np.log1p(np.asarray(true, np.float64)) - np.log1p(predicted)) ** 2)))
 
 
 def spearman(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Spearman rank correlation over all entries; NaN when either side is constant."""
+    """Spearman rank correlation over all entries.
+
+    Parameters
+    ----------
+    true
+        Counts, any shape.
+    predicted
+        Expected counts, the same shape.
+
+    Returns
+    -------
+    correlation
+        From -1 to 1; NaN if either side is constant.
+    """
     if np.ptp(true) == 0 or np.ptp(predicted) == 0:
         return float("nan")
     return float(spearmanr(true, predicted).statistic)

@@ -118,7 +118,18 @@ def best_baseline(metric: str, row: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def format_value(value: Any) -> str:
-    """Four significant digits, or a dash for what was not measured."""
+    """Write a value with four significant digits.
+
+    Parameters
+    ----------
+    value
+        A number, or None or NaN where nothing was measured.
+
+    Returns
+    -------
+    text
+        A dash for what was not measured.
+    """
     if not _known(value):
         return "-"
     if value == 0 or 1e-4 <= abs(value) < 1e5:
