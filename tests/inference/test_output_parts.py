@@ -298,7 +298,8 @@ def test_half_written_parts_of_a_killed_task_are_removed_by_the_next(model: Pret
         assert sorted(path.name for path in folder.iterdir()) == ["lock", "task.json"]
 
 
-@pytest.mark.parametrize("suffix", [pytest.param(".h5ad", marks=pytest.mark.slow), ".zarr"])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 def test_a_result_that_was_moved_aside_when_its_task_was_killed_is_put_back(
     suffix: str, model: Pretrained, tiny_h5ad: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_a_process_that_stands_still_is_noticed_by_the_other(lost: int) -> None:
             process.communicate()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_done_is_not_taken_for_lost() -> None:
     pair = processes(12, 1, after=0)
     try:

@@ -82,8 +82,7 @@ def test_two_launchers_as_on_two_machines_train_together(tiny_h5ad: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_bit_for_bit(
     processes: int,
     number: signal.Signals,

@@ -394,20 +394,12 @@ def stage(changes: list[str]) -> str:
     return next((name for start, name in STAGES.items() if path.startswith(start)), "plan")
 
 
-def test_a_killed_append_leaves_the_old_store_and_resumes(processes: Any, tmp_path: Path) -> None:
-    check_kills(processes, tmp_path, 3)
-
-
 @pytest.mark.slow
 def test_twenty_kills_of_appends_leave_the_old_store_and_resume(processes: Any, tmp_path: Path) -> None:
-    check_kills(processes, tmp_path, 20)
-
-
-def check_kills(processes: Any, folder: Path, n: int) -> None:
     """Kill -9 appends at their changes, every stage in turn: the old store verifies throughout, and they resume to the same bytes."""
-    a = write_rich(folder / "a.h5ad", 200, 1)
-    b = write_rich(folder / "b.h5ad", 60, 2)
-    output, kept = str(folder / "a.zarr"), str(folder / "kept.zarr")
+    a = write_rich(tmp_path / "a.h5ad", 200, 1)
+    b = write_rich(tmp_path / "b.h5ad", 60, 2)
+    output, kept = str(tmp_path / "a.zarr"), str(tmp_path / "kept.zarr")
     assert run(processes, a, kept, keep_layers=("spliced",)) == "done"
     shutil.copytree(kept, output)
     changes, status = changes_of(processes, b, output, append=True)
@@ -420,7 +412,7 @@ def check_kills(processes: Any, folder: Path, n: int) -> None:
     assert places.keys() == {"plan", "clean up", *STAGES.values()}
     rng = random.Random(0)
     fell = []
-    for _, numbers in zip(range(n), itertools.cycle(places.values()), strict=False):
+    for _, numbers in zip(range(20), itertools.cycle(places.values()), strict=False):
         shutil.rmtree(output)
         shutil.copytree(kept, output)
         made, status = changes_of(processes, b, output, rng.choice(numbers), append=True)
@@ -436,7 +428,7 @@ def check_kills(processes: Any, folder: Path, n: int) -> None:
         assert files_of(output) == expected
         assert not Path(f"{output}.partial").exists()
     print("killed before:", dict(Counter(fell)))
-    assert len(set(fell)) >= min(n, len(places)) - 1
+    assert len(set(fell)) >= len(places) - 1
     assert "already" in run(processes, b, output, append=True)
 
 
