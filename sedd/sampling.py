@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from sedd.errors import UserError
 from sedd.graph import AbsorbingGraph, Graph, UniformGraph, check_states
 from sedd.kernels.random_bits import uniforms
 from sedd.kernels.turns import Turns, turns
+from sedd.nn.asked import Asked, Tempering
 from sedd.nn.heads import diverged, draw
 from sedd.noise import Noise
 
@@ -36,7 +38,6 @@ ORDERS = ("random", "confidence")
 _WHEN, _VALUE, _STEP = 10, 11, 12  # streams of draws; the steps of the uniform graph follow _STEP
 _HOTTEST = 10  # a law of counts has no end: hotter, its tail is longer than memory
 _MAX_PROBABILITIES = 1 << 24  # (gene, bin) pairs whose probabilities exist at a time, 128 MiB in float64
-_TABLES = 1 << 12  # genes whose tables exist at a time
 
 Progress = Callable[[int, int], None]
 
@@ -112,6 +113,7 @@ class Sampler(ABC):
         self.model, self.graph, self.noise = model, graph, noise
         self.num_steps, self.temperature, self.order = int(num_steps), float(temperature), order
         self.guidance, self.batch_size = float(guidance), int(batch_size)
+        self._tempering = Tempering(temperature, guidance)
         self._wrong: Tensor | None = None
 
     @abstractmethod
@@ -169,6 +171,7 @@ class Sampler(ABC):
             run = self._among_values
         training = self.model.training
         self.model.eval()
+        self._wrong = self._tempering.needed = None
         try:
             # Many small batches cost more than few large ones, so batches differ by at most one cell.
             n_batches = -(-len(out) // self.batch_size)
@@ -176,10 +179,11 @@ class Sampler(ABC):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 given = [None if x is None else x[part] for x in (condition, library)]
                 done = (i, n_batches)
-                self._wrong = None
+                before = out[part].clone()
                 run(out[part], names[part], given, seed, _report(progress, done))
-                if self._wrong is not None and bool(self._wrong):
-                    raise diverged()
+                while self._tables_too_short():
+                    out[part] = before
+                    run(out[part], names[part], given, seed, _report(progress, done))
         finally:
             self.model.train(training)
         return out
@@ -214,7 +218,7 @@ class Sampler(ABC):
             # Cells that have nothing to do in this turn are done with.
             own = rows[whose]
             part = summary if len(own) == len(summary) else summary[own]
-            law = _Asked(self, part, share[whose], here[at], genes[at], [_take(x, own) for x in given])
+            law = self._asked(part, share[whose], here[at], genes[at], [_take(x, own) for x in given])
             drawn = self._number(law.draw(u[at]))
             tokens[cells[at], genes[at]] = drawn
             self.model.unmask(summary, cells[at], genes[at], drawn)
@@ -226,42 +230,72 @@ class Sampler(ABC):
         self._wrong = wrong.any() if self._wrong is None else self._wrong | wrong.any()
         return drawn.masked_fill(wrong, 0)
 
+    def _tables_too_short(self) -> bool:
+        """Look, once a batch is drawn, at what its steps have noted on the device: whether it has to be drawn again.
+
+        Raises
+        ------
+        UserError
+            If a law was not a number.
+        """
+        wrong, needed = self._wrong, self._tempering.needed
+        self._wrong = None
+        noted = [torch.zeros((), dtype=torch.int64) if x is None else x.long() for x in (wrong, needed)]
+        is_wrong, length = torch.stack([x.to(noted[0].device) for x in noted]).tolist()
+        if is_wrong:
+            raise diverged()
+        return self._tempering.too_short(length)
+
+    def _asked(self, summary: Tensor, share: Tensor, cells: Tensor, genes: Tensor, given: list[Tensor | None]) -> Asked:
+        return Asked(self.model, self._tempering, summary, self.noise.sigma_at(share).float(), cells, genes, given)
+
     def _by_confidence(
         self, tokens: Tensor, names: Tensor, given: list[Tensor | None], seed: int, report: Progress
     ) -> None:
         """Unmask `tokens` in place: of a step's candidates those whose best value is the most probable."""
-        n_vars = tokens.shape[1]
-        unknown = (tokens == self.graph.mask_token).sum(1)
-        u = uniforms(seed, _VALUE, names, n_vars)
-        left_after = torch.floor(self.survival().to(tokens.device)[:, None] * unknown + 1e-6).long()
+        hidden = (tokens == self.graph.mask_token).sum(1).cpu().numpy()
+        left = np.floor(self.survival().numpy()[:, None] * hidden + 1e-6).astype(np.int64)
+        left = np.minimum.accumulate(np.concatenate([hidden[None], left]))
+        self.unmask_surest(tokens, left, uniforms(seed, _VALUE, names, tokens.shape[1]), given, report)
+
+    def unmask_surest(self, tokens: Tensor, left: np.ndarray, u: Tensor, given: list[Tensor | None], report: Progress) -> None:
+        """Make the genes of `tokens` that the model is surest of visible in place, step after step. On a GPU no step waits for the device.
+
+        Parameters
+        ----------
+        tokens : (B, n_vars) int64
+        left : (num_steps + 1, B) int64
+            How many genes of each cell are hidden before the first step and after each, known to the host: so all shapes are.
+        u : (B, n_vars) float64
+            What values are drawn by.
+        given
+            Condition and library of the cells.
+        report
+            Called after each step.
+        """
+        device = tokens.device
         summary = self.model.summary(tokens)
-        for k in range(self.num_steps):
-            masked = tokens == self.graph.mask_token
-            n_now = masked.sum(1) - left_after[k]
-            rows = (n_now > 0).nonzero().squeeze(1)
-            if len(rows):
-                at = masked[rows]
-                cells, genes = at.nonzero(as_tuple=True)
-                share, given_here = at.double().mean(1), [_take(x, rows) for x in given]
-                law = _Asked(self, summary[rows], share, cells, genes, given_here)
-                confidence = torch.full(at.shape, -torch.inf, dtype=torch.float64, device=tokens.device)
-                rank = confidence.masked_scatter(at, law.best()).argsort(dim=1, descending=True, stable=True)
-                surest = (rank.argsort(1) < n_now[rows, None]) & at
-                chosen = surest[at].nonzero().squeeze(1)
-                cells, genes = rows[cells[chosen]], genes[chosen]
+        for k in range(len(left) - 1):
+            working = np.flatnonzero(left[k] > left[k + 1])
+            n_here, n_now = left[k, working], (left[k] - left[k + 1])[working]
+            if len(working):
+                rows, number = (torch.from_numpy(x).to(device) for x in (working, n_here))
+                mine, place = _counted(n_here, device)
+                # Hidden genes first, in order.
+                masked = (tokens[rows] == self.graph.mask_token).to(torch.uint8)
+                genes = masked.argsort(dim=1, descending=True, stable=True)[mine, place]
+                part, given_here = summary[rows], [_take(x, rows) for x in given]
+                law = self._asked(part, number.double() / tokens.shape[1], mine, genes, given_here)
+                confidence = torch.full((len(working), int(n_here.max())), -torch.inf, dtype=torch.float64, device=device)
+                confidence[mine, place] = law.best()
+                surest = confidence.argsort(dim=1, descending=True, stable=True)
+                whose, first = _counted(n_now, device)
+                chosen = ((number.cumsum(0) - number)[whose] + surest[whose, first]).sort().values
+                cells, genes = rows[mine[chosen]], genes[chosen]
                 drawn = self._number(law.draw(u[cells, genes], chosen))
                 tokens[cells, genes] = drawn
                 self.model.unmask(summary, cells, genes, drawn)
-            report(k + 1, self.num_steps)
-
-    def _adjusted(self, log_mu: Tensor, without: Callable[[], Tensor]) -> Tensor:
-        """Return log-probabilities guided and tempered, normalised float64; `without` gives those without conditions."""
-        log_mu = log_mu.double()
-        if self.guidance != 1:
-            log_mu = without().double().lerp(log_mu, self.guidance)
-        if self.temperature != 1 or self.guidance != 1:
-            log_mu = (log_mu / self.temperature).log_softmax(-1)
-        return log_mu
+            report(k + 1, len(left) - 1)
 
     # -- the uniform graph -------------------------------------------------------------------------------------------
 
@@ -288,7 +322,7 @@ class Sampler(ABC):
                 shown = (state[part], sigma[part].float())
                 condition, library = (_take(x, part) for x in given)
                 log_mu = self.model(*shown, everywhere=True, condition=condition, library=library)
-                log_mu = self._adjusted(log_mu, functools.partial(self.model, *shown, everywhere=True))
+                log_mu = self._tempering.adjusted(log_mu, functools.partial(self.model, *shown, everywhere=True))
                 p = self.step_probabilities(log_mu, state[part], t, s)
                 state[part] = self._number(draw(p.log().flatten(0, 1), u[part].flatten())).view(p.shape[:2])
             report(k + 1, n)
@@ -299,67 +333,6 @@ class Sampler(ABC):
         sigma = self.noise.sigma(torch.full((len(like),), t, dtype=torch.float64, device=like.device))
         earlier = self.noise.sigma(torch.full_like(sigma, s)) if s > 0 else torch.zeros_like(sigma)
         return sigma, earlier
-
-
-class _Asked:
-    """Laws of single genes, given the visible ones: what a step draws from.
-
-    Parameters
-    ----------
-    sampler
-        Whose model is asked, and whose temperature and guidance are used.
-    summary, share, given
-        Of the cells: the model's summary, the share that is masked, condition and library.
-    cells, genes : (N,) int64
-        Which genes of which of the cells.
-    """
-
-    def __init__(
-        self, sampler: Sampler, summary: Tensor, share: Tensor, cells: Tensor, genes: Tensor, given: list[Tensor | None]
-    ) -> None:
-        self._sampler, self._genes = sampler, genes
-        sigma = sampler.noise.sigma_at(share).float()
-
-        def ask(condition: Tensor | None, library: Tensor | None) -> Tensor:
-            asked: Tensor = sampler.model.readout_at(summary, sigma, cells, genes, condition=condition, library=library)
-            return asked
-
-        self._readout = ask(*given)
-        self._without = ask(None, None) if sampler.guidance != 1 else self._readout
-
-    @property
-    def _plain(self) -> bool:
-        return self._sampler.temperature == 1 and self._sampler.guidance == 1
-
-    def best(self) -> Tensor:
-        """Return the log-probability of the most probable value of each, guided and tempered, (N,) float64."""
-        if self._plain:
-            found: Tensor = self._sampler.model.head.best(self._readout, self._genes)
-            return found
-        rest = self._genes.new_empty(0, dtype=torch.float64)
-        return torch.cat([rest, *(self.log_table(at).amax(-1) for at in self._parts(len(self._genes)))])
-
-    @staticmethod
-    def _parts(n: int) -> Iterator[slice]:
-        return (slice(lo, lo + _TABLES) for lo in range(0, n, _TABLES))
-
-    def log_table(self, at: slice | Tensor) -> Tensor:
-        """Return log-probabilities of all values, guided and tempered, (N, n), normalised float64."""
-        sampler, head, genes = self._sampler, self._sampler.model.head, self._genes[at]
-        asked = (self._readout[at], self._without[at])
-        # A law of counts is followed to where hardly anything is left of it, when tempered too.
-        n = max(head.n_states(readout, genes, rest=1e-9 ** max(1.0, sampler.temperature)) for readout in asked)
-        tables = (head.log_table(readout, genes, n) for readout in asked)
-        return sampler._adjusted(next(tables), lambda: next(tables))
-
-    def draw(self, u: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Draw a value of each, or of those `chosen` (n,), int64, by inversion."""
-        if self._plain:
-            readout, genes = (x if chosen is None else x[chosen] for x in (self._readout, self._genes))
-            drawn: Tensor = self._sampler.model.head.draw(readout, genes, u)
-            return drawn
-        which = torch.arange(len(self._genes), device=u.device) if chosen is None else chosen
-        return torch.cat([u.new_empty(0, dtype=torch.int64), *(draw(self.log_table(which[at]), u[at]) for at in self._parts(len(u)))])
 
 
 class AnalyticSampler(Sampler):
@@ -425,6 +398,13 @@ def make_sampler(name: str, model: Any, graph: Graph, noise: Noise, **settings: 
     if name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}.")
     return SAMPLERS[name](model, graph, noise, **settings)
+
+
+def _counted(numbers: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return of as many things of each row as `numbers` (n,) on the host says their rows and their places within these, int64 on `device`."""
+    total, there = int(numbers.sum()), torch.from_numpy(numbers).to(device)
+    rows = torch.repeat_interleave(torch.arange(len(numbers), device=device), there, output_size=total)
+    return rows, torch.arange(total, device=device) - (there.cumsum(0) - there)[rows]
 
 
 def _take(values: Tensor | None, rows: Tensor | slice) -> Tensor | None:

@@ -16,6 +16,7 @@ from sedd.kernels.random_bits import mixed
 
 _LOWEST = -80.0  # a rate e**80 times less than its mean is of no count
 _HALVINGS = 54  # of the logarithm of a rate, down to what a float64 tells apart
+_FEW = 66  # counts that are all tried: one more than the largest mode that `count_law_draws.best` looks for among all
 _COUNTS = 32  # halvings of the counts up to `LARGEST`
 
 
@@ -70,6 +71,33 @@ def draw(raw: Tensor, u: Tensor) -> Tensor:
         above = torch.special.gammainc(middle + 1, rate) >= rest
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return torch.where(raw.flatten(1).isfinite().all(1), high, -1.0).long()
+
+
+def best(raw: Tensor) -> Tensor:
+    """Return the log-probability of the most probable count, (N,) float64, of `raw` (N, 3, 3) float64.
+
+    Where a mode lies above 64 it is that of the best mode of a component, which may be a little less.
+    """
+    _, log_mean, log_theta = laws(raw)
+    modes = (log_mean.exp() * (1 - (-log_theta).exp())).clamp(min=0).floor()
+    counts = torch.cat([torch.arange(_FEW, dtype=raw.dtype, device=raw.device).expand(len(raw), -1), modes], 1)
+    return log_probs(raw.unsqueeze(1), counts).amax(1)
+
+
+def reach(raw: Tensor, log_rest: float) -> Tensor:
+    """Return how many counts, from 0 on, leave less than `exp(log_rest)` of each component of each law, (N,) int64, by Chernoff's bound.
+
+    The bound of P(n or more) is `(mean / n)**n ((n + theta) / (mean + theta))**(n + theta)`, which a few more counts satisfy than are needed.
+    """
+    log_weight, log_mean, log_theta = laws(raw)
+    mean, theta = log_mean.exp(), log_theta.exp()
+    low, high = mean, torch.full_like(mean, LARGEST)
+    for _ in range(_COUNTS):
+        middle = ((low + high) / 2).ceil()
+        bound = (middle + theta) * ((middle - mean) / (mean + theta)).log1p() - middle * (middle.log() - log_mean)
+        enough = log_weight + bound < log_rest
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return high.where(log_weight >= log_rest, 1).amax(-1).long().clamp(min=1)
 
 
 def moments(

@@ -6,6 +6,7 @@ single positions as `readout` (N, rank) and `genes` (N,).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from sedd.nn.blocks import array_of
 
 # (position, bin) pairs whose probabilities exist at a time: what stays in a core's cache, what keeps a GPU busy.
 CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
+_TRIED = 256  # what the search for the most probable count of a gene takes on a GPU, in such pairs
 
 
 def chunks(n: int, like: Tensor) -> Iterator[slice]:
@@ -149,7 +151,7 @@ class CountHead(nn.Module):
 
         A GPU draws others than a CPU, from the same laws.
         """
-        if readout.device.type != "cpu":
+        if not self.has_kernel(readout):
             return count_law_torch.draw(self._raw(readout.detach().double(), genes), u)
         drawn = count_law_draws.draw(_host(readout), *self._host(), genes.numpy(), u.numpy())
         return torch.from_numpy(drawn)
@@ -166,18 +168,34 @@ class CountHead(nn.Module):
 
     def best(self, readout: Tensor, genes: Tensor) -> Tensor:
         """Log-probability of the most probable count of each, (N,) float64."""
-        found = count_law_draws.best(_host(readout), *self._host(), genes.cpu().numpy())
-        return torch.from_numpy(found).to(readout.device)
+        if not self.has_kernel(readout):
+            step = CHUNK_GPU // _TRIED
+            parts = (slice(lo, lo + step) for lo in range(0, len(genes), step))
+            found = [count_law_torch.best(self._raw(readout[at].detach().double(), genes[at])) for at in parts]
+            return torch.cat([readout.new_empty(0, dtype=torch.float64), *found])
+        return torch.from_numpy(count_law_draws.best(_host(readout), *self._host(), genes.numpy()))
+
+    def has_kernel(self, readout: Tensor) -> bool:
+        """Return whether laws are read by a kernel of Numba, which knows at once how many states there are."""
+        return readout.device.type == "cpu"
+
+    def reach(self, readout: Tensor, genes: Tensor, rest: float = 1e-9) -> Tensor:
+        """How many counts, from 0 on, leave less than `rest` of every law, () int64, where the readouts are; on a GPU some more."""
+        if not self.has_kernel(readout):
+            return count_law_torch.reach(self._raw(readout.detach().double(), genes), math.log(rest)).amax()
+        return torch.tensor(count_law_draws.reach(_host(readout), *self._host(), genes.numpy(), rest))
 
     def n_states(self, readout: Tensor, genes: Tensor, rest: float = 1e-9) -> int:
-        """How many counts, from 0 on, leave less than `rest` of every law."""
-        return count_law_draws.reach(_host(readout), *self._host(), genes.cpu().numpy(), rest)
+        """As `reach`, a number: on a GPU it waits for it."""
+        return int(self.reach(readout, genes, rest))
 
     def log_table(self, readout: Tensor, genes: Tensor, n: int | None = None) -> Tensor:
         """Log-probabilities of the counts 0 .. n - 1, (N, n) float64; by default of `n_states`."""
         n = self.n_states(readout, genes) if n is None else n
-        table = count_law_draws.table(_host(readout), *self._host(), genes.cpu().numpy(), n)
-        return torch.from_numpy(table).to(readout.device)
+        if not self.has_kernel(readout):
+            raw = self._raw(readout.detach().double(), genes)
+            return count_law_torch.log_probs(raw.unsqueeze(1), torch.arange(n, device=raw.device))
+        return torch.from_numpy(count_law_draws.table(_host(readout), *self._host(), genes.numpy(), n))
 
     def distribution(self, readout: Tensor, genes: Tensor, counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`log P(count)`, `P(less than count)` and the mean, (N,) float64 each."""
@@ -235,6 +253,10 @@ class SoftmaxHead(nn.Module):
         mean = p @ values
         slopes = (p * values) @ basis.T - mean.unsqueeze(-1) * (p @ basis.T)
         return mean, slopes / mean.clamp(min=1e-12).unsqueeze(-1)
+
+    def has_kernel(self, readout: Tensor) -> bool:
+        """Return whether one knows at once how many states there are: the bins."""
+        return True
 
     def n_states(self, readout: Tensor, genes: Tensor, rest: float = 0.0) -> int:
         """Return the number of bins."""

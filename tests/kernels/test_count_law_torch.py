@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from scipy import stats
 
+from sedd.binning import UNBOUNDED
+from sedd.graph import AbsorbingGraph
 from sedd.kernels import count_law_draws, count_law_torch
 from sedd.kernels.count_law_moments import Sums
 from sedd.kernels.random_bits import mixed, uniforms
+from sedd.model import SEDDTransformer
 from sedd.nn.heads import CountHead
+from sedd.noise import LogLinearNoise
+from sedd.sampling import AnalyticSampler
 
 CELLS, GENES, RANK = 5, 40, 4
 
@@ -109,3 +115,56 @@ def test_the_mean_logarithm_is_that_of_the_sum(scale: float, mean: float, theta:
     own = count_law_torch.mean_log1p(*(torch.full((1,), x, dtype=torch.float64) for x in (scale, mean, theta)))
     assert own.item() == pytest.approx(expected, rel=1e-7)
     assert count_law_draws.mean_log1p(scale, mean, theta) == pytest.approx(expected, rel=1e-6)
+
+
+@torch.no_grad()
+def test_tables_and_the_most_probable_count_are_those_of_the_kernel(head: CountHead, readout: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    genes = torch.arange(GENES).repeat(CELLS)
+    x = readout.flatten(0, 1)
+    tables, best, needed = head.log_table(x, genes, 90), head.best(x, genes), head.n_states(x, genes, 1e-6)
+    monkeypatch.setattr(CountHead, "has_kernel", lambda *_: False)
+    torch.testing.assert_close(head.log_table(x, genes, 90), tables, rtol=1e-6, atol=1e-6)
+    found = head.best(x, genes)
+    assert (found > best - 1e-6).all()
+    modes = (count_law_torch.laws(head._raw(x.double(), genes))[1]).exp().amax(1)
+    torch.testing.assert_close(found[modes < 64], best[modes < 64], rtol=1e-6, atol=1e-6)
+    assert needed <= head.n_states(x, genes, 1e-6) <= 2.5 * needed
+
+
+@pytest.mark.parametrize("log_rest", [-20.0, -200.0])
+@pytest.mark.parametrize(("log_mean", "log_theta"), LAWS)
+def test_beyond_its_reach_hardly_anything_is_left_of_a_law(log_mean: float, log_theta: float, log_rest: float) -> None:
+    raw = torch.tensor([[[0.0, log_mean, log_theta], [-300.0, 21.0, 0.0], [-300.0, 0.0, 0.0]]], dtype=torch.float64)
+    n, theta = int(count_law_torch.reach(raw, log_rest)), np.exp(log_theta)
+    p = theta / (theta + np.exp(log_mean))
+    if log_rest == -20.0 and n < count_law_draws.LARGEST:
+        assert 1e-4 * np.exp(log_rest) < stats.nbinom.sf(n - 1, theta, p) < np.exp(log_rest)
+    if log_rest == -200.0:  # the least likely components are followed too
+        assert n == count_law_draws.LARGEST or n > count_law_torch.reach(raw, -20.0)
+
+
+@pytest.mark.parametrize(("order", "temperature", "guidance"), [("random", 1.3, 1), ("confidence", 0.6, 2)])
+def test_a_gpu_draws_what_a_cpu_draws_from_laws_that_are_changed_and_again_where_a_table_was_too_short(
+    order: str, temperature: float, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    counts = np.random.default_rng(0).poisson(np.array([1.0, 5, 40, 700]), (60, 4))
+    histogram = sp.csr_array(np.stack([np.bincount(gene, minlength=counts.max() + 1) for gene in counts.T]))
+    model = SEDDTransformer(4, UNBOUNDED, hidden_dim=8, num_layers=1, num_heads=1, histogram=histogram, condition_sizes=(2,))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    sampler = AnalyticSampler(
+        model, AbsorbingGraph(UNBOUNDED), LogLinearNoise(), num_steps=4, temperature=temperature, guidance=guidance, order=order, batch_size=20
+    )
+    runs: list[int] = []
+    real = type(sampler._tempering).too_short
+    monkeypatch.setattr(type(sampler._tempering), "too_short", lambda self, n: runs.append(n) or real(self, n))
+    tokens, condition = torch.full((60, 4), sampler.graph.mask_token), torch.arange(60)[:, None] % 3
+    here = sampler.sample(tokens, condition=condition, seed=3)
+    assert runs == [0] * 3
+    monkeypatch.setattr(CountHead, "has_kernel", lambda *_: False)
+    there = sampler.sample(tokens, condition=condition, seed=3)
+    assert len(runs) == 3 + 4  # once more in the first batch
+    assert sampler._tempering.n_states >= max(runs) > there.max() > 512
+    assert (here == there).double().mean() > 0.99

@@ -3,7 +3,8 @@
 There are two devices that show it without one. Torch's `meta`, whose tensors have shapes and no values, takes the ways of a GPU, not those of
 the CPU's kernels, and there is nothing to look at. Torch's fake tensors, of a device registered by torch's own means (of `cuda` they need a torch that
 was built with it), refuse to be mixed with those of another device; the tests are run on them in a process of their own. The one place where the
-host may look at a step is `Outcome.read`, one step late: `test_late_look.py`.
+host may look at a step is `Outcome.read`, one step late: `test_late_look.py`. The one where it may look at what is sampled is
+`Sampler._tables_too_short`, when a batch is drawn, besides which genes are hidden, before.
 """
 
 from __future__ import annotations
@@ -145,6 +146,32 @@ def test_the_steps_of_a_sampler_on_a_gpu_wait_for_nothing(attention: str, binned
     assert done == list(range(1, len(order.ends) + 1))
 
 
+@pytest.mark.parametrize(("order", "temperature", "guidance"), [("confidence", 1, 1), ("confidence", 0.5, 2), ("random", 1.5, 2)])
+@pytest.mark.parametrize("binned", [False, True])
+@torch.no_grad()
+def test_a_sampler_of_any_settings_on_a_gpu_waits_for_nothing(
+    binned: bool, order: str, temperature: float, guidance: float, device: torch.device
+) -> None:
+    """A law of counts that is changed is drawn from a table, whose length is looked at when a batch is done."""
+    model = moved(model_of("latent", (3, 4), binned), device).eval()
+    sampler = AnalyticSampler(model, AbsorbingGraph(model.n_bins), NOISE, num_steps=4, temperature=temperature, guidance=guidance, order=order)
+    given = [torch.ones(CELLS, 2, dtype=torch.int64, device=device), torch.ones(CELLS, device=device)]
+    tokens = torch.zeros(CELLS, GENES, dtype=torch.int64, device=device)
+    done: list[int] = []
+    with NoWait():
+        if order == "random":
+            hidden = np.arange(CELLS * GENES).reshape(CELLS, GENES) % 3 > 0
+            sampler.unmask(tokens, turns(hidden, np.arange(CELLS), np.linspace(0.75, 0, 4), 0, 10, 11), given, lambda at, _: done.append(at))
+        else:
+            left = np.array([[9, 9, 0, 5, 23, 1], [7, 9, 0, 4, 20, 0], [3, 1, 0, 4, 10, 0], [1, 0, 0, 4, 5, 0], [0] * CELLS])
+            u = torch.zeros(CELLS, GENES, dtype=torch.float64, device=device)
+            sampler.unmask_surest(tokens, left, u, given, lambda at, _: done.append(at))
+    assert done and done == list(range(1, done[-1] + 1))
+    needed = sampler._tempering.needed
+    assert (needed is not None) == (not binned and (temperature, guidance) != (1, 1))
+    assert needed is None or (needed.device.type, needed.ndim) == (device.type, 0)
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("binned", [False, True])
 @torch.no_grad()
@@ -179,7 +206,7 @@ def test_fake_tensors_of_a_gpu_are_nowhere_mixed_with_others() -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "on_a_gpu or of_another", __file__]
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, "FAKE_TENSORS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "17 passed" in done.stdout
+    assert "23 passed" in done.stdout
 
 
 @pytest.mark.skipif(not FAKE, reason="meta tensors do not look at it")
