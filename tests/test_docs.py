@@ -31,7 +31,7 @@ def _names_with_a_page() -> set[str]:
                 module = line.split()[-1]
             elif re.fullmatch(r"   [A-Za-z_][\w.]*", line):
                 found.add(f"{module}.{line.strip()}")
-            elif line.startswith(".. autoclass:: "):
+            elif line.startswith((".. autoclass:: ", ".. py:data:: ")):
                 found.add(f"{module}.{line.split()[-1]}")
     return found
 

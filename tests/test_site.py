@@ -1,4 +1,4 @@
-"""The built site on a phone, in a real browser: no page is wider than the screen, the menu opens, the search from it finds.
+"""The built site on a phone, in a real browser: no page is wider than the screen, tables can be read, the menu opens, the search from it finds.
 
 `bash/docs.sh` runs these on what it built, and says where that is by SEDD_SITE; other runs of the tests skip them.
 """
@@ -41,10 +41,12 @@ const until = async what => {
 };
 const seen = name => page => [...page.querySelectorAll(name)].find(one => one.checkVisibility());
 async function visit() {
-  const widths = {};
+  const widths = {}, narrow = {};
   for (const page of PAGES) {
     await go("/" + page);
     widths[page] = frame.contentDocument.documentElement.scrollWidth;
+    narrow[page] = [...frame.contentDocument.querySelectorAll("td code")].map(one => [one.textContent, one.getBoundingClientRect().width])
+      .filter(([text, width]) => text.length > 8 && width < 50).map(([text]) => text);
   }
   await go("/index.html");
   (await until(seen(".primary-toggle"))).click();
@@ -62,7 +64,7 @@ async function visit() {
     await until(page => page.querySelectorAll("#search-results li a").length > 4);
     found = [...frame.contentDocument.querySelectorAll("#search-results li a")].map(link => link.textContent);
   }
-  return {widths, links, found};
+  return {widths, narrow, links, found};
 }
 visit().catch(error => ({error: String(error)})).then(all => fetch("/visited", {method: "POST", body: JSON.stringify(all)}));
 </script>"""
@@ -125,6 +127,10 @@ def visited(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_no_page_is_wider_than_a_phone(visited: dict[str, Any]) -> None:
     assert len(visited["widths"]) > 50
     assert not {page: width for page, width in visited["widths"].items() if width > 390}
+
+
+def test_no_name_in_a_table_is_broken_after_every_letter_or_two(visited: dict[str, Any]) -> None:
+    assert not {page: names for page, names in visited["narrow"].items() if names}
 
 
 def test_the_menu_opens_on_a_phone(visited: dict[str, Any]) -> None:
