@@ -1,4 +1,9 @@
-"""Saving while a run trains: when it is due, written beside the training, and keeping the last few."""
+"""Saving while a run trains: when it is due, written beside the training, and keeping the last few.
+
+A state is copied and the copy is written by a thread, so that a step waits for the copy alone. While one is written another may wait for its turn;
+of `best.pt` the newest does, and a checkpoint of every so many minutes is not due. So only checkpoints of every so many steps, each of which was
+asked for, can hold up a run, where the disk is slower than they come: then all of its processes wait for the first.
+"""
 
 from __future__ import annotations
 
@@ -54,27 +59,30 @@ class Saver:
         """
         self._writer.check()
         last_step, last_time = self._last
-        return (self._every_steps is not None and step - last_step >= self._every_steps) or (
-            self._every_seconds is not None and time.monotonic() - last_time >= self._every_seconds
-        )
+        if self._every_seconds is not None:
+            return time.monotonic() - last_time >= self._every_seconds and not self._writer.busy
+        return self._every_steps is not None and step - last_step >= self._every_steps
 
-    def save(self, *names: str, drop: list[Path] | None = None) -> None:
-        """Start to write the state under each of `names`; then delete `drop`."""
+    def save(self, *names: str, drop: Callable[[], list[Path]] = list) -> None:
+        """Start to write the state under each of `names`; then delete what `drop` finds."""
+        paths = [self._directory / name for name in names]
+        self._writer.make_room(paths)  # before there is one more copy
         state = self._state()
         if self._ranks.first or self._divided:
             state = snapshot(state, keep=self._ranks.first)
         if self._ranks.first:
-            self._writer.submit([self._directory / name for name in names], state, drop=drop)
+            self._writer.submit(paths, state, drop=drop)
 
     def save_step(self, step: int) -> Path:
         """Start to write `step_N.pt`, and delete the oldest of these files beyond those to keep."""
         self._last = (step, time.monotonic())
         path = self._directory / f"step_{step}.pt"
-        others: list[Path] = []
-        if self._ranks.first:
-            self._writer.wait()  # which may still write one and delete another
+
+        def older() -> list[Path]:
             others = [p for p in checkpoint.numbered_checkpoints(self._directory, "step") if p != path]
-        self.save(path.name, drop=others[: max(0, len(others) - (self._keep - 1))])
+            return others[: max(0, len(others) - (self._keep - 1))]
+
+        self.save(path.name, drop=older)
         return path
 
     def wait(self) -> None:
@@ -82,46 +90,84 @@ class Saver:
         self._writer.wait()
 
 
+class _Job:
+    """What is to be written, by whoever takes it first: its thread, or in place of it a newer one."""
+
+    def __init__(self, paths: list[Path], state: dict[str, Any], drop: Callable[[], list[Path]], after: threading.Thread | None) -> None:
+        self.paths, self.state, self.drop, self.after = paths, state, drop, after
+        self._taken = threading.Lock()
+
+    def take(self) -> bool:
+        return self._taken.acquire(blocking=False)
+
+    @property
+    def waits(self) -> bool:
+        return not self._taken.locked()
+
+
 class CheckpointWriter:
-    """Writes checkpoints in a thread, beside the training; one write at a time.
+    """Writes checkpoints beside the training, in the order in which they come: one is written and one waits for its turn.
 
     The state handed to `submit` must not change afterwards (`snapshot` copies it). An error of a write is raised by the
-    next `submit`, `check` or `wait`.
+    next call, and what waited then is not written. A second Ctrl-C may interrupt a call anywhere, so the caller shares no lock with a thread
+    that it would have to give back.
     """
 
     def __init__(self) -> None:
+        self._job: _Job | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def submit(self, paths: list[Path], state: dict[str, Any], *, drop: list[Path] | None = None) -> None:
-        """Write `state` to each of `paths`, then delete `drop`."""
-        self.wait()
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
-        def work() -> None:
-            try:
-                for path in paths:
-                    checkpoint.save(path, state)
-                for path in drop or []:
-                    path.unlink(missing_ok=True)
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=work, name="sedd-checkpoint")
+    def submit(self, paths: list[Path], state: dict[str, Any], *, drop: Callable[[], list[Path]] = list) -> None:
+        """Write `state` to each of `paths`, then delete what `drop` finds; in place of what waits to be written to the same paths."""
+        self.make_room(paths)
+        if self._job is not None and self._job.waits and set(self._job.paths) <= set(paths) and self._job.take():
+            self._job.state = {}
+        self._job = _Job(paths, state, drop, self._thread)
+        self._thread = threading.Thread(target=self._work, args=(self._job,), name="sedd-checkpoint")
         self._thread.start()
+
+    def make_room(self, paths: list[Path]) -> None:
+        """Return when nothing waits but what is to be written to `paths`, which a newer one replaces."""
+        job = self._job
+        before = None if job is None else job.after
+        if job is not None and before is not None and job.waits and not set(job.paths) <= set(paths):
+            before.join()
+        self.check()
 
     def check(self) -> None:
         """Raise the error of a write that has failed, without waiting for one that is under way."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def wait(self) -> None:
-        """Return when nothing is being written."""
+        """Return when nothing is being written and nothing waits."""
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self.check()
+
+    def _work(self, job: _Job) -> None:
+        if job.after is not None:
+            job.after.join()
+            job.after = None
+        if not job.take():
+            return
+        try:
+            if self._error is None:
+                for path in job.paths:
+                    checkpoint.save(path, job.state)
+                for path in job.drop():
+                    path.unlink(missing_ok=True)
+        except BaseException as error:
+            self._error = error
+        finally:
+            job.state = {}
 
 
 def snapshot(value: Any, *, keep: bool = True) -> Any:
