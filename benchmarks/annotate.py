@@ -20,6 +20,7 @@ score against the test cells of the training's types. Writes `benchmarks/results
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import tempfile
 import warnings
@@ -47,6 +48,8 @@ RESULT = RESULTS / "annotate.json"
 SHARES, WAYS, ALWAYS_HIDDEN, BINS = (0.0, 0.1, 0.3, 0.5, 0.7), 3, 0.1, 15
 FLAGS = ["--val_fraction", "0.15", "--batch_size", "16", "--learning_rate", "2e-4", "--ema_decay", "0.995", "--warmup_steps", "50"]
 FLAGS += ["--hidden_dim", "128", "--num_layers", "3", "--num_heads", "4", "--num_latents", "1", "--num_threads", "1", "--log_with", "none"]
+UNDATED = "2026-11-26"
+"""When records that do not say it were made."""
 STRENGTHS, NEIGHBOURS, COMPONENTS = (0.003, 0.01, 0.03, 0.1, 0.3), (5, 10, 20, 40), 50
 
 
@@ -60,6 +63,18 @@ def calibration_error(p: np.ndarray, true: np.ndarray, bins: int = BINS) -> floa
 def nats(p: np.ndarray, true: np.ndarray) -> float:
     """Mean negative log-probability of the true labels; no probability counts as less than 1e-6."""
     return float(-np.log(np.maximum(p[np.arange(len(true)), true], 1e-6)).mean())
+
+
+def judged(p: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Accuracy, calibration error and nats."""
+    return {"accuracy": float((p.argmax(1) == true).mean()), "ece": calibration_error(p, true), "nats": nats(p, true)}
+
+
+def auroc_row(kind: str, method: str, usual: np.ndarray, strange: np.ndarray) -> dict[str, Any]:
+    """How well a score tells strange cells from usual ones."""
+    auroc = float(roc_auc_score(np.repeat([0, 1], [len(usual), len(strange)]), np.concatenate([usual, strange])))
+    # Which way the library goes nobody knows before: the better one.
+    return {"kind": kind, "method": method, "auroc": max(auroc, 1 - auroc) if method == "library" else auroc, "n": len(strange)}
 
 
 def counts_of(adata: ad.AnnData, genes: np.ndarray) -> np.ndarray:
@@ -123,7 +138,9 @@ def parts_of(model: sedd.Pretrained, adata: ad.AnnData) -> tuple[ad.AnnData, ad.
     return first, second
 
 
-def labels_with_genes_missing(model: sedd.Pretrained, own: ad.AnnData, test: ad.AnnData, column: str, seed: int) -> dict[str, Any]:
+def labels_with_genes_missing(
+    model: sedd.Pretrained, own: ad.AnnData, test: ad.AnnData, column: str, seed: int, export: Path | None
+) -> dict[str, Any]:
     """Accuracy, calibration and nats of labels, and nats of hidden counts, by the share of the panel that is missing."""
     genes, names = model.genes, model.categories[column]
     code = {name: k for k, name in enumerate(names)}
@@ -136,23 +153,32 @@ def labels_with_genes_missing(model: sedd.Pretrained, own: ad.AnnData, test: ad.
     always = rng.permutation(len(genes))[: round(ALWAYS_HIDDEN * len(genes))]
     others = np.setdiff1d(np.arange(len(genes)), always)
     fitted = CountBaselines.fit(sparse.csr_matrix(counts_of(fit, genes)))
+    asked: list[tuple[float, np.ndarray]] = []
     for share in SHARES:
         for _ in range(WAYS if share else 1):
             gone = rng.choice(others, round(share * len(genes)), replace=False)
             there = np.ones(len(genes), bool)
             there[gone] = False
+            asked.append((share, there))
             p = {"sedd": sedd.annotate(model, test[:, genes[there]].copy(), progress=False).obsm[f"sedd_{column}_probability"]}
             p |= {name: predict(log_cp10k(counts * there)) for name, predict in peers.models.items()}
             if share:
                 p["logistic regression, trained again"] = peers.again(there)(log_cp10k(counts[:, there]))
             for name, probabilities in p.items():
-                right = float((probabilities.argmax(1) == true).mean())
-                found = {"accuracy": right, "ece": calibration_error(probabilities, true), "nats": nats(probabilities, true)}
-                rows.append({"missing": share, "method": name, **found})
+                rows.append({"missing": share, "method": name, **judged(probabilities, true)})
             shown = there.copy()
             shown[always] = False
             rows += [{"missing": share, "method": k, "hidden_nats": v} for k, v in hidden_counts(model, fitted, counts, shown, always).items()]
+    if export is not None:
+        given = {"fit": counts_of(fit, genes), "y": coded(fit.obs[column], code), "val": counts_of(val, genes), "y_val": coded(val.obs[column], code)}
+        given |= {"test": counts, "true": true, "shares": np.array([k for k, _ in asked]), "there": np.stack([k for _, k in asked])}
+        np.savez_compressed(export, **given, n_labels=len(names))
     return {"rows": rows, "chosen": peers.chosen, "n_train": len(y), "n_test": len(true), "n_labels": len(names)}
+
+
+def coded(labels: Any, code: dict[str, int]) -> np.ndarray:
+    """Numbers of labels, -1 where there is none."""
+    return np.array([code.get(str(value), -1) for value in labels])
 
 
 def hidden_counts(
@@ -200,7 +226,7 @@ class Scores:
         }
 
 
-def unusual(scores: Scores, test: np.ndarray, left_out: dict[str, np.ndarray], seed: int) -> list[dict[str, Any]]:
+def unusual(scores: Scores, test: np.ndarray, left_out: dict[str, np.ndarray], seed: int, export: Path | None) -> list[dict[str, Any]]:
     """AUROC of each score for made cells and for cells of types left out, against test cells."""
     rng = np.random.default_rng(seed)
     usual = scores.of(test)
@@ -210,14 +236,12 @@ def unusual(scores: Scores, test: np.ndarray, left_out: dict[str, np.ndarray], s
     mixed = np.stack([rng.multinomial(int(n), 0.5 * cell / max(n, 1) + 0.5 * profile) for cell, n in zip(test, test.sum(1), strict=True)])
     kinds = {"doublets": doublets, "doublets of usual depth": rng.binomial(doublets.astype(int), 0.5), "half ambient": mixed, **left_out}
     rows = []
+    if export is not None:
+        fit, val = (counts_of(part, scores.model.genes) for part in (scores.fit, scores.val))
+        np.savez_compressed(export, fit=fit, val=val, usual=test, **{f"kind {kind}": cells for kind, cells in kinds.items()})
     for kind, cells in kinds.items():
         found = scores.of(cells.astype(np.float64))
-        true = np.repeat([0, 1], [len(test), len(cells)])
-        for name, score in found.items():
-            auroc = float(roc_auc_score(true, np.concatenate([usual[name], score])))
-            # Which way the library goes nobody knows before: the better one.
-            auroc = max(auroc, 1 - auroc) if name == "library" else auroc
-            rows.append({"kind": kind, "method": name, "auroc": auroc, "n": len(cells)})
+        rows += [auroc_row(kind, name, usual[name], score) for name, score in found.items()]
     return rows
 
 
@@ -232,6 +256,43 @@ def split(adata: ad.AnnData, where: str | None) -> tuple[ad.AnnData, ad.AnnData]
     return adata[~test].copy(), adata[test].copy()
 
 
+def exported(folder: Path | None, kind: str, name: str, seed: int) -> Path | None:
+    """Where the peers find what a record's methods were given."""
+    return None if folder is None else folder / f"{kind}; {name.replace('/', '_')}; {seed}.npz"
+
+
+def with_peers(records: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The records with rows of scVI and scANVI in place of those they had, from what annotate_peers.py answered."""
+    out = []
+    for record in records:
+        given, answers = (exported(part, record["kind"], record["name"], record["seed"]) for part in (folder, folder / "answers"))
+        if record["kind"] == "labels" and given is not None and answers is not None and answers.exists():
+            with np.load(given) as asked, np.load(answers) as found:
+                rows = [row for row in record["rows"] if not row["method"].startswith("sc")]
+                for k, share in enumerate(asked["shares"].tolist()):
+                    for name in ("scVI, kNN", "scANVI"):
+                        rows.append({"missing": share, "method": name, **judged(found[name][k], asked["true"])})
+                    rows.append({"missing": share, "method": "scVI", "hidden_nats": float(found["hidden"][k])})
+                record = {**record, "rows": rows, "chosen": record["chosen"] | json.loads(str(found["chosen"])), "peers": str(found["version"])}
+        if record["kind"] == "unusual":
+            rows = [row for row in record["rows"] if not row["method"].startswith("sc")]
+            for part in [record["name"], *(f"{record['name']}, without {k}" for k in record.get("left_out", []))]:
+                answers = exported(folder / "answers", "unusual", part, record["seed"])
+                if answers is not None and answers.exists():
+                    with np.load(answers) as found:
+                        kinds = [k for k in found.files if k.startswith("kind left out" if part != record["name"] else "kind ")]
+                        rows += [auroc_row(k.removeprefix("kind "), "scVI reconstruction", found["usual"], found[k]) for k in kinds]
+            record = {**record, "rows": rows}
+        out.append(record)
+    return out
+
+
+def seeds(records: list[dict[str, Any]]) -> str:
+    """How many there are and when they were measured, in words."""
+    days = sorted({r.get("date", UNDATED) for r in records})
+    return ("one seed" if len(records) == 1 else f"{len(records)} seeds") + ", measured " + " and ".join(days)
+
+
 def tables(records: list[dict[str, Any]]) -> str:
     """The tables of the page, Markdown."""
     lines = []
@@ -239,7 +300,7 @@ def tables(records: list[dict[str, Any]]) -> str:
     for (task,), some in by([r for r in records if r["kind"] == "labels"], "name").items():
         rows = [row for record in some for row in record["rows"]]
         n = f"{some[0]['n_train']} labelled training cells, {some[0]['n_test']} test cells"
-        lines += [f"**{task}**: {n}, {some[0]['n_labels']} labels, {len(some)} seeds", ""]
+        lines += [f"**{task}**: {n}, {some[0]['n_labels']} labels, {seeds(some)}", ""]
         lines += ["| share of the panel missing | " + " | ".join(f"{s:.0%}" for s in SHARES) + " |", "|---|" + "---|" * len(SHARES)]
         for metric, words in (("accuracy", "accuracy"), ("ece", "calibration error"), ("nats", "nats per label"), ("hidden_nats", "nats per hidden count")):
             for (method,), own in by([r for r in rows if metric in r], "method").items():
@@ -249,7 +310,7 @@ def tables(records: list[dict[str, Any]]) -> str:
     for (name,), some in by([r for r in records if r["kind"] == "unusual"], "name").items():
         rows = [row for record in some for row in record["rows"]]
         methods = list(dict.fromkeys(r["method"] for r in rows))
-        lines += [f"**{name}**: AUROC, {len({r['seed'] for r in some})} seeds", "", "| | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+        lines += [f"**{name}**: AUROC, {seeds(some)}", "", "| | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
         for (kind,), own in by(rows, "kind").items():
             means = [np.mean([r["auroc"] for r in own if r["method"] == method]) for method in methods]
             lines.append(f"| {kind} | " + " | ".join(f"{v:.3f}" for v in means) + " |")
@@ -263,6 +324,7 @@ def figure(records: list[dict[str, Any]], path: Path) -> None:
 
     names = list(dict.fromkeys(r["name"] for r in records if r["kind"] == "labels" and r["name"] in ("baron_mouse", "pbmc3k", "kang_pbmc_ifnb")))
     colours = {"sedd": "#0b6e99", "logistic regression": "#b5651d", "logistic regression, trained again": "#d9a066", "kNN": "0.5", "NB, library-scaled": "0.5"}
+    colours |= {"scANVI": "#7a4f9a", "scVI, kNN": "#b9a0cc", "scVI": "#b9a0cc"}
     drawing, axes = plt.subplots(len(names), 3, figsize=(9, 2.3 * len(names)), layout="constrained", sharex=True, squeeze=False)
     for row, name in zip(axes, names, strict=True):
         rows = [one for r in records if (r["kind"], r["name"]) == ("labels", name) for one in r["rows"]]
@@ -288,11 +350,16 @@ def main() -> None:
     parser.add_argument("--leave_out", nargs="*", help="types to leave out of training, for AUROC; none measures made cells alone")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--export", type=Path, help="folder to write what peers are given, for annotate_peers.py")
+    parser.add_argument("--peers", type=Path, help="put the answers of annotate_peers.py, of what was exported to this folder, into the records")
     parser.add_argument("--tables", action="store_true", help="print the tables of what was measured")
     parser.add_argument("--figure", type=Path, help="draw the curves of what was measured")
     args = parser.parse_args()
     if args.tables:
         print(tables(json.loads(RESULT.read_text())))
+        return
+    if args.peers:
+        write_result(RESULT, with_peers(json.loads(RESULT.read_text()), args.peers))
         return
     if args.figure:
         figure(json.loads(RESULT.read_text()), args.figure)
@@ -308,7 +375,10 @@ def main() -> None:
     test = test[test.obs[args.label].isin(own.obs[args.label].cat.categories).to_numpy()].copy()
     name = Path(args.data).stem + (f", tested on {args.test_where}" if args.test_where else "")
     name += f", {args.labelled} labels of each" if args.labelled else ""
+    if args.export:
+        args.export.mkdir(parents=True, exist_ok=True)
     settings = {"steps": args.steps, "label": args.label, "also": args.also, "machine": machine()}
+    settings["date"] = datetime.date.today().isoformat()
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             given = own.copy()
@@ -319,17 +389,19 @@ def main() -> None:
                 given.obs.loc[~np.isin(np.arange(given.n_obs), kept), args.label] = np.nan
             model = train(given, [args.label, *args.also], args.steps, seed, Path(folder, "all"))
             if args.leave_out is None:
-                found = labels_with_genes_missing(model, given, test, args.label, seed)
+                found = labels_with_genes_missing(model, given, test, args.label, seed, exported(args.export, "labels", name, seed))
                 record = {"kind": "labels", "name": name, "seed": seed, **found, **settings}
             else:
-                made = unusual(Scores(model, given), counts_of(test, model.genes), {}, seed)
+                made = unusual(Scores(model, given), counts_of(test, model.genes), {}, seed, exported(args.export, "unusual", name, seed))
                 for kind in args.leave_out:
                     rest, others = (part[(part.obs[args.label] != kind).to_numpy()].copy() for part in (own, test))
                     strange = adata[(adata.obs[args.label] == kind).to_numpy()]
                     without = train(rest, [args.label, *args.also], args.steps, seed, Path(folder, kind.replace("/", "_")))
-                    rows = unusual(Scores(without, rest), counts_of(others, without.genes), {f"left out: {kind}": counts_of(strange, without.genes)}, seed)
+                    out = exported(args.export, "unusual", f"{name}, without {kind}", seed)
+                    strangers = {f"left out: {kind}": counts_of(strange, without.genes)}
+                    rows = unusual(Scores(without, rest), counts_of(others, without.genes), strangers, seed, out)
                     made += [row for row in rows if row["kind"].startswith("left out")]
-                record = {"kind": "unusual", "name": name, "seed": seed, "rows": made, **settings}
+                record = {"kind": "unusual", "name": name, "seed": seed, "left_out": args.leave_out, "rows": made, **settings}
         write_result(RESULT, with_record(RESULT, record, ("kind", "name", "seed")))
         print(tables([record]))
 

@@ -127,3 +127,65 @@ def test_the_readme_compares_with_peers_by_the_numbers_that_were_measured() -> N
             for text, value in ((cells[column], means[str(row.get("sedd", "sedd"))]), (cells[column + 1], min(others.values()))):
                 shown = text.split(" (")[0].strip("*")
                 assert shown == f"{value:.{len(shown.partition('.')[2])}f}", (cells[0], name, value)
+
+
+def _record(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def _results() -> str:
+    return (DOCS / "results.md").read_text()
+
+
+@pytest.mark.parametrize("script", ["annotate", "batches"])
+def test_the_tables_of_labels_and_batches_are_what_their_scripts_print_of_what_was_measured(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module(script)
+    made = {"annotate": "tables", "batches": "table"}[script]
+    blocks = getattr(module, made)(_record(script)).strip().split("\n\n")
+    assert len(blocks) > 1
+    assert not [block.splitlines()[0] for block in blocks if block not in _results()]
+
+
+def test_the_table_of_genes_missing_is_that_of_the_results() -> None:
+    page = (DOCS / "missing-genes.md").read_text()
+    rows = re.findall(r"^\| (?:accuracy|calibration|nats|share).*$", page, re.MULTILINE)
+    of_the_cells = _results().partition("**pbmc3k**: ")[2].partition("\n\n**")[0]
+    assert rows and not [row for row in rows if row not in of_the_cells]
+
+
+def test_the_tables_of_known_truth_are_what_was_measured() -> None:
+    for row in _record("truth")["rows"]:
+        amounts = ("all", "3.75 pg", "7.5 pg", "15 pg", "30 pg")
+        nearness = [f"{kind}, {amount}" for kind in ("rmse", "r") for amount in amounts]
+        same = [f"rmse to 30 pg of the same protocol, {amount}" for amount in amounts]
+        use = [key for key in row if key not in {*nearness, *same, "method", "chosen"}]
+        for keys in (nearness, same, use):
+            assert f"| {row['method']} | " + " | ".join(f"{row[key]:.3f}" for key in keys) + " |" in _results()
+
+
+def _cells_below(heading: str) -> list[list[str]]:
+    """Cells of the first table below a text, less its head and names, without what makes them bold."""
+    lines = _results().partition(heading)[2].splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("|"))
+    table = lines[first + 2 :]
+    end = next(k for k, line in enumerate(table) if not line.startswith("|"))
+    return [[cell.replace("**", "").strip() for cell in line.strip("|").split("|")[1:]] for line in table[:end]]
+
+
+def test_the_tables_of_perturbations_are_what_was_measured() -> None:
+    simulated = [
+        [f"{row['pearson']:.3f} ± {row['pearson_std_over_seeds']:.3f}", f"{row['spearman']:.3f}", f"{row['rmse']:.3f}"]
+        for row in _record("perturbation")["summary"]
+    ]
+    assert _cells_below("## Perturbation") == simulated
+    real = _record("perturbation_real")
+    expected = []
+    for row in real["summary"]:
+        kinds: dict[str, list[float]] = {}
+        for one in real["records"]:
+            if one["method"] == row["method"]:
+                kinds.setdefault(one["left out"], []).append(one["pearson"])
+        by_kind = [sum(found) / len(found) for _, found in sorted(kinds.items())]
+        expected.append([f"{value:.3f}" for value in (row["pearson"], row["spearman"], row["rmse"], *by_kind)])
+    assert _cells_below("**Interferon, real cells.**") == expected
