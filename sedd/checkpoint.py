@@ -21,7 +21,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from sedd.errors import DamagedFileError, MissingFileError, UserError, WrongFileError, warn_user
+from sedd.errors import DamagedFileError, MissingFileError, UserError, WrongFileError, check_permitted, warn_user
 from sedd.io.files import new_file
 from sedd.io.format.pickled import check_contents
 from sedd.io.plan import Split
@@ -80,6 +80,7 @@ def load(path: str | Path, *, header: bool = False) -> dict[str, Any]:
         If the file is missing, damaged, not a checkpoint of `sedd`, or holds anything but tensors and plain containers.
     """
     path = Path(path)
+    check_permitted(path)
     if not path.is_file():
         raise MissingFileError(f"{path}: no such checkpoint; expected a .pt file or the directory of a run.")
     try:
@@ -117,6 +118,7 @@ def find(path: str | Path) -> Path:
         If there is none.
     """
     path = Path(path)
+    check_permitted(path)
     if path.is_file():
         return path
     if not path.is_dir():

@@ -28,7 +28,7 @@ from sedd import __version__
 from sedd.commands import COMMANDS
 from sedd.config import TrainConfig
 from sedd.config_files import config_file_arguments, environment_arguments
-from sedd.errors import SeddWarning, UserError, without_secrets
+from sedd.errors import SeddWarning, UserError, counted, without_secrets
 from sedd.options import fields_to_show, meanings_of
 from sedd.shipped import Quick
 from sedd.training.stopping import EXIT_INTERRUPTED, TrainingInterrupted, follow_launcher, report_status
@@ -130,7 +130,7 @@ def _train(arguments: list[str]) -> int:
         best, directory = min(history, key=lambda entry: entry["val_nelbo"]), shlex.quote(config.run.checkpoint_dir)
         data = " ".join(shlex.quote(without_secrets(path)) for path in config.data.paths)
         print(
-            f"sedd train: {len(history)} epochs are done; the best is {best['epoch']}, {best['val_nelbo']:.1f} nats per held-out cell. "
+            f"sedd train: {counted(len(history), 'epoch')} done; the best is {best['epoch']}, {best['val_nelbo']:.1f} nats per held-out cell. "
             f"Next: sedd evaluate {directory} {data} -o {directory}",
             file=sys.stderr,
         )

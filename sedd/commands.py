@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional
 
 from sedd.config import ConversionSettings, ReadingSettings
-from sedd.errors import MissingFileError, UserError, counted, without_secrets
+from sedd.errors import MissingFileError, UserError, check_permitted, counted, without_secrets
 from sedd.processes import is_main
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class Info:
     def run(self) -> int:
         """Print it."""
         path = Path(self.path)
+        if "://" not in self.path:
+            check_permitted(path)
         if "://" not in self.path and not path.exists():
             raise MissingFileError(f"{path}: no such file or directory; expected cells, a store, a checkpoint, the directory of a run or of a model.")
         from sedd.io.convert import is_store

@@ -20,7 +20,9 @@ A message that quotes a URL leaves out what is secret in it.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +105,23 @@ class NotCountsError(UserError):
 
 class NegativeValuesError(NotCountsError):
     """Values below 0, such as z-scores, which no binning takes either."""
+
+
+def not_permitted(path: str | os.PathLike[str]) -> UserError:
+    """Return the error for a path that this user may not read."""
+    return UserError(f"{os.fspath(path)}: may not be read (permission denied). Ask its owner for the right to.")
+
+
+def check_permitted(path: str | os.PathLike[str]) -> None:
+    """Refuse a local path that is there, or may be there, and that this user may not read: `os.path.exists` says that it is not there."""
+    try:
+        needed = os.R_OK | os.X_OK if stat.S_ISDIR(os.stat(path).st_mode) else os.R_OK
+    except PermissionError as error:
+        raise not_permitted(path) from error
+    except (OSError, ValueError):  # whoever opens it says what is wrong with it
+        return
+    if not os.access(path, needed):
+        raise not_permitted(path)
 
 
 class SeddWarning(UserWarning):

@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from sedd.checkpoint import split_of
-from sedd.errors import UserError, warn_user
+from sedd.errors import UserError, check_permitted, warn_user
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.sources import Source, as_source
 from sedd.io.conversion.explain import FRACTIONS, looks_like
@@ -251,6 +251,7 @@ def training_data(model: Pretrained, name: str, why: str) -> str:
     # Of several inputs the cells are those of the store that was made of them.
     paths = model.config.data.paths
     path = os.path.expanduser(paths[0] if len(paths) == 1 else model.state["data"]["path"])
+    check_permitted(path)
     if not Path(path).exists():
         raise UserError(
             f"{name}: is not the data of the training run, and that ({path}) is not there any more; {why}. Put it back, or use the data of "

@@ -26,7 +26,7 @@ from sedd import __version__
 from sedd.binning import Binning
 from sedd.checkpoint import FORMAT
 from sedd.config import bound_is_given
-from sedd.errors import DamagedFileError, ExistsError, MissingFileError, UserError, WrongFileError
+from sedd.errors import DamagedFileError, ExistsError, MissingFileError, UserError, WrongFileError, check_permitted
 from sedd.io.outputs import clear, move_into_place, only_writer
 
 _WEIGHTS, _CONFIG, _PANEL, _CARD = "model.safetensors", "config.json", "panel.json", "README.md"
@@ -45,6 +45,7 @@ def is_export(path: str | Path) -> bool:
 
 def is_part_of_export(path: str | Path) -> bool:
     """Whether `path` is a directory with at least one file of an exported model in it, so that it is no directory of a run."""
+    check_permitted(path)
     return any((Path(path) / name).is_file() for name in (_CONFIG, _WEIGHTS, _PANEL))
 
 
@@ -170,6 +171,7 @@ def read_export(directory: str | Path) -> dict[str, Any]:
 
 def _read(folder: Path, name: str) -> bytes:
     path = folder / name
+    check_permitted(path)
     if not os.path.lexists(path):
         raise MissingFileError(f"{folder}: lacks {name}; expected all files of an exported model. Copy or export it again.")
     if not path.is_file():  # a device or a pipe may have no end

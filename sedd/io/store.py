@@ -17,7 +17,15 @@ import pandas as pd
 import zarr
 from scipy import sparse
 
-from sedd.errors import DamagedFileError, MissingFileError, UserError, WrongFileError, counted, without_secrets
+from sedd.errors import (
+    DamagedFileError,
+    MissingFileError,
+    UserError,
+    WrongFileError,
+    check_permitted,
+    counted,
+    without_secrets,
+)
 from sedd.io.format.plain import read_element
 from sedd.io.format.reader import ChunkReader, side_by_side
 from sedd.io.format.tally import cell_hashes
@@ -335,6 +343,7 @@ def span_hashes(path: str, lo: int, hi: int) -> np.ndarray:
 
 def _open_group(path: str) -> zarr.Group:
     if "://" not in path:
+        check_permitted(path)
         if not os.path.exists(path):
             unfinished = os.path.isdir(f"{path}.partial")
             hint = " Its conversion did not finish: run it again with --resume." if unfinished else ""

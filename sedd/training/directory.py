@@ -11,7 +11,7 @@ from typing import Any
 
 from sedd.checkpoint import numbered_checkpoints
 from sedd.config import bound_is_given
-from sedd.errors import ExistsError, MissingFileError, UserError
+from sedd.errors import ExistsError, MissingFileError, UserError, check_permitted
 from sedd.io.files import new_file, write_json
 from sedd.io.outputs import only_writer_in
 
@@ -44,8 +44,9 @@ class RunDirectory:
         Raises
         ------
         UserError
-            If it is a file, a store, or cannot be written.
+            If it is a file, a store, or cannot be read or written.
         """
+        check_permitted(self.path)
         if (self.path / "zarr.json").exists():
             raise UserError(f"{self.path}: is a Zarr store; expected a directory of its own for --checkpoint_dir.")
         near = next(path for path in (self.path, *self.path.absolute().parents) if os.path.lexists(path))
@@ -148,6 +149,7 @@ def runs_table(directory: str | Path) -> str:
         If there is no such directory, or no run in it.
     """
     root = Path(directory)
+    check_permitted(root)
     if not root.is_dir():
         raise MissingFileError(f"{root}: no such directory; expected one that holds runs.")
     rows = [_row(path.parent, root) for path in sorted(root.rglob("args.json"))]

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from sedd import checkpoint
 from sedd.config import SECTIONS, TrainConfig
-from sedd.errors import SettingError, UserError, warn_user
+from sedd.errors import SettingError, UserError, check_permitted, warn_user
 from sedd.model import SEDDTransformer
 from sedd.processes import is_main
 from sedd.training.directory import RunDirectory
@@ -89,6 +89,7 @@ def state_to_resume(config: TrainConfig, directory: RunDirectory) -> tuple[Path,
             return None  # a job that is queued again and again starts like this once
     else:
         path = Path(run.resume)
+        check_permitted(path)
         found = checkpoint.load_newest(path) if path.is_dir() else None
         if found is None:
             path = checkpoint.find(path) if path.is_dir() else path

@@ -17,7 +17,15 @@ import torch
 from sedd.binning import Binning, model_start
 from sedd.checkpoint import pack_histogram, split_of, unpack_histogram
 from sedd.config import DataConfig, ModelConfig, TrainConfig
-from sedd.errors import MissingFileError, NegativeValuesError, NotCountsError, UserError, counted, warn_user
+from sedd.errors import (
+    MissingFileError,
+    NegativeValuesError,
+    NotCountsError,
+    UserError,
+    check_permitted,
+    counted,
+    warn_user,
+)
 from sedd.io.conversion.genes import read_gene_list
 from sedd.io.convert import ensure_store
 from sedd.io.files import obs_digest
@@ -312,6 +320,7 @@ def _choose_genes(data: DataConfig, store: CellStore, hist: sp.csr_array | None,
         if not len(chosen):
             raise UserError(f"{data.named}: no gene is seen in 3 of the {n_train} training cells; expected counts.")
         return [str(store.var_names[i]) for i in chosen]
+    check_permitted(text)
     if not Path(text).is_file():
         raise MissingFileError(f"--genes {text}: no such file; expected a number, `all`, or a file with one gene name a line.")
     names = read_gene_list(text) or []

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sedd.errors import DamagedFileError, UserError
+from sedd.errors import DamagedFileError, UserError, not_permitted
 
 READ_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError, MemoryError, OverflowError, zlib.error)
 """What h5py, zarr, zlib and anndata raise when an element is damaged or of a kind that they do not know, and Python for a size that is infinite."""
@@ -67,7 +67,7 @@ def why_not_hdf5(path: str, error: OSError, *, remote: bool) -> str:
             return f"{path}: is locked, as another program has it open for writing. Close it there and try again."
         return f"{path}: cannot be locked, as this file system has no locks. Set HDF5_USE_FILE_LOCKING=FALSE to read it without."
     if isinstance(error, PermissionError):
-        return f"{path}: may not be read (permission denied)."
+        return str(not_permitted(path))
     if "already open" in text and "write" in text:
         return f"{path}: is open for writing in this program. Close it first."
     if remote:

@@ -9,7 +9,7 @@ from typing import Any
 
 import h5py
 
-from sedd.errors import MissingFileError, SeveralPartsError, UserError, WrongFileError
+from sedd.errors import MissingFileError, SeveralPartsError, UserError, WrongFileError, check_permitted
 from sedd.io.files import fingerprint, tree_fingerprint
 from sedd.io.format.untrusted import check_hdf5, check_zarr
 from sedd.io.input.anndata_file import AnnDataFile
@@ -45,6 +45,8 @@ def open_input(
     """
     path = without_slash(path)
     naming = Naming(gene_names, strip_version)
+    if not is_remote(path):
+        check_permitted(path)
     if is_zarr(path):
         return _of_anndata(path, _open_zarr(path), naming, modality, _nothing, "zarr")
     if not is_remote(path):
@@ -80,13 +82,11 @@ def is_zarr(path: str) -> bool:
 def is_input(path: str) -> bool:
     """Whether a local path is that of an input rather than of a checkpoint, by its name, first bytes or files, whether or not it can be read."""
     path = without_slash(path)
+    check_permitted(path)
     if os.path.isdir(path):
         return is_zarr(path) or any(name.endswith(("matrix.mtx", "matrix.mtx.gz")) for name in os.listdir(path))
-    try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-    except PermissionError as error:
-        raise UserError(f"{path}: may not be read (permission denied).") from error
+    with open(path, "rb") as file:
+        start = file.read(8)
     return path.endswith(_ENDINGS) or not (path.endswith(".pt") or start.startswith(b"PK"))
 
 

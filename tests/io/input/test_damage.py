@@ -12,7 +12,6 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sedd.cli import main
 from sedd.errors import UserError
 from sedd.io.convert import convert
 from tests.io.h5ads import counts
@@ -137,16 +136,3 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path_factory: pytest.TempPa
         lines.insert(choose.randrange(len(lines)), choose.choice([b"-1 5 2", b"x y z", b"\t\t", b"1 1 nan"]))
         file.write_bytes(b"\n".join(lines))
     converted_or_refused(path, folder)
-
-
-def test_a_file_that_may_not_be_read_is_said_by_info_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Root may read everything, so what the system says is said for it."""
-    path = tmp_path / "a.h5ad"
-    path.touch()
-
-    def refuse(name: str, *_: object) -> None:
-        raise PermissionError(13, "Permission denied", name)
-
-    monkeypatch.setattr("sedd.io.input.opening.open", refuse, raising=False)
-    assert main(["info", str(path)]) == 2
-    assert f"{path}: may not be read (permission denied)." in capsys.readouterr().err
