@@ -19,7 +19,6 @@ score against the test cells of the training's types. Writes `benchmarks/results
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import tempfile
@@ -32,6 +31,7 @@ import anndata as ad
 import numpy as np
 import torch
 from common import RESULTS, machine, with_record, write_result
+from flags import Flags
 from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -341,7 +341,7 @@ def figure(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data")
     parser.add_argument("--label", help="obs column to predict")
     parser.add_argument("--also", nargs="*", default=[], help="further condition columns")

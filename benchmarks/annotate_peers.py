@@ -11,7 +11,6 @@ Hidden counts: the encoder sees zeros for genes that are not shown, and the law 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 import warnings
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flags import Flags
 
 SETTINGS: list[dict[str, Any]] = [
     {"n_latent": n, "n_layers": layers, "gene_likelihood": law} for n, layers, law in ((10, 1, "nb"), (10, 2, "nb"), (20, 2, "nb"))
@@ -152,7 +152,7 @@ def unusual(given: Any, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Answer whatever in the folder has no answer yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", help="text that the names of records to answer have in them")
     args = parser.parse_args()

@@ -9,13 +9,13 @@ about 1,360 of 20,000 genes are seen in a cell. Cells of one type are contiguous
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import h5py
 import numpy as np
 import pandas as pd
 from anndata.io import write_elem
+from flags import Flags
 from numba import njit, prange
 
 TYPES, DEPTHS, RUN = 30, 8, 4000
@@ -125,12 +125,12 @@ def write_atlas(
 
 def main() -> None:
     """Write the atlas asked for on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path")
+    parser = Flags(__doc__)
+    parser.add_argument("path", help="the .h5ad to write")
     parser.add_argument("--cells", type=int, default=120_000)
     parser.add_argument("--genes", type=int, default=20_000)
-    parser.add_argument("--layout", choices=("csr", "csc"), default="csr")
-    parser.add_argument("--compression", choices=("none", "gzip", "lzf"), default="none")
+    parser.add_argument("--layout", help="layout of the matrix", choices=("csr", "csc"), default="csr")
+    parser.add_argument("--compression", help="filter of HDF5", choices=("none", "gzip", "lzf"), default="none")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start = time.perf_counter()

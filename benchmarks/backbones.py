@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from common import NOISE, Stopwatch, new_model, processor, training_step, with_record, write_result
+from flags import Flags
 from quality import Task, prepare
 
 from sedd.binning import UNBOUNDED
@@ -108,9 +109,9 @@ def save(path: Path, record: Record, before: Record | None) -> None:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--designs", nargs="+", choices=list(DESIGNS), default=["latent", "full"])
+    parser.add_argument("--designs", help="designs of the network; the others are compared with the first", nargs="+", choices=list(DESIGNS), default=["latent", "full"])
     parser.add_argument("--n_genes", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seconds", type=float, nargs="*", default=[], help="processor time of looks; the last one ends it")

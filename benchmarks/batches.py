@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flags import Flags
 
 RESULT = Path(__file__).parent / "results" / "batches.json"
 COLUMNS = ("iLISI", "KBET", "BRAS", "PCR comparison", "Graph connectivity", "Isolated labels", "Silhouette label", "cLISI")
@@ -178,13 +179,13 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["embed", "measure", "table"])
+    parser = Flags(__doc__)
+    parser.add_argument("what", help="which of the three steps", choices=["embed", "measure", "table"])
     parser.add_argument("--data")
-    parser.add_argument("--label")
-    parser.add_argument("--batch")
+    parser.add_argument("--label", help="obs column of the cell types")
+    parser.add_argument("--batch", help="obs column of the batches")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--coincide", action="store_true")
+    parser.add_argument("--coincide", help="leave every second label to one batch alone", action="store_true")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--trials", type=int, default=len(SETTINGS), help="settings that scVI is tried with")
     parser.add_argument("--seed", type=int, default=0)

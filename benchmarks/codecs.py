@@ -9,7 +9,6 @@ whoever opens the store, so it is not offered. Results go to `benchmarks/results
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numcodecs
 import numpy as np
 from common import machine, write_result
+from flags import Flags
 
 from sedd.io.conversion import counts as pack
 from sedd.io.format.codec import keep_freed_memory
@@ -71,9 +71,9 @@ def measure(array: np.ndarray, setting: tuple[str, int, int] | None, n_cells: in
 
 def main() -> None:
     """Measure on each file, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sources", nargs="+")
-    parser.add_argument("--values", type=int, default=1 << 23)
+    parser = Flags(__doc__)
+    parser.add_argument("sources", help="stores or .h5ad files whose counts are encoded", nargs="+")
+    parser.add_argument("--values", help="values to encode, at most", type=int, default=1 << 23)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     numcodecs.blosc.use_threads = False

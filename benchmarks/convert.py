@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, machine, ratios, summary, trees, with_code_of, write_result
+from flags import Flags
 
 ANNDATA = """
 import sys, warnings
@@ -128,14 +129,14 @@ def against(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the rounds, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source")
+    parser = Flags(__doc__)
+    parser.add_argument("source", help="the .h5ad to convert")
     parser.add_argument("--work", default=".")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budget", default="1GiB")
+    parser.add_argument("--budget", help="memory budget of sedd", default="1GiB")
     parser.add_argument("--peer_python", default=None)
-    parser.add_argument("--only", nargs="*", default=[*SEDD, *PEERS])
-    parser.add_argument("--append", default=None)
+    parser.add_argument("--only", help="which contestants run", nargs="*", default=[*SEDD, *PEERS])
+    parser.add_argument("--append", help="an .h5ad whose cells are appended, in place of all else", default=None)
     parser.add_argument("--against", default=None, help="a commit to compare with")
     parser.add_argument("--output", default=None)
     args = parser.parse_args()

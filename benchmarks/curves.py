@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import write_result
+from flags import Flags
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "curves.json"
@@ -71,7 +72,7 @@ def plot(runs: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Train what is not trained yet, then write and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data", default=str(ROOT / "data" / "pbmc3k.h5ad"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=["small", "medium", "large"])

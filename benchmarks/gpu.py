@@ -10,7 +10,6 @@ Nothing of this had run on a GPU when it was written.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from common import NOISE, RESULTS, machine, matmul_flops, write_result
+from flags import Flags
 
 from sedd.binning import UNBOUNDED
 from sedd.config import MODEL_SIZES
@@ -139,7 +139,7 @@ def short_of(steps: list[Record], right: Record) -> list[str]:
 
 def main() -> None:
     """Measure, write and say what falls short."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Flags(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")

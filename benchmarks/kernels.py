@@ -7,7 +7,6 @@ Rates are per second of processor time, best of several repeats, on 512 cells of
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from common import machine, write_result
+from flags import Flags
 
 from sedd.binning import Binning
 from sedd.kernels.gather import gather_rows, row_pointers
@@ -114,7 +114,7 @@ def kernels(repeats: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Flags(__doc__)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()

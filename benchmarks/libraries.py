@@ -16,7 +16,6 @@ that read gzipped chunks past HDF5 and encoded chunks by C functions until 2026-
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import itertools
@@ -40,6 +39,7 @@ import numcodecs.blosc
 import numpy as np
 import zarr
 from common import RESULTS, machine, write_result
+from flags import Flags
 
 if TYPE_CHECKING:
     from sedd.io.loader import CellLoader
@@ -244,7 +244,7 @@ def main() -> None:
         kinds: dict[str, Callable[[int, str], Any]] = {OWN: Threads, "ThreadPoolExecutor": Executor}
         print(json.dumps({name: points_that_lock(kind) for name, kind in kinds.items()}))
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Flags(__doc__)
     parser.add_argument("h5ad", type=Path)
     parser.add_argument("--store", type=Path, help="the h5ad converted by sedd; made beside it when missing")
     parser.add_argument("--rounds", type=int, default=5)

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, in_process, machine, peak_mib, ratios, summary, trees, with_code_of, write_result
+from flags import Flags
 from loader_peers import N_BINS, mean_entropy, rate
 
 from sedd.binning import Binning
@@ -301,14 +302,14 @@ def against(own: list[str], args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the contest."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Flags(__doc__)
     parser.add_argument("h5ad", type=Path)
     parser.add_argument("--store", type=Path, help="the h5ad converted by sedd; made beside it when missing")
     parser.add_argument("--peer_python", action="append", default=[], metavar="PEER=PYTHON")
     parser.add_argument("--batches", default="64,512,4096")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2)
-    parser.add_argument("--panel", type=int, default=2000)
+    parser.add_argument("--panel", help="genes of the panel that is also read", type=int, default=2000)
     parser.add_argument("--gzip", type=Path, help="the same h5ad, gzipped")
     parser.add_argument("--large", type=Path, help="a store of more cells, to compare rates with")
     parser.add_argument("--s3", action="store_true", help="measure over a local S3 server too; needs moto")

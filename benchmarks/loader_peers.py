@@ -5,7 +5,6 @@ PEER_PYTHON benchmarks/loader_peers.py annbatch atlas.h5ad scratch --batches 64,
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flags import Flags
 
 N_BINS = 100
 
@@ -186,12 +186,12 @@ ENTROPY: dict[str, Any] = {"annbatch": annbatch_entropy, "scdataset": scdataset_
 
 def main() -> None:
     """Measure one peer."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("peer", choices=list(PEERS))
+    parser = Flags(__doc__)
+    parser.add_argument("peer", help="which loader", choices=list(PEERS))
     parser.add_argument("h5ad", type=Path)
-    parser.add_argument("scratch", type=Path)
+    parser.add_argument("scratch", help="folder for what the peer makes of the file", type=Path)
     parser.add_argument("--batches", default="512")
-    parser.add_argument("--forms", default="csr,tokens,masked,float32")
+    parser.add_argument("--forms", help="forms of the batches, with commas between them", default="csr,tokens,masked,float32")
     parser.add_argument("--seconds", type=float, default=3)
     args = parser.parse_args()
     make, convert, package, buffer = PEERS[args.peer]

@@ -9,13 +9,13 @@ Both genes are markers of B cells, so cells have both or neither; most counts of
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import anndata as ad
 import matplotlib
 import numpy as np
 from common import RESULTS, machine, write_result
+from flags import Flags
 from matplotlib.figure import Figure
 from scipy import sparse, stats
 
@@ -34,7 +34,7 @@ def log_cp10k(values: np.ndarray, totals: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Denoise, measure, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("run", type=Path, help="the directory of the quick run")
     args = parser.parse_args()
     matplotlib.use("agg")

@@ -15,7 +15,6 @@ linear in the genes, and how many times more cells/s the latents train than full
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from common import machine, matmul_flops, peak_mib, with_record, write_result
+from flags import Flags
 
 from sedd.binning import UNBOUNDED
 from sedd.model import SEDDTransformer, SEDDTransformerLarge, SEDDTransformerMedium, SEDDTransformerSmall
@@ -123,14 +123,14 @@ def save(path: Path, record: Record, settings: Record) -> None:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--genes", type=int, nargs="+", default=[500, 2000, 8000, 20000])
     parser.add_argument("--attention", nargs="+", choices=("latent", "full"), default=["latent", "full"])
     parser.add_argument("--num_latents", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=16, help="cells per step; full attention on a CPU takes 1")
     parser.add_argument("--seconds", type=float, default=2.0, help="to time each case for")
-    parser.add_argument("--max_tflop", type=float, default=2.0 if not torch.cuda.is_available() else 1e6)
+    parser.add_argument("--max_tflop", help="run no case whose step needs more TFLOP than this", type=float, default=2.0 if not torch.cuda.is_available() else 1e6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flags import Flags
 
 ROOT = Path(__file__).resolve().parent.parent
 Record = dict[str, Any]
@@ -199,8 +200,8 @@ def codes(commit: str | None) -> Iterator[dict[str, Path]]:
 
 def main() -> None:
     """Run both sides in turn and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--what", choices=("rates", "marks", "time"), default="rates")
+    parser = Flags(__doc__)
+    parser.add_argument("--what", help="what is measured", choices=("rates", "marks", "time"), default="rates")
     parser.add_argument("--target", type=float, default=640.0, help="nats per cell, of --what time")
     parser.add_argument("--against", help="a commit to compare with")
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "data" / "pbmc3k.h5ad")])

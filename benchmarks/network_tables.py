@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flags import Flags
+
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE = "a89df50"
 Record = dict[str, Any]
@@ -92,6 +94,7 @@ def section(records: list[Record]) -> str:
 
 def main() -> None:
     """Put the section in its place."""
+    Flags(__doc__).parse_args()
     page = ROOT / "docs" / "results.md"
     before, _, rest = page.read_text().partition("<!-- law -->")
     after = rest.partition("<!-- end of tables -->")[2]

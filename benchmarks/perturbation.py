@@ -16,7 +16,6 @@ CP10k with that of the real held-out cells. Writes `benchmarks/results/perturbat
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 from common import machine, write_result
+from flags import Flags
 from scipy import sparse
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
@@ -214,7 +214,7 @@ def write(output: Path, records: list[dict[str, Any]], settings: dict[str, Any])
 
 def main() -> None:
     """Run all seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "pbmc3k.h5ad")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_epochs", type=int, default=12)

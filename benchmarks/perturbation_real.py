@@ -12,7 +12,6 @@ the same as if they were not. Score: agreement over genes of the change of the l
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from common import RESULTS, machine, write_result
+from flags import Flags
 from perturbation import change, level, score
 from scipy import sparse
 
@@ -98,9 +98,9 @@ def model_order(model: sedd.Pretrained, adata: ad.AnnData) -> np.ndarray:
 
 def main() -> None:
     """Run all types and seeds, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--stimulated", default="stim")
+    parser.add_argument("--stimulated", help="label of the cells to leave out", default="stim")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, default=RESULTS / "perturbation_real.json")
     args = parser.parse_args()

@@ -15,7 +15,6 @@ which molecules are held out and how a method is initialised.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -32,6 +31,7 @@ import pandas as pd
 import quality_sedd
 import scanpy as sc
 from common import machine, write_result
+from flags import Flags
 from quality_methods import alra, knn_denoise, knn_impute
 from scipy import sparse
 from sklearn.decomposition import PCA
@@ -346,7 +346,7 @@ def update(path: Path, head: dict[str, Any], records: list[Record]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--name", required=True, help="of the data set, in the name of the result")
     parser.add_argument("--label", help="obs column with cell types; without it no embedding is scored")

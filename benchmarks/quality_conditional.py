@@ -12,7 +12,6 @@ the distance between generated and test cells stands beside that of real trainin
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import quality
 import quality_sedd
+from flags import Flags
 from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -84,12 +84,12 @@ def measure(task: quality.Task, checkpoint: Path, guidances: list[float], num_st
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--label", required=True, help="obs column with cell types")
     parser.add_argument("--name", required=True, help="of the data set, in the name of the result")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a model conditioned on the label")
-    parser.add_argument("--guidances", type=float, nargs="+", default=[1.0, 1.5])
+    parser.add_argument("--guidances", help="strengths of the guidance", type=float, nargs="+", default=[1.0, 1.5])
     parser.add_argument("--num_steps", type=int, default=128)
     parser.add_argument("--n_genes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)

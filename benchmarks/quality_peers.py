@@ -6,7 +6,6 @@ in both directions, so the two interpreters share no package.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -14,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from flags import Flags
 from scipy import sparse
 
 FRACTIONS = (15, 30, 50)
@@ -234,10 +234,10 @@ def run_scvi(task: np.lib.npyio.NpzFile, seed: int, options: dict[str, object]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Flags(__doc__)
     parser.add_argument("method", choices=["scvi", "magic"])
     parser.add_argument("task", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", help="where the answers go, an .npz", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: likelihood, kl_warmup, reverse...")
     args = parser.parse_args()

@@ -6,7 +6,6 @@ python benchmarks/quality_tables.py --print    # only show them
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flags import Flags
 
 from sedd.metrics import METRICS, format_value
 
@@ -121,7 +121,7 @@ def tables(path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--print", action="store_true", help="show the tables and leave the page alone")
     args = parser.parse_args()
     text = "\n".join(tables(path) for path in sorted((HERE / "results").glob("quality_*.json")))

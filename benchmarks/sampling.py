@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from common import NOISE, Stopwatch, new_model, processor, training_step, with_record, write_result
+from flags import Flags
 from quality import Task, prepare
 
 from sedd import metrics as m
@@ -122,12 +123,12 @@ def measure(task: Task, args: argparse.Namespace, attention: str) -> Iterator[Re
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--n_genes", type=int, default=200)
     parser.add_argument("--attention", nargs="+", choices=("latent", "full"), default=["latent", "full"])
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8, 32, 128, 512])
-    parser.add_argument("--confidence_steps", type=int, default=32)
+    parser.add_argument("--confidence_steps", help="steps of the sampler in order of confidence", type=int, default=32)
     parser.add_argument("--cells", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--hidden_dim", type=int, default=64)

@@ -24,6 +24,7 @@ from typing import Any
 
 import h5py
 from common import RESULTS, Stopwatch, in_process, machine, peak_mib, write_result
+from flags import Flags
 
 SIZES = [100_000, 1_000_000]
 STEPS, WARM_UP, BATCH = 200, 10, 128
@@ -146,7 +147,7 @@ def marks(sizes: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every size, each stage in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Flags(__doc__)
     parser.add_argument("file", help="an .h5ad with counts in CSR and obs[\"cell_type\"], as benchmarks/atlas.py makes it")
     parser.add_argument("--work", type=Path, required=True, help="where stores are made and deleted")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of cells")

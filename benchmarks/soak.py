@@ -8,7 +8,6 @@ counted after each round, as are files that are left in FOLDER beside those that
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -26,6 +25,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from common import RESULTS, machine, write_result
+from flags import Flags
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -70,8 +70,8 @@ def train(store: str, run: Path, epochs: int, kill_after: float | None) -> str:
 
 def main() -> None:
     """Go round until the time is over."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30)
+    parser = Flags(__doc__)
+    parser.add_argument("--minutes", help="minutes to go on for", type=float, default=30)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=RESULTS / "soak.json")
     args = parser.parse_args()

@@ -9,7 +9,6 @@ to `benchmarks/results/startup.json`, with whether the limits of `LIMITS` are ke
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, machine, median, summary, trees, with_code_of, write_result
+from flags import Flags
 
 COMMANDS = {
     "import sedd": ["-c", "import sedd"],
@@ -48,7 +48,7 @@ def cost(words: list[str], tree: Path, store: Path) -> dict[str, float]:
 
 def main() -> None:
     """Time all commands, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--against", required=True, help="the commit to compare with")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=RESULTS / "startup.json")

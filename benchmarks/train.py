@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, machine, matmul_flops, peak_mib, summary, write_result
+from flags import Flags
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
@@ -355,7 +356,7 @@ def default_device() -> str:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data", default=str(ROOT / "data" / "pbmc3k.h5ad"))
     parser.add_argument("--genes", type=int, default=2000)
     parser.add_argument("--num_bins", type=int, default=100)
@@ -370,7 +371,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--mixed_precision", choices=("no", "bf16"))
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--contests", nargs="+", choices=CONTESTS)
+    parser.add_argument("--contests", help="which contestants run; if none is named, those that the device has", nargs="+", choices=CONTESTS)
     parser.add_argument("--output", type=Path)
     parser.add_argument(
         "--add", action="store_true", help="add rounds to those of the output, made with these settings"

@@ -14,7 +14,6 @@ differences between lines at 3.75 pg against those at 30 pg, and false differenc
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -27,6 +26,7 @@ import numpy as np
 import scanpy as sc
 import yaml
 from common import RESULTS, machine, write_result
+from flags import Flags
 from quality_methods import alra, knn_denoise
 from scipy import sparse
 from scipy.optimize import nnls
@@ -182,9 +182,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run, score, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--other", type=Path, required=True)
+    parser.add_argument("--other", type=Path, required=True, help="the same mixtures, measured by the other protocol")
     parser.add_argument("--peer_python", help="interpreter with scvi-tools and magic-impute")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--work", type=Path, default=Path("experiments/truth"), help="where what methods made is kept")

@@ -7,7 +7,6 @@ Reads what `truth.py` wrote: counts of all cells, and for each fold which cells 
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flags import Flags
 
 Run = Callable[[np.ndarray, dict[str, Any]], np.ndarray]
 MAGIC = [{"root": root, "t": t, "knn": knn} for root, t, knn in ((False, "auto", 5), (False, 3, 5), (False, 6, 5), (False, 3, 15), (True, "auto", 5), (True, 3, 15))]
@@ -83,7 +83,7 @@ def run_scvi(counts: np.ndarray, setting: dict[str, Any]) -> np.ndarray:
 
 def main() -> None:
     """Run one peer on all folds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("method", choices=["MAGIC", "scVI"])
     parser.add_argument("task", type=Path)
     parser.add_argument("answers", type=Path)

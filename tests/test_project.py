@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -144,3 +145,20 @@ def test_the_changelog_has_a_section_for_what_is_not_released() -> None:
     sections = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert sections[0] == "Unreleased"
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_every_flag_of_a_benchmark_says_what_it_means_and_what_it_is_by_default() -> None:
+    spec = importlib.util.spec_from_file_location("flags", ROOT / "benchmarks" / "flags.py")
+    assert spec and spec.loader
+    flags = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flags)
+    calls = [(path.name, node) for path in (ROOT / "benchmarks").glob("*.py") for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    made = [call for name, call in calls if ast.unparse(call.func).endswith(".add_argument") and name != "flags.py"]
+    assert len(made) > 150
+    silent = [ast.unparse(call) for call in made if "help" not in {word.arg for word in call.keywords}]
+    assert not [one for one in silent if not any(f"'{flag}'" in one for flag in flags.MEANINGS)]
+    assert not [name for name, call in calls if ast.unparse(call.func) == "argparse.ArgumentParser"]
+    parser = flags.Flags("What it does.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="which 5 %% of the rows", nargs="*", default=[])
+    assert "seed of all random choices (default: 0)" in parser.format_help() and "which 5 % of the rows (default: none)" in parser.format_help()

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--home", required=True, help="address of the source")
     parser.add_argument("--docs", required=True, help="address of the site")
     parser.add_argument("--contact", required=True, nargs="+", help="GitHub names of maintainers")
-    parser.add_argument("-o", "--output", type=Path, default=Path("meta.yaml"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("meta.yaml"), help="the file to write (default: meta.yaml)")
     args = parser.parse_args()
     args.output.write_text(yaml.safe_dump(entry(args.home, args.docs, args.contact), sort_keys=False, allow_unicode=True))
     print(args.output, file=sys.stderr)

@@ -18,8 +18,8 @@ from nbclient import NotebookClient
 def main() -> None:
     """Execute it where it stands."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("notebook", type=Path)
-    parser.add_argument("figures", type=Path)
+    parser.add_argument("notebook", type=Path, help="an .ipynb; the file is not changed")
+    parser.add_argument("figures", type=Path, help="folder for the figures, as PNG")
     words = parser.parse_args()
     notebook = nbformat.read(words.notebook, as_version=4)
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(words.notebook.resolve().parent)}}).execute()

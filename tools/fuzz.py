@@ -243,9 +243,9 @@ class Recorder:
 def main() -> None:
     """Fuzz one target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--seconds", type=int, default=600)
-    parser.add_argument("--corpus", type=Path, default=Path("fuzz"))
+    parser.add_argument("target", choices=TARGETS, help="what is read")
+    parser.add_argument("--seconds", type=int, default=600, help="how long (default: 600)")
+    parser.add_argument("--corpus", type=Path, default=Path("fuzz"), help="folder of the inputs that are kept (default: fuzz)")
     args = parser.parse_args()
     import atheris
 

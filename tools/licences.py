@@ -7,6 +7,7 @@ A licence that is not in `COMPATIBLE`, and a package whose metadata names none, 
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import tomllib
@@ -121,5 +122,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(page())
     print(PAGE.relative_to(ROOT), file=sys.stderr)
