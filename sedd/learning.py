@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -22,7 +23,7 @@ import pandas as pd
 from sedd.checkpoint import find
 from sedd.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from sedd.config_files import setting_types
-from sedd.errors import UserError, called, warn_user
+from sedd.errors import NotCountsError, UserError, called, warn_user
 from sedd.inference.pretrained import Pretrained
 from sedd.inference.reading import Reading
 from sedd.inference.sources import AnnDataSource, no_data
@@ -216,7 +217,16 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
                 os.rename(store.path, target)
             return str(target)
 
-        return counts_or_real(config.data, make)
+        try:
+            return counts_or_real(config.data, make)
+        except NotCountsError as error:  # what was written is one matrix; the AnnData may have the counts in another
+            ways = source.ways_out((layer, raw), counts=True).replace(", ", " or ")
+            where = f"Pass {ways}, which holds counts" if ways else "Pass an AnnData that holds the counts: in this one is no other matrix with them"
+            raise type(error)(_NO_OTHER.sub(lambda _: where, str(error))) from None
+
+
+_NO_OTHER = re.compile(r"Pass a file that holds the counts: in this one is no other matrix with them|Pass --layer with the counts \(.*; none of them looks like counts\)")
+"""What is said of the file that an AnnData in memory was written to, which has one matrix of it."""
 
 
 def _digest(fingerprint: str, obs: pd.DataFrame, taken: dict[str, Any]) -> str:

@@ -246,6 +246,20 @@ def test_messages_of_cells_in_memory_name_no_file_that_is_not_theirs(tmp_path: P
     assert not any("cells.h5ad" in str(one.message) for one in said)
 
 
+@pytest.mark.parametrize("in_x", [True, False])
+def test_cells_in_memory_whose_counts_are_elsewhere_say_where(in_x: bool) -> None:
+    adata = make_counts(n_obs=40)
+    counts, logged = adata.X.tocsc(), adata.X.log1p()
+    adata = ad.AnnData(logged, adata.obs, adata.var, layers={"counts": counts, "also": logged})
+    if in_x:
+        adata.X, adata.layers["counts"] = counts, logged
+    with pytest.raises(sedd.UserError, match=r"log-normalised\. Pass --layer X, which holds counts, or" if in_x else r"Pass --layer counts, which holds counts, or"):
+        sedd.train(adata, layer="also" if in_x else None, **TINY)
+    adata.X, adata.layers["counts"] = logged, logged
+    with pytest.raises(sedd.UserError, match="Pass an AnnData that holds the counts: in this one is no other"):
+        sedd.train(adata, **TINY)
+
+
 def test_a_disk_without_room_for_cells_in_memory_is_said_and_nothing_stays(tmp_path: Path) -> None:
     code = f"""
 import resource, signal, sys, warnings
