@@ -153,7 +153,7 @@ def unusual(given: Any, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Answer whatever in the folder has no answer yet."""
     parser = Flags(__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="where the questions are, and the answers go")
     parser.add_argument("--only", default="", help="text that the names of records to answer have in them")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
