@@ -1,7 +1,7 @@
 """Chosen inner chunks of a one-dimensional Zarr array, decoded into memory that the caller owns.
 
-On a local file system the shards are read directly: index, `pread`, checksum, codec. Everything else (an object store, a
-codec that is not known here) goes through zarr-python, to the same bytes.
+On a local file system the shards are read directly: index, `pread`, checksum, codec. Those on an object store too, with the ranges of all
+chunks of a call asked for at once, neighbours in one. Everything else (a codec that is not known here) goes through zarr-python, to the same bytes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
-from zarr.storage import LocalStore
+from zarr.storage import FsspecStore, LocalStore
 
 from sedd.errors import DamagedFileError
 from sedd.io.format.codec import ABSENT, BAD_CHECKSUM, BLOSC, RAW, ZSTD, available, decode_chunks
+from sedd.io.format.object_store import RemoteFiles
 
 _SCRATCH = 4 << 20  # encoded bytes held before they are decoded: small enough to be still in the cache
 _INDEXES_KEPT = 512  # shard indexes in memory, 64 KB each
@@ -88,6 +90,9 @@ class ChunkReader:
             self._read_general(chunks, out, targets)
             return
         shards = chunks // self._slots
+        if isinstance(self._folder, RemoteFiles):
+            self._read_remote(self._folder, shards, chunks % self._slots, out, targets)
+            return
         edges = np.flatnonzero(np.diff(shards)) + 1
         for low, high in zip(np.r_[0, edges], np.r_[edges, chunks.size], strict=True):
             self._read_shard(int(shards[low]), chunks[low:high] % self._slots, out, targets[low:high])
@@ -115,7 +120,47 @@ class ChunkReader:
                 ) from error
             out[int(targets[low]) : int(targets[low]) + values.size] = values
 
+    def _read_remote(self, files: RemoteFiles, shards: np.ndarray, slots: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
+        try:
+            indexes = self._remote_indexes(files, np.unique(shards).tolist())
+            places = np.stack([indexes[shard][slot] for shard, slot in zip(shards.tolist(), slots.tolist(), strict=True)])
+            absent = places[:, 0] == ABSENT
+            offsets, lengths = np.where(absent[:, None], np.uint64(0), places).astype(np.int64).T
+            follows = (shards[1:] == shards[:-1]) & (offsets[1:] == (offsets + lengths)[:-1])
+            first = np.r_[0, np.flatnonzero(~follows) + 1]
+            asked = np.add.reduceat(lengths, first)
+            some = asked > 0
+            ranges = files.read(shards[first][some].tolist(), offsets[first][some].tolist(), (offsets[first] + asked)[some].tolist())
+        except FileNotFoundError as error:
+            raise DamagedFileError(f"{self.name}: a shard is missing ({error}); {_WAY_OUT}") from None
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, DamagedFileError):
+                raise
+            raise DamagedFileError(f"{self.name}: cannot be read ({error}); {_WAY_OUT}") from error
+        for shard, there, expected in zip(shards[first][some].tolist(), ranges, asked[some].tolist(), strict=True):
+            if len(there) != expected:
+                raise DamagedFileError(f"{self.name}: shard {files.path(shard)} is truncated: {expected} bytes expected, {len(there)} found; {_WAY_OUT}")
+        with self._lock:
+            self.bytes_read += int(lengths.sum())
+        scratch = np.frombuffer(bytearray().join(ranges), np.uint8) if ranges else np.empty(0, np.uint8)
+        self._decode(scratch, lengths, absent, out, targets, lambda bad: (files.path(int(shards[bad])), int(shards[bad] * self._slots + slots[bad])))
+
+    def _remote_indexes(self, files: RemoteFiles, shards: list[int]) -> dict[int, np.ndarray]:
+        found = {shard: self._indexes[shard] for shard in shards if shard in self._indexes}
+        if absent := [shard for shard in shards if shard not in found]:
+            sizes = files.sizes(absent)
+            for shard, there in zip(absent, sizes, strict=True):
+                self._check_room(there, files.path(shard))
+            starts = [there - self._index_size for there in sizes]
+            for shard, there, raw in zip(absent, sizes, files.read(absent, starts, sizes), strict=True):
+                found[shard] = self._index(np.frombuffer(raw, np.uint8), there, files.path(shard))
+            if len(self._indexes) + len(absent) > _INDEXES_KEPT:
+                self._indexes.clear()
+            self._indexes |= found
+        return found
+
     def _read_shard(self, shard: int, slots: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
+        assert isinstance(self._folder, Path)
         path = self._folder / str(shard)
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -156,9 +201,16 @@ class ChunkReader:
                 _pread(descriptor, scratch[int(starts[low]) : int(starts[low]) + length], int(offsets[low]), path)
         with self._lock:
             self.bytes_read += total
+        self._decode(scratch, lengths, absent, out, targets, lambda bad: (path, shard * self._slots + int(slots[bad])))
+
+    def _decode(
+        self, scratch: np.ndarray, lengths: np.ndarray, absent: np.ndarray, out: np.ndarray, targets: np.ndarray,
+        place: Callable[[int], tuple[Any, int]],
+    ) -> None:  # fmt: skip
+        """Decode chunks that lie back to back; `place` names the shard and the number of one of them."""
         bad, code = decode_chunks(
             scratch,
-            starts,
+            np.cumsum(lengths) - lengths,
             np.where(absent, -1, lengths),
             codec=self._codec,
             checked=self._checked,
@@ -168,7 +220,7 @@ class ChunkReader:
         )
         if bad >= 0:
             what = "the checksum is wrong" if code == BAD_CHECKSUM else "the compressed bytes are damaged"
-            chunk = shard * self._slots + int(slots[bad])
+            path, chunk = place(bad)
             raise DamagedFileError(f"{self.name}: chunk {chunk} in shard {path}: {what}; {_WAY_OUT}")
 
     def _scratch(self, size: int) -> np.ndarray:
@@ -179,12 +231,23 @@ class ChunkReader:
         return scratch
 
     def _read_index(self, descriptor: int, path: Path) -> np.ndarray:
-        size, there = 16 * self._slots + 4, os.fstat(descriptor).st_size
-        if size > there:
-            raise DamagedFileError(f"{self.name}: shard {path} is truncated: {there} bytes, and its index alone has {size}; {_WAY_OUT}")
-        raw = np.empty(size, np.uint8)
-        _pread(descriptor, raw, there - size, path)
-        body = raw[:-4].tobytes()
+        there = os.fstat(descriptor).st_size
+        self._check_room(there, path)
+        raw = np.empty(self._index_size, np.uint8)
+        _pread(descriptor, raw, there - raw.size, path)
+        return self._index(raw, there, path)
+
+    @property
+    def _index_size(self) -> int:
+        return 16 * self._slots + 4
+
+    def _check_room(self, there: int, path: Any) -> None:
+        if self._index_size > there:
+            raise DamagedFileError(f"{self.name}: shard {path} is truncated: {there} bytes, and its index alone has {self._index_size}; {_WAY_OUT}")
+
+    def _index(self, raw: np.ndarray, there: int, path: Any) -> np.ndarray:
+        """Return where each chunk of a shard of `there` bytes lies, of the bytes of its index."""
+        size, body = self._index_size, raw[:-4].tobytes()
         if struct.pack("<I", google_crc32c.value(body)) != raw[-4:].tobytes():
             raise DamagedFileError(f"{self.name}: shard {path}: the checksum of its index is wrong; {_WAY_OUT}")
         with self._lock:
@@ -264,10 +327,10 @@ def _groups(lengths: np.ndarray) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _direct_layout(array: zarr.Array) -> tuple[Path, int, int, bool] | None:
+def _direct_layout(array: zarr.Array) -> tuple[Path | RemoteFiles, int, int, bool] | None:
     """Folder of the shards, chunks a shard, codec and whether a crc32c follows; None if zarr-python has to read it."""
     meta: Any = array.metadata
-    if not isinstance(array.store, LocalStore) or meta.zarr_format != 3 or len(array.shape) != 1:
+    if not isinstance(array.store, LocalStore | FsspecStore) or meta.zarr_format != 3 or len(array.shape) != 1:
         return None
     codecs = tuple(meta.codecs)
     if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec) or meta.fill_value != 0:
@@ -294,7 +357,11 @@ def _direct_layout(array: zarr.Array) -> tuple[Path, int, int, bool] | None:
     key = meta.chunk_key_encoding
     if key.name != "default" or key.separator != "/":
         return None
-    folder = Path(array.store.root) / array.path / "c"
+    folder: Path | RemoteFiles
+    if isinstance(array.store, LocalStore):
+        folder = Path(array.store.root) / array.path / "c"
+    else:
+        folder = RemoteFiles(array.store, f"{array.path}/c".lstrip("/"))
     assert array.shards is not None
     return folder, int(array.shards[0]) // int(array.chunks[0]), codec, checked
 

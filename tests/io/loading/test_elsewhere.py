@@ -7,9 +7,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import fsspec
+import numpy as np
 import pytest
 import torch
+import zarr
 
+from sedd.errors import DamagedFileError
+from sedd.io.format.object_store import RemoteFiles
+from sedd.io.format.reader import ChunkReader
 from sedd.io.loader import CellLoader
 from tests.io.stores import small_store
 
@@ -31,6 +37,34 @@ def test_a_dask_cluster_reads_windows_to_the_same_batches_byte_for_byte(client: 
         for one, other in zip(here, there, strict=True):
             for name in ("tokens", "masked", "t", "cell", "library"):
                 assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_a_window_of_a_remote_store_is_one_request_for_each_array_and_damage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(small_store()), "/atlases/small.zarr", recursive=True)
+    asked: list[int] = []
+    real = RemoteFiles.read
+    monkeypatch.setattr(RemoteFiles, "read", lambda self, names, *more: asked.append(len(names)) or real(self, names, *more))
+    options = {"batch_size": 200, "shuffle": "window"}
+    try:
+        with CellLoader(small_store(), **options) as here, CellLoader("memory://atlases/small.zarr", **options) as there:
+            for one, other in zip(here, there, strict=True):
+                assert one.tokens.equal(other.tokens) and one.masked.equal(other.masked) and one.cell.equal(other.cell)
+        array = zarr.open_array("memory://atlases/small.zarr/X/data", mode="r")
+        there, here = ChunkReader(array, name="data"), ChunkReader(array, name="data", direct=False)
+        assert (there.direct, here.direct) == (True, False)
+        asked.clear()
+        assert np.array_equal(there.read_range(0, there.size), here.read_range(0, here.size))
+        assert there.bytes_read > 0
+        assert len(asked) == 2 and asked[1] <= 2  # the index, and all chunks as one range of each shard
+        path = "/atlases/small.zarr/X/data/c/0"
+        whole = memory.cat_file(path)
+        for spoilt, said in ((whole[:100], "truncated"), (whole[:-4] + b"abcd", "checksum"), (b"x" * 40 + whole[40:], "checksum|damaged"), (None, "missing")):
+            memory.rm_file(path) if spoilt is None else memory.pipe_file(path, spoilt)
+            with pytest.raises(DamagedFileError, match=said):
+                ChunkReader(array, name="data").read_range(0, 10)
+    finally:
+        memory.rm("/atlases", recursive=True)
 
 
 READ_S3 = """
