@@ -144,13 +144,15 @@ def measure(args: argparse.Namespace) -> None:
         held[method] = corrected if corrected.shape[0] == len(labels) else corrected.T
     with np.load(args.folder / "counts.npz") as arrays:
         counts = arrays["counts"]
-    if not (args.folder / "variational.npz").exists():
-        np.savez(args.folder / "variational.npz", **variational(counts, obs, seed, args.trials))
-    with np.load(args.folder / "variational.npz") as arrays:
-        peers = {name: arrays[name] for name in arrays.files}
-    given = {"chosen for scVI and scANVI": str(peers.pop("chosen")), "trials": args.trials, "versions": [str(peers.pop("version"))]}
-    given["versions"] += [f"{package} {version(package)}" for package in ("scib-metrics", "harmonypy", "scgraph-eval")]
-    held |= peers
+    given: dict[str, Any] = {"trials": args.trials, "versions": [f"{package} {version(package)}" for package in ("scib-metrics", "harmonypy", "scgraph-eval")]}
+    if args.trials:
+        if not (args.folder / "variational.npz").exists():
+            np.savez(args.folder / "variational.npz", **variational(counts, obs, seed, args.trials))
+        with np.load(args.folder / "variational.npz") as arrays:
+            peers = {name: arrays[name] for name in arrays.files}
+        given["chosen for scVI and scANVI"] = str(peers.pop("chosen"))
+        given["versions"].append(str(peers.pop("version")))
+        held |= peers
     adata = ad.AnnData(np.zeros((len(labels), 1), np.float32), obs=obs, obsm={key: np.asarray(value, np.float32) for key, value in held.items()})
     # The principal components it would make anew are those that are compared.
     benchmark = Benchmarker(adata, "batch", "label", embedding_obsm_keys=list(held), pre_integrated_embedding_obsm_key="PCA, 50", n_jobs=1)
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--coincide", help="leave every second label to one batch alone", action="store_true")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--trials", type=int, default=len(SETTINGS), help="settings that scVI is tried with")
+    parser.add_argument("--trials", type=int, default=len(SETTINGS), help="settings that scVI is tried with; 0 leaves it and scANVI out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.what == "table":
