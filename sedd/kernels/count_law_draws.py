@@ -313,16 +313,16 @@ def _table(readout: Any, start: Any, moves: Any, genes: Any, out: Any) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def _reach(readout: Any, start: Any, moves: Any, genes: Any, rest: Any) -> Any:
+def _reach(readout: Any, start: Any, moves: Any, genes: Any, rest: Any, out: Any) -> None:
     raw = np.empty((COMPONENTS, 3))
     weight, mean, theta = np.empty(COMPONENTS), np.empty(COMPONENTS), np.empty(COMPONENTS)
-    largest = np.int64(0)
     for i in range(genes.shape[0]):
         _parameters(start[genes[i]], readout[i], moves, raw, weight, mean, theta)
+        largest = np.int64(0)
         for j in range(COMPONENTS):
             if weight[j] > rest:
                 largest = max(largest, _quantile(1.0 - rest / weight[j], mean[j], theta[j]))
-    return largest
+        out[i] = 1 + largest
 
 
 def table(readout: np.ndarray, start: np.ndarray, moves: np.ndarray, genes: np.ndarray, n: int) -> np.ndarray:
@@ -333,10 +333,12 @@ def table(readout: np.ndarray, start: np.ndarray, moves: np.ndarray, genes: np.n
     return out
 
 
-def reach(readout: np.ndarray, start: np.ndarray, moves: np.ndarray, genes: np.ndarray, rest: float) -> int:
-    """How many counts, from 0 on, leave less than `rest` of every law; arguments as in `draw`."""
+def reach(readout: np.ndarray, start: np.ndarray, moves: np.ndarray, genes: np.ndarray, rest: float) -> np.ndarray:
+    """How many counts, from 0 on, leave less than `rest` of each law, (N,) int64; arguments as in `draw`."""
     check_law(readout, start, moves)
-    return 1 + int(_reach(readout, start, moves, genes, rest))
+    out = np.empty(genes.size, np.int64)
+    _reach(readout, start, moves, genes, rest, out)
+    return out
 
 
 def check_law(readout: np.ndarray, start: np.ndarray, moves: np.ndarray) -> None:

@@ -1,12 +1,14 @@
 """Laws of single genes, guided and tempered: what a step of a sampler draws from.
 
-A law of counts has no end, and a tempered one is drawn from a table of its counts. A CPU finds out how long the table has to be before it
-makes it. On a GPU that would be a wait in each step: tables are as long as they were last, the device notes how long they had to be, and who
-has drawn a batch looks at that once (`Tempering.too_short`) and draws the batch again if need be.
+A law of counts has no end, and a tempered one is drawn from a table of its counts. A CPU finds out how long the table of each law has to be and
+makes those of about the same length together: few genes have large counts. On a GPU that would be a wait in each step: tables are as long as
+they were last, the device notes how long they had to be, and who has drawn a batch looks at that once (`Tempering.too_short`) and draws the batch
+again if need be.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +17,9 @@ from torch import Tensor
 
 from sedd.nn.heads import draw
 
-_TABLES = 1 << 12  # genes whose tables exist at a time on a CPU
-_ENTRIES = 1 << 24  # of the tables that exist at a time on a GPU
+_ENTRIES_CPU, _ENTRIES_GPU = 1 << 20, 1 << 24  # of the tables that exist at a time
 _STATES = 512
+_SHORTEST = 16  # tables on a CPU have this length or twice, four times ... of it
 
 
 class Tempering:
@@ -55,15 +57,16 @@ class Tempering:
             log_mu = (log_mu / self.temperature).log_softmax(-1)
         return log_mu
 
-    def length(self, head: Any, readouts: tuple[Tensor, Tensor], genes: Tensor) -> int:
-        """Return how long tables are, and note what is needed where it is not looked at."""
-        # A law of counts is followed to where hardly anything is left of it, when tempered too.
+    def reach(self, head: Any, readouts: tuple[Tensor, Tensor], genes: Tensor) -> Tensor:
+        """Return how many values of each law are looked at, (N,) int64: to where hardly anything is left of it, when tempered too."""
         rest = 1e-9 ** max(1.0, self.temperature)
-        if head.has_kernel(readouts[0]):
-            return max(head.n_states(readout, genes, rest=rest) for readout in readouts)
-        needed = torch.stack([head.reach(readout, genes, rest) for readout in readouts]).amax()
-        self.needed = needed if self.needed is None else torch.maximum(self.needed, needed)
-        return self.n_states
+        found = head.reach(readouts[0], genes, rest=rest)
+        return found if self.guidance == 1 else torch.maximum(found, head.reach(readouts[1], genes, rest=rest))
+
+    def note(self, needed: Tensor) -> None:
+        """Keep on the device how long the longest table had to be."""
+        longest = needed.amax()
+        self.needed = longest if self.needed is None else torch.maximum(self.needed, longest)
 
     def too_short(self, needed: int) -> bool:
         """Return whether tables were shorter than `needed`, what `self.needed` was when it was looked at; the next ones are not."""
@@ -104,8 +107,10 @@ class Asked:
         if self._tempering.plain:
             found: Tensor = self._head.best(self._readout, self._genes)
             return found
-        rest = self._genes.new_empty(0, dtype=torch.float64)
-        return torch.cat([rest, *(self._log_table(at).amax(-1) for at in self._parts(len(self._genes)))])
+        out = self._genes.new_empty(len(self._genes), dtype=torch.float64)
+        for at, table in self._tables(None):
+            out[at] = table.amax(-1)
+        return out
 
     def draw(self, u: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Draw a value of each, or of those `chosen` (n,), int64, by inversion."""
@@ -113,16 +118,35 @@ class Asked:
             readout, genes = (x if chosen is None else x[chosen] for x in (self._readout, self._genes))
             drawn: Tensor = self._head.draw(readout, genes, u)
             return drawn
-        which = torch.arange(len(self._genes), device=u.device) if chosen is None else chosen
-        return torch.cat([u.new_empty(0, dtype=torch.int64), *(draw(self._log_table(which[at]), u[at]) for at in self._parts(len(u)))])
+        out = u.new_empty(len(u), dtype=torch.int64)
+        for at, table in self._tables(chosen):
+            out[at] = draw(table, u[at])
+        return out
 
-    def _parts(self, n: int) -> Iterator[slice]:
-        step = _TABLES if self._readout.device.type == "cpu" else max(1, _ENTRIES // self._tempering.n_states)
-        return (slice(lo, lo + step) for lo in range(0, n, step))
+    def _tables(self, chosen: Tensor | None) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """Yield log-probabilities of all values, guided and tempered, (n, states), normalised float64, and where in `chosen` these laws are."""
+        everything = self._genes, self._readout, self._without
+        genes, *readouts = everything if chosen is None else (x[chosen] for x in everything)
+        for at, n in self._parts(genes, (readouts[0], readouts[1])):
+            tables = (self._head.log_table(readout[at], genes[at], n) for readout in readouts)
+            yield at, self._tempering.adjusted(next(tables), functools.partial(next, tables))
 
-    def _log_table(self, at: slice | Tensor) -> Tensor:
-        """Return log-probabilities of all values, guided and tempered, (N, n), normalised float64."""
-        genes, readouts = self._genes[at], (self._readout[at], self._without[at])
-        n = self._tempering.length(self._head, readouts, genes)
-        tables = (self._head.log_table(readout, genes, n) for readout in readouts)
-        return self._tempering.adjusted(next(tables), lambda: next(tables))
+    def _parts(self, genes: Tensor, readouts: tuple[Tensor, Tensor]) -> Iterator[tuple[slice | Tensor, int]]:
+        """Yield which laws have their tables made together, and of what length."""
+        if not len(genes):
+            return
+        endless = self._head.endless
+        if not endless or not self._head.has_kernel(readouts[0]):
+            n = self._tempering.n_states if endless else len(self._head.values)
+            step = max(1, (_ENTRIES_CPU if genes.device.type == "cpu" else _ENTRIES_GPU) // n)
+            for at in (slice(lo, lo + step) for lo in range(0, len(genes), step)):
+                if endless:
+                    self._tempering.note(self._tempering.reach(self._head, (readouts[0][at], readouts[1][at]), genes[at]))
+                yield at, n
+            return
+        # A length that hangs on no other law: what is drawn for a cell must not hang on those beside it.
+        doublings = (self._tempering.reach(self._head, readouts, genes).double() / _SHORTEST).log2().ceil().clamp(min=0).long()
+        for doubling in doublings.unique().tolist():
+            n = _SHORTEST << doubling
+            for at in (doublings == doubling).nonzero()[:, 0].split(max(1, _ENTRIES_CPU // n)):
+                yield at, n

@@ -69,7 +69,14 @@ class CountHead(nn.Module):
     start : (n_vars, 3, 3), from `sedd.kernels.count_law_fit.fit`
     rank
         Length of a readout.
+
+    Attributes
+    ----------
+    endless : bool
+        Whether a law has no last value.
     """
+
+    endless = True
 
     def __init__(self, start: Tensor, rank: int) -> None:
         super().__init__()
@@ -176,22 +183,18 @@ class CountHead(nn.Module):
         return torch.from_numpy(count_law_draws.best(_host(readout), *self._host(), genes.numpy()))
 
     def has_kernel(self, readout: Tensor) -> bool:
-        """Return whether laws are read by a kernel of Numba, which knows at once how many states there are."""
+        """Return whether laws are read by a kernel of Numba, on the host."""
         return readout.device.type == "cpu"
 
     def reach(self, readout: Tensor, genes: Tensor, rest: float = 1e-9) -> Tensor:
-        """How many counts, from 0 on, leave less than `rest` of every law, () int64, where the readouts are; on a GPU some more."""
+        """How many counts, from 0 on, leave less than `rest` of each law, (N,) int64, where the readouts are; on a GPU some more."""
         if not self.has_kernel(readout):
-            return count_law_torch.reach(self._raw(readout.detach().double(), genes), math.log(rest)).amax()
-        return torch.tensor(count_law_draws.reach(_host(readout), *self._host(), genes.numpy(), rest))
-
-    def n_states(self, readout: Tensor, genes: Tensor, rest: float = 1e-9) -> int:
-        """As `reach`, a number: on a GPU it waits for it."""
-        return int(self.reach(readout, genes, rest))
+            return count_law_torch.reach(self._raw(readout.detach().double(), genes), math.log(rest))
+        return torch.from_numpy(count_law_draws.reach(_host(readout), *self._host(), genes.numpy(), rest))
 
     def log_table(self, readout: Tensor, genes: Tensor, n: int | None = None) -> Tensor:
-        """Log-probabilities of the counts 0 .. n - 1, (N, n) float64; by default of `n_states`."""
-        n = self.n_states(readout, genes) if n is None else n
+        """Log-probabilities of the counts 0 .. n - 1, (N, n) float64; by default as many as the law that goes on the longest needs."""
+        n = int(self.reach(readout, genes).amax()) if n is None else n
         if not self.has_kernel(readout):
             raw = self._raw(readout.detach().double(), genes)
             return count_law_torch.log_probs(raw.unsqueeze(1), torch.arange(n, device=raw.device))
@@ -236,6 +239,7 @@ class SoftmaxHead(nn.Module):
         Length of a readout.
     """
 
+    endless = False
     values: Tensor
 
     def __init__(self, log_marginals: Tensor, bin_values: Tensor, rank: int) -> None:
@@ -253,14 +257,6 @@ class SoftmaxHead(nn.Module):
         mean = p @ values
         slopes = (p * values) @ basis.T - mean.unsqueeze(-1) * (p @ basis.T)
         return mean, slopes / mean.clamp(min=1e-12).unsqueeze(-1)
-
-    def has_kernel(self, readout: Tensor) -> bool:
-        """Return whether one knows at once how many states there are: the bins."""
-        return True
-
-    def n_states(self, readout: Tensor, genes: Tensor, rest: float = 0.0) -> int:
-        """Return the number of bins."""
-        return len(self.values)
 
     def best(self, readout: Tensor, genes: Tensor) -> Tensor:
         """Log-probability of the most probable bin of each, (N,) float64."""

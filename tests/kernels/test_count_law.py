@@ -126,7 +126,7 @@ def test_all_counts_have_probability_one_and_the_moments_of_their_sum(
     np.testing.assert_allclose(found, log_pmf(start[0], at), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(below, np.cumsum(p)[at - 1], atol=2e-6)
     np.testing.assert_allclose(expected, p @ counts, rtol=1e-4)
-    n = count_law_draws.reach(readouts[:1], start, NONE, genes[:1], 1e-9)
+    n = int(count_law_draws.reach(readouts[:1], start, NONE, genes[:1], 1e-9)[0])
     table = count_law_draws.table(readouts[:1], start, NONE, genes[:1], n)[0]
     assert 1 - np.exp(table).sum() < 3e-9
     np.testing.assert_allclose(table, log_pmf(start[0], np.arange(n)), rtol=1e-6, atol=1e-6)
