@@ -47,6 +47,8 @@ async function visit() {
     widths[page] = frame.contentDocument.documentElement.scrollWidth;
     narrow[page] = [...frame.contentDocument.querySelectorAll("td code")].map(one => [one.textContent, one.getBoundingClientRect().width])
       .filter(([text, width]) => text.length > 8 && width < 50).map(([text]) => text);
+    narrow[page].push(...[...frame.contentDocument.querySelectorAll("dt > strong")].map(one => [one.textContent, one.getBoundingClientRect().height])
+      .filter(([text, height]) => !text.includes(" ") && height > 40).map(([text]) => text));
   }
   await go("/index.html");
   (await until(seen(".primary-toggle"))).click();
@@ -129,7 +131,7 @@ def test_no_page_is_wider_than_a_phone(visited: dict[str, Any]) -> None:
     assert not {page: width for page, width in visited["widths"].items() if width > 390}
 
 
-def test_no_name_in_a_table_is_broken_after_every_letter_or_two(visited: dict[str, Any]) -> None:
+def test_no_name_in_a_table_or_a_list_is_broken_after_every_letter_or_two(visited: dict[str, Any]) -> None:
     assert not {page: names for page, names in visited["narrow"].items() if names}
 
 
