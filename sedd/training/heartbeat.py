@@ -99,7 +99,8 @@ class _Heartbeat:
             if now - before > 3 * self.every:  # this process itself stood still, as all of them may have
                 self.reset()
             before = now
-            silent = [f"process {other} of {self.number}" for other, last in self.heard.items() if now - last > self.patience]
+            # While who keeps the signs does not answer, nothing is known of the others.
+            silent = [f"process {other} of {self.number}" for other, last in self.heard.items() if self.answered - last > self.patience]
             if now - self.answered > self.patience:
                 silent = ["the first machine of this run"]
             if silent:
