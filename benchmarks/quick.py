@@ -75,12 +75,12 @@ def table(result: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join([title.format(real=f"{real:.3g}" if real != "" else ""), *cells]) + " |")
     seconds = result["seconds"]
-    processor = result["machine"]["device"]
     lines += [
         "",
         f"PBMC 3k, 2,000 genes, 270 held-out cells, {len(result['history'])} epochs. The whole script takes "
-        f"{result['processor_seconds']['median']:.0f} s of processor time (median of {len(seconds['all'])}), here {min(seconds['all']):.0f} to "
-        f"{max(seconds['all']):.0f} s by the clock on two cores that did other work as well ({processor}), with the environment built. Made by `benchmarks/quick.py`, kept in `benchmarks/results/quick.json`.",
+        f"{result['processor_seconds']['median']:.0f} s of processor time (median of {len(seconds['all'])} runs), here {min(seconds['all']):.0f} to "
+        f"{max(seconds['all']):.0f} s by the clock on two cores that did other work as well,",
+        "with the environment built. Made by `benchmarks/quick.py`, kept with the machine in `benchmarks/results/quick.json`.",
     ]
     return "\n".join(lines)
 

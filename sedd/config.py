@@ -325,7 +325,8 @@ class RunConfig:
     checkpoint_dir: str = "experiments/rnaseq_diffusion"
     """Directory of the run: checkpoints, args.json, history.json, metrics.jsonl."""
     resume: str | None = None
-    """Resume from this checkpoint file or directory of a run; `auto` finds the newest whole one in --checkpoint_dir."""
+    """Resume from this checkpoint file or directory of a run; `auto` finds the newest whole one in --checkpoint_dir, and
+    starts anew where there is none yet."""
     overwrite: bool = False
     """Start anew in a directory that holds a run, deleting that run."""
     seed: int = 0

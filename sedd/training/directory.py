@@ -16,6 +16,7 @@ from sedd.io.files import new_file, write_json
 from sedd.io.outputs import only_writer_in
 
 _FILES = ("best.pt", "final.pt", "args.json", "history.json", "metrics.jsonl", "wandb_id")
+_BEFORE_THE_FIRST = {"args.json", "metrics.jsonl", "wandb_id"}  # what a run writes before its first checkpoint
 _HEADER = ["run", "state", "epochs", "step", "best nats/cell", "given", "at", "cells/s", "model", "attention", "genes", "batch", "lr", "seed"]
 _SETTINGS = ("model", "attention", "n_vars", "batch_size", "learning_rate", "seed")  # that a table of runs shows
 _QUIET_S = 120  # a run at work writes a line about every second, but none while it validates
@@ -71,8 +72,7 @@ class RunDirectory:
         found = ", ".join(p.name for p in self.files()[:4])
         if not found:
             return
-        settings = _read(self.path / "args.json", None)
-        if not isinstance(settings, dict) or not {"data_path", "checkpoint_dir"} <= settings.keys():
+        if not self._is_of_a_run():
             raise UserError(
                 f"{self.path}: holds {found}, but no args.json of a run, so these are not known to be a run's and are not "
                 "replaced. Move them, or choose another --checkpoint_dir."
@@ -82,6 +82,15 @@ class RunDirectory:
                 f"{self.path}: holds a run already ({found}). Pass --resume auto to "
                 "continue it, --overwrite to start anew, or another --checkpoint_dir."
             )
+
+    def ended_before_it_saved(self) -> bool:
+        """Return whether there is a run that has no checkpoint and no whole epoch: nothing of it is lost if it starts anew."""
+        names = {path.name for path in self.files()}
+        return "args.json" in names <= _BEFORE_THE_FIRST and self._is_of_a_run()
+
+    def _is_of_a_run(self) -> bool:
+        settings = _read(self.path / "args.json", None)
+        return isinstance(settings, dict) and {"data_path", "checkpoint_dir"} <= settings.keys()
 
     def only_writer(self) -> AbstractContextManager[None]:
         """Hold the right to write into the directory, which is made when missing.

@@ -79,6 +79,8 @@ def state_to_resume(config: TrainConfig, directory: RunDirectory) -> tuple[Path,
     if run.resume == "auto":
         found = checkpoint.load_newest(directory.path)
         if found is None:
+            if directory.ended_before_it_saved():  # by a kill: a job that is queued again starts like this
+                return None
             if not run.overwrite and (there := [p.name for p in directory.files()]):
                 raise UserError(
                     f"{directory.path}: --resume auto found no checkpoint that can be read, but other files of a run ({', '.join(there[:4])}). "
@@ -86,7 +88,7 @@ def state_to_resume(config: TrainConfig, directory: RunDirectory) -> tuple[Path,
                     "start anew."
                 )
             directory.check_free(overwrite=run.overwrite)
-            return None  # a job that is queued again and again starts like this once
+            return None
     else:
         path = Path(run.resume)
         check_permitted(path)

@@ -270,6 +270,23 @@ def test_two_runs_do_not_write_into_one_directory(
     assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == [".mine.part"]
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew_by_resume_auto(tiny_h5ad: Path, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(tiny_run / "args.json", run)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1e9}\n{"step": 2, "lo')
+    flags = [*CONDITIONED, "--num_epochs", "1", "--resume", "auto"]
+    assert train(tiny_h5ad, run, *flags) == 0
+    assert (run / "final.pt").exists() and "1e9" not in (run / "metrics.jsonl").read_text()
+    for path in (*run.glob("*.pt"), run / "metrics.jsonl"):
+        path.unlink()
+    assert train(tiny_h5ad, run, *flags) == 2  # history.json is there: an epoch was done, and its checkpoint is elsewhere
+    (run / "history.json").unlink()
+    (run / "args.json").write_text('{"lr": 1}')  # of another program
+    assert train(tiny_h5ad, run, *flags) == 2
+    assert (run / "args.json").read_text() == '{"lr": 1}'
+
+
 # -- several processes -----------------------------------------------------------------------------------------------
 
 EYES = """
