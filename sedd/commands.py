@@ -93,8 +93,7 @@ class Info:
     def run(self) -> int:
         """Print it."""
         path = Path(self.path)
-        if "://" not in self.path:
-            check_permitted(path)
+        check_permitted(self.path)
         if "://" not in self.path and not path.exists():
             raise MissingFileError(f"{path}: no such file or directory; expected cells, a store, a checkpoint, the directory of a run or of a model.")
         from sedd.io.convert import is_store

@@ -113,7 +113,10 @@ def not_permitted(path: str | os.PathLike[str]) -> UserError:
 
 
 def check_permitted(path: str | os.PathLike[str]) -> None:
-    """Refuse a local path that is there, or may be there, and that this user may not read: `os.path.exists` says that it is not there."""
+    """Refuse a path that is there, or may be there, and that this user may not read: `os.path.exists` says that it is not there.
+
+    What is not on this machine, such as what a URL names, is let through.
+    """
     try:
         needed = os.R_OK | os.X_OK if stat.S_ISDIR(os.stat(path).st_mode) else os.R_OK
     except PermissionError as error:

@@ -99,17 +99,19 @@ class _Heartbeat:
             if now - before > 3 * self.every:  # this process itself stood still, as all of them may have
                 self.reset()
             before = now
-            # While who keeps the signs does not answer, nothing is known of the others.
-            silent = [f"process {other} of {self.number}" for other, last in self.heard.items() if self.answered - last > self.patience]
-            if now - self.answered > self.patience:
-                silent = ["the first machine of this run"]
-            if silent:
+            if silent := self.silent(now):
                 print(
-                    f"sedd train: error: {silent[0]} has given no sign for {self.patience:.0f} s: it is lost or stands still. "
+                    f"sedd train: error: {silent} has given no sign for {self.patience:.0f} s: it is lost or stands still. "
                     "Continue with --resume auto.",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
                 os._exit(1)
+
+    def silent(self, now: float) -> str | None:
+        """Return who has given no sign for too long; while who keeps the signs does not answer, nothing is known of the others."""
+        if now - self.answered > self.patience:
+            return "the first machine of this run"
+        return next((f"process {other} of {self.number}" for other, last in self.heard.items() if self.answered - last > self.patience), None)
 
     @staticmethod
     def key(index: int) -> str:

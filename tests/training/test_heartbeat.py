@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from sedd.training.heartbeat import _Heartbeat
+
 PROCESS = """
 import sys, time
 import torch.distributed as dist
@@ -70,3 +72,12 @@ def test_a_process_that_is_done_is_not_taken_for_lost() -> None:
         for process in pair:
             process.kill()
             process.communicate()
+
+
+def test_nobody_is_called_silent_while_who_keeps_the_signs_does_not_answer() -> None:
+    one = object.__new__(_Heartbeat)  # without its connection
+    one.number, one.patience, one.heard, one.answered = 2, 3.0, {0: 10.0}, 10.001
+    assert one.silent(13.0005) is None
+    assert one.silent(13.002) == "the first machine of this run"
+    one.answered = 13.0002
+    assert one.silent(13.0005) == "process 0 of 2"

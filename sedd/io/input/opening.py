@@ -45,8 +45,7 @@ def open_input(
     """
     path = without_slash(path)
     naming = Naming(gene_names, strip_version)
-    if not is_remote(path):
-        check_permitted(path)
+    check_permitted(path)
     if is_zarr(path):
         return _of_anndata(path, _open_zarr(path), naming, modality, _nothing, "zarr")
     if not is_remote(path):
