@@ -84,7 +84,7 @@ class Source(ABC):
         """Names of what is in obsm."""
 
     def check_unchanged(self) -> None:  # noqa: B027, in memory nothing changes unless its owner means it
-        """Refuse to go on with data that were changed since they were opened: what was read is of both.
+        """Refuse data that were changed since they were opened: what was read is of both.
 
         Raises
         ------
@@ -262,7 +262,7 @@ class FileSource(Source):
         self._fingerprint = fingerprint
 
     def check_unchanged(self) -> None:
-        """Refuse to go on with a file that is another one by now."""
+        """Refuse a file that is another one by now."""
         if self._fingerprint is not None and not (os.path.exists(self.name) and input_fingerprint(self.name) == self._fingerprint):
             raise UserError(f"{self.name}: changed while it was read, so the result would be of two versions of it. Repeat the command when it is complete.")
 

@@ -177,7 +177,7 @@ class CellLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on any number of ranks and with any batch size.
+        """Resume where `state_dict` was taken, on any number of ranks and with any batch size.
 
         Raises
         ------

@@ -137,7 +137,7 @@ def test_masked_objective_hides_exactly_its_share() -> None:
         np.testing.assert_array_equal(batch.masked.numpy(), exact_mask(3, 0, batch.cell.numpy(), N_VARS, 60))
 
 
-# -- stopping and going on -----------------------------------------------------------------------------------------
+# -- stopping and resuming ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["full", "window"])
