@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sedd.errors import UserError, warn_user
+from sedd.errors import UserError, counted, warn_user
 from sedd.io.input.base import Input, Naming, check_names, strip_versions
 
 if TYPE_CHECKING:
@@ -142,7 +144,37 @@ def name_hint(path: str, table: pd.DataFrame, naming: Naming, theirs: list[str],
         n = len(known & set(table[column].dropna().astype(str)))
         if n > max(2 * most, 1):
             best, most = f"Pass --gene_names {column}, to take the names from var[{str(column)!r}] of {path}.", n
-    return best
+    return best or _spelling_hint(path, own, theirs, most)
+
+
+_PREFIX = re.compile(r"[^_]+_+")
+"""What references of several species put before each name, as in GRCh38_CD4 or mm10___Cd4."""
+
+
+def _spelling_hint(path: str, own: list[str], theirs: list[str], most: int) -> str:
+    """Return in what the spelling of names differs, of which more than twice `most` would be alike; empty if they do not."""
+
+    def alike(fold: Callable[[str], str], fold_theirs: Callable[[str], str]) -> int:
+        return len(set(map(fold, own)) & set(map(fold_theirs, theirs)))
+
+    def bare(name: str) -> str:
+        return _PREFIX.sub("", name, count=1)
+
+    if (n := alike(str.upper, str.upper)) > max(2 * most, 1):
+        return (
+            f"{counted(n, 'name')} of {path} would be found if capitals did not matter; mouse genes are written Cd4, human ones CD4. "
+            "If they are the same genes to you, write them alike, for instance by adata.var_names = adata.var_names.str.upper()."
+        )
+    if (n := alike(bare, str)) > max(2 * most, 1):
+        known = set(theirs)
+        first = next(name for name in own if bare(name) in known)
+        prefix = first.removesuffix(bare(first))
+        return f"{counted(n, 'name')} of {path} would be found without what stands before: adata.var_names = adata.var_names.str.removeprefix({prefix!r})."
+    if (n := alike(str, bare)) > max(2 * most, 1):
+        known = set(own)
+        first = next(name for name in theirs if bare(name) in known)
+        return f"{counted(n, 'name')} of {path} would be found with {first.removesuffix(bare(first))!r} before it."
+    return ""
 
 
 def match_genes(

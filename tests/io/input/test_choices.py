@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -198,6 +199,29 @@ def test_versions_are_suggested_where_they_keep_genes_apart(tmp_path: Path) -> N
     with pytest.raises(UserError, match="Pass --strip_version"):
         convert(paths, tmp_path / "out.zarr", progress=False)
     assert convert(paths, tmp_path / "out.zarr", strip_version=True, progress=False).n_vars == 39
+
+
+@pytest.mark.parametrize(
+    ("spell", "way_out"),
+    [
+        (str.lower, r"40 names of .* if capitals did not matter"),
+        (lambda name: f"GRCh38_{name}", r"40 names of .* without what stands before: .*removeprefix\('GRCh38_'\)"),
+        (lambda name: f"mm10___{name}", r"removeprefix\('mm10___'\)"),
+        (lambda name: f"{name}x", "Do both use the same kind of names"),
+    ],
+)
+def test_names_that_are_spelled_in_another_way_are_noticed(spell: Callable[[str], str], way_out: str, tmp_path: Path) -> None:
+    one, other = cells(counts()), cells(counts(seed=3))
+    one.var_names = one.var_names.str.upper()
+    other.var_names = [spell(name) for name in one.var_names]
+    other.obs_names = [f"other{k}" for k in range(other.n_obs)]
+    paths = [h5ad(tmp_path / "one", one), h5ad(tmp_path / "other", other)]
+    for pair in (paths, paths[::-1]):
+        with pytest.raises(UserError, match=way_out if pair is paths or "remove" not in way_out else "before it|removeprefix"):
+            convert(pair, tmp_path / "out.zarr", progress=False)
+    convert(paths[0], tmp_path / "store.zarr", progress=False)
+    with pytest.raises(UserError, match=way_out):
+        convert(paths[1], tmp_path / "store.zarr", append=True, progress=False)
 
 
 def test_the_same_input_twice_is_an_error_by_whatever_name(tmp_path: Path) -> None:
