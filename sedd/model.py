@@ -390,21 +390,21 @@ class SEDDTransformer(nn.Module):
 
 
 class SEDDTransformerSmall(SEDDTransformer):
-    """The `small` of `MODEL_SIZES`."""
+    """`SEDDTransformer` of the size `small` (128 channels, 4 layers, 4 heads: a laptop, thousands of cells); each of its arguments can be given as well."""
 
     def __init__(self, n_vars: int, n_bins: int, **kwargs: Any) -> None:
         super().__init__(n_vars, n_bins, **{**MODEL_SIZES["small"], **kwargs})
 
 
 class SEDDTransformerMedium(SEDDTransformer):
-    """The `medium` of `MODEL_SIZES`."""
+    """`SEDDTransformer` of the size `medium` (256 channels, 6 layers, 8 heads: tens of thousands of cells); each of its arguments can be given as well."""
 
     def __init__(self, n_vars: int, n_bins: int, **kwargs: Any) -> None:
         super().__init__(n_vars, n_bins, **{**MODEL_SIZES["medium"], **kwargs})
 
 
 class SEDDTransformerLarge(SEDDTransformer):
-    """The `large` of `MODEL_SIZES`."""
+    """`SEDDTransformer` of the size `large` (512 channels, 12 layers, 16 heads: several GPUs, millions of cells); each of its arguments can be given as well."""
 
     def __init__(self, n_vars: int, n_bins: int, **kwargs: Any) -> None:
         super().__init__(n_vars, n_bins, **{**MODEL_SIZES["large"], **kwargs})

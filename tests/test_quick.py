@@ -11,7 +11,7 @@ from conftest import ROOT, TINY_FLAGS
 
 from sedd import shipped as room
 from sedd.cli import main
-from sedd.errors import MissingFileError
+from sedd.errors import MissingFileError, UserError
 from sedd.shipped import Quick, shipped
 
 
@@ -41,6 +41,11 @@ def test_a_wheel_has_the_files_in_the_package_and_a_checkout_where_they_always_w
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "quick.yaml").touch()
         assert shipped("quick.yaml").parent == tmp_path / place
+
+
+def test_a_file_that_does_not_come_with_sedd_is_named_with_those_that_do() -> None:
+    with pytest.raises(UserError, match=r"name is 'mine\.h5ad'; expected one of pbmc3k\.h5ad, quick\.yaml"):
+        shipped("mine.h5ad")
 
 
 def test_the_wheel_is_given_the_files_and_their_licence() -> None:

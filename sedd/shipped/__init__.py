@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from sedd.errors import MissingFileError
+from sedd.errors import MissingFileError, UserError
 
 CHECKOUT = {"pbmc3k.h5ad": "data", "quick.yaml": "configs"}
 """Where a file stands in a checkout; a wheel has all of them in this folder."""
@@ -21,13 +21,17 @@ def shipped(name: str) -> Path:
     Parameters
     ----------
     name
-        A key of `CHECKOUT`.
+        `pbmc3k.h5ad`, the 2,700 cells, or `quick.yaml`, the settings of the quick run.
 
     Raises
     ------
+    UserError
+        If no file of this name comes with sedd.
     MissingFileError
         If the installation lacks it.
     """
+    if name not in CHECKOUT:
+        raise UserError(f"name is {name!r}; expected one of {', '.join(CHECKOUT)}.")
     folder = Path(__file__).parent
     places = [folder / name, folder.parents[1] / CHECKOUT[name] / name]
     for place in places:
