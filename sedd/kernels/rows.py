@@ -47,6 +47,16 @@ def fetch(array: Any, start: Any, stop: Any) -> None:
         _prefetch(array, at)
 
 
+@intrinsic
+def lowest_bit(typing_context: Any, word: Any) -> Any:
+    """Place of the lowest bit of a 64-bit word that is set, 0 to 63; the word must not be 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
 @numba.njit(cache=True, nogil=True)
 def inside(genes: Any, n_store: Any) -> bool:
     """Tell whether all indices are inside the store: one that is not would read or write memory that is not the row's.

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from sedd.kernels.rows import lowest_bit
+
 TOLERANCE = 1e-6
 """How far from an integer a value may be and still be taken for a count."""
 LARGEST = int(np.iinfo(np.uint32).max)
@@ -198,7 +200,7 @@ def clean_rows(
         genes = np.arange(n_vars, dtype=np.int32)
     real = values.dtype.kind == "f"
     scratch = np.zeros(n_vars, np.float32 if real else np.int64)
-    seen = np.zeros(n_vars, np.uint8)
+    seen = np.zeros(n_vars // 64 + 1, np.uint64)
     out_indptr = np.zeros_like(indptr)
     out_indices = np.empty(indices.size, index_dtype(n_vars))
     out_values = np.empty(indices.size, np.float32 if real else np.uint32)
@@ -214,25 +216,30 @@ def clean_rows(
 def _clean_rows(indptr, indices, values, genes, scratch, seen, out_indptr, out_indices, out_values, limit):  # type: ignore[no-untyped-def]
     n = 0
     n_summed = 0
+    six, last, one = np.uint64(6), np.uint64(63), np.uint64(1)
     for row in range(indptr.size - 1):
-        low, high = seen.size, -1
+        low, high = np.int64(seen.size), np.int64(-1)
         for k in range(indptr[row], indptr[row + 1]):
-            gene = genes[indices[k]]
-            if gene < 0 or values[k] == 0:
+            new = genes[indices[k]]
+            if new < 0 or values[k] == 0:
                 continue
-            n_summed += seen[gene]
-            seen[gene] = 1
-            scratch[gene] += values[k]
-            low, high = min(low, gene), max(high, gene)
-        for gene in range(low, high + 1):
-            if seen[gene]:
+            own = np.uint64(new)
+            word, bit = np.int64(own >> six), one << (own & last)
+            n_summed += (seen[word] & bit) != 0
+            seen[word] |= bit
+            scratch[own] += values[k]
+            low, high = min(low, word), max(high, word)
+        for k in range(low, high + 1):  # a bit a gene: of many genes few are seen in a cell
+            rest, seen[k] = seen[k], 0
+            while rest:
+                gene = (np.uint64(k) << six) | lowest_bit(rest)
+                rest &= rest - one
                 if scratch[gene] > limit:
-                    return n_summed, row, gene
+                    return n_summed, row, np.int64(gene)
                 if scratch[gene] != 0:
                     out_indices[n] = gene
                     out_values[n] = scratch[gene]
                     n += 1
-                seen[gene] = 0
                 scratch[gene] = 0
         out_indptr[row + 1] = n
     return n_summed, -1, -1

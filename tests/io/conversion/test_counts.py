@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -51,6 +52,30 @@ def test_the_largest_float32_count(value: float, bad: int) -> None:
     assert got.bad == bad
     if bad < 0:
         np.testing.assert_array_equal(got.values, values.astype(np.float64))
+
+
+@given(data=st.data(), n_vars=st.integers(1, 200), real=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_rows_are_cleaned_as_scipy_cleans_them(data: st.DataObject, n_vars: int, real: bool) -> None:
+    """Genes renamed or left out, in any order, repeated, zero or with a sum of zero; rows that are empty."""
+    n_own = data.draw(st.integers(1, 150))
+    genes = np.array(data.draw(st.permutations(range(n_vars)))[:n_own], np.int32)
+    genes = np.concatenate([genes, np.full(n_own - genes.size, -1, np.int32)])[np.array(data.draw(st.permutations(range(n_own))))]
+    rows = data.draw(st.lists(st.lists(st.integers(0, n_own - 1), max_size=40), max_size=6))
+    indptr = np.cumsum([0, *map(len, rows)])
+    indices = np.array([gene for row in rows for gene in row], np.uint16)
+    numbers = st.integers(-2 if real else 0, 3)
+    values = np.array(data.draw(st.lists(numbers, min_size=indices.size, max_size=indices.size)), np.float32 if real else np.uint8)
+    got_indptr, got_indices, got_values, n_summed = pack.clean_rows(indptr, indices, values, n_vars, genes)
+    expected = np.zeros((len(rows), n_vars))
+    pairs: list[tuple[int, int]] = []
+    for k in np.flatnonzero((genes[indices] >= 0) & (values != 0)):
+        pairs.append((int(np.searchsorted(indptr, k, side="right")) - 1, int(genes[indices[k]])))
+        expected[pairs[-1]] += values[k]
+    assert n_summed == len(pairs) - len(set(pairs))
+    np.testing.assert_array_equal(sp.csr_array((got_values, got_indices, got_indptr), shape=expected.shape).toarray(), expected)
+    assert got_indptr[-1] == np.count_nonzero(expected)
+    assert pack.first_disorder(got_indptr, got_indices) < 0
 
 
 def test_a_tally_counts_what_numpy_counts() -> None:
