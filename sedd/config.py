@@ -288,7 +288,7 @@ class OptimConfig:
     """Cells per step and process; from --model if not given (small and medium: 32, large: 64; on a GPU up to 1,024 and 512, of many cells)."""
     learning_rate: float | None = None
     """Learning rate of AdamW, constant after the warm-up, for the laws of genes. The network gets five times as much (less beyond 128 channels, in
-    proportion), the vectors of genes ten times. From --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4; on a GPU more, with the batch)."""
+    proportion), the vectors of genes ten times, the laws of labels twenty times. From --model if not given (small: 1e-4, medium: 5e-4, large: 2e-4; on a GPU more, with the batch)."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.01

@@ -21,13 +21,15 @@ from sedd.training.ema import EMA
 from sedd.training.failures import check_finite, largest_batch
 from sedd.training.masking import device_masks, drop_conditions, hide_labels
 from sedd.training.parallel import divide_like, divide_optimizer_state, ends_gathered, whole
-from sedd.training.resuming import check_same_vectors
+from sedd.training.resuming import check_same_groups, check_same_vectors
 from sedd.training.run_data import Panel
 
 GENE_VECTORS, GENE_RATE = "backbone.genes.weight", 10.0
 NETWORK_RATE, NETWORK_WIDTH = 5.0, 128
 """How many times the learning rate the vectors of genes get, and the network up to this width; a wider one gets less in proportion to its
 width (Yang et al. 2022, arXiv:2203.03466). The laws of genes get it once: they start at a fit. docs/tried.md has the trials."""
+LABEL_RATE = 20.0
+"""The same of the laws of labels: they start at zero, and would follow a network that changes for the sake of thousands of genes too slowly."""
 
 
 class Outcome:
@@ -99,7 +101,7 @@ class Learner:
     Raises
     ------
     UserError
-        If the checkpoint is of a network with other gene vectors.
+        If the checkpoint is of a network with other gene vectors, or of a version of sedd with other rates.
     """
 
     def __init__(
@@ -249,6 +251,7 @@ class Learner:
         if self.ema is not None and state["ema"] is not None:
             average = {k: divide_like(v, self.ema.average.get(k, v)) for k, v in state["ema"]["average"].items()}
             self.ema.load_state_dict({**state["ema"], "average": average})
+        check_same_groups(state["optimizer"], self._optimizer)
         self._optimizer.load_state_dict(divide_optimizer_state(state["optimizer"], self._optimizer))
         self._scheduler.load_state_dict(state["scheduler"])
         # The rate is that of the settings: who resumes a run that diverged lowers it.
@@ -268,11 +271,12 @@ def _parameter_groups(model: SEDDTransformer, weight_decay: float) -> list[dict[
 
     Weight decay is on matrices only, not on biases, norms and what belongs to single genes: decay would make rare counts frequent.
     """
-    network = NETWORK_RATE * min(1.0, NETWORK_WIDTH / model.config["hidden_dim"])
+    narrower = min(1.0, NETWORK_WIDTH / model.config["hidden_dim"])
+    rates = {"head.": 1.0, GENE_VECTORS: GENE_RATE, "labels.": LABEL_RATE * narrower}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            faster = 1.0 if name.startswith("head.") else GENE_RATE if name == GENE_VECTORS else network
+            faster = next((rate for start, rate in rates.items() if name.startswith(start)), NETWORK_RATE * narrower)
             decay = weight_decay if p.ndim >= 2 and name not in PER_GENE else 0.0
             groups.setdefault((faster, decay), []).append(p)
     return [{"params": own, "weight_decay": decay, "faster": faster} for (faster, decay), own in groups.items()]

@@ -82,10 +82,13 @@ def drop_conditions(condition: Tensor | None, library: Tensor | None, share: flo
 
 
 def hide_labels(condition: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
-    """Hide labels of half of the cells, at random, as genes are hidden; the others keep theirs.
+    """Hide labels of half of the cells; the others keep theirs.
 
     So a model learns of all that it is asked for: a cell given all labels (the other half), a cell given none (those that
     `drop_conditions` hid from), and label after label and gene after gene in any order, which is the bound on their joint law.
+    There each label is hidden with the probability of the genes, independently, and a cell that hides none teaches nothing of labels; here
+    of every cell at least one is hidden, and the weight of its term says how much rarer that would have been. A lone label is always
+    hidden, with the weight 1: with one over the probability, few cells with few genes hidden were all that labels were learned from.
 
     Parameters
     ----------
@@ -97,10 +100,23 @@ def hide_labels(condition: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]
     shown : (B, columns) int64
         With 0 where a label is hidden.
     weight : (B, columns) float32
-        One over the probability with which it was hidden, where it was; 1 elsewhere. A label has then the same weight in
-        expectation at every time, whatever hid it.
+        Where one was hidden by its turn: how probable it is that any of the cell's known labels is hidden, over the probability of
+        each, from 1 to their number; 1 elsewhere. A label has then the same weight in expectation at every time, whatever hid it.
     """
-    in_turn = torch.rand(len(condition), 1, device=condition.device) < 0.5
-    probability = probability.float()[:, None]
-    hidden = in_turn & (torch.rand(condition.shape, device=condition.device) < probability) & (condition != 0)
-    return condition.masked_fill(hidden, 0), torch.where(hidden, 1 / probability, 1.0)
+    p = probability.float().clamp(min=1e-6)
+    known = condition != 0
+    left = known.sum(1)
+    weight = _any_of(left, p) / p
+    in_turn = torch.rand(len(condition), device=condition.device) < 0.5
+    none_yet, hidden = torch.ones_like(in_turn), []
+    for there in known.unbind(1):
+        chance = torch.where(none_yet, p / _any_of(left, p), p)  # given that one of those left must be, if none is yet
+        hidden.append(there & in_turn & (torch.rand(len(p), device=p.device) < chance))
+        none_yet, left = none_yet & ~hidden[-1], left - there.long()
+    by_turn = torch.stack(hidden, 1)
+    return condition.masked_fill(by_turn, 0), torch.where(by_turn, weight[:, None], 1.0)
+
+
+def _any_of(n: Tensor, p: Tensor) -> Tensor:
+    """Return the probability that any of n (B,), of one if n is 0, happens that each has the probability p (B,)."""
+    return -torch.expm1(n.clamp(min=1) * torch.log1p(-p))

@@ -163,3 +163,19 @@ def check_same_vectors(state: dict[str, Any], model: SEDDTransformer, file: str 
                 f"--resume: --gene_embeddings {file} holds other vectors than those the checkpoint was trained with; pass the file "
                 "with those, or start anew in another --checkpoint_dir."
             )
+
+
+def check_same_groups(state: dict[str, Any], optimizer: Any) -> None:
+    """Check that weights were fitted in the groups of rates in which an optimizer fits them.
+
+    Raises
+    ------
+    UserError
+        If the checkpoint was written when other weights shared a rate.
+    """
+    before, now = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups))
+    if before != now:
+        raise SettingError(
+            "--resume: the checkpoint was written by a version of sedd that fits some weights at other rates, such as those that answer labels. The "
+            "model in it can be used as it is; to train, use that version or start anew in another --checkpoint_dir."
+        )

@@ -10,6 +10,10 @@ from conftest import TINY_FLAGS
 
 from sedd import checkpoint
 from sedd.cli import main
+from sedd.errors import UserError
+from sedd.model import SEDDTransformer
+from sedd.training.learner import LABEL_RATE, NETWORK_RATE, _parameter_groups
+from sedd.training.resuming import check_same_groups
 
 
 @pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
@@ -48,3 +52,25 @@ def test_a_run_takes_the_batch_and_rate_of_its_device_says_so_and_keeps_them_on_
     assert "from here on" not in said and "a CPU" not in said
     state = checkpoint.load(tmp_path / "final.pt")
     assert (state["args"]["batch_size"], state["args"]["learning_rate"], state["step"]) == (64, 1.4e-4, 6)
+
+
+def test_the_laws_of_labels_learn_faster_than_the_network_that_they_follow() -> None:
+    for width in (16, 256):
+        model = SEDDTransformer(3, 4, hidden_dim=width, num_layers=1, num_heads=1, condition_sizes=(2, 3), answer_labels=True)
+        groups = _parameter_groups(model, 0.01)
+        faster = {id(p): group["faster"] for group in groups for p in group["params"]}
+        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        assert model.labels is not None
+        for head in model.labels.columns:
+            assert faster[id(head.weight)] == faster[id(head.bias)] == LABEL_RATE * (1 if width == 16 else 0.5)
+            assert (decay[id(head.weight)], decay[id(head.bias)]) == (0.01, 0)
+        assert faster[id(model.backbone.read.weight)] == NETWORK_RATE * (1 if width == 16 else 0.5)
+        assert len(faster) == len(list(model.parameters()))
+
+
+def test_a_run_whose_weights_shared_other_rates_is_not_resumed() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    now = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:]}])
+    check_same_groups(now.state_dict(), now)
+    with pytest.raises(UserError, match="written by a version of sedd that fits some weights at other rates"):
+        check_same_groups(torch.optim.AdamW([{"params": weights}]).state_dict(), now)
