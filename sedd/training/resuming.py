@@ -177,5 +177,5 @@ def check_same_groups(state: dict[str, Any], optimizer: Any) -> None:
     if before != now:
         raise SettingError(
             "--resume: the checkpoint was written by a version of sedd that fits some weights at other rates, such as those that answer labels. The "
-            "model in it can be used as it is; to train, use that version or start anew in another --checkpoint_dir."
+            "model in it can be used; to train, use that version or start anew in another --checkpoint_dir."
         )
