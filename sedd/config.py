@@ -94,6 +94,8 @@ class ConversionSettings(InputSettings):
 
     genes: str | None = None
     """Keep only these genes, in this order: a file with one name a line (in Python also a list of names); all if not given."""
+    gene_order: Literal["input", "frequent"] = "input"
+    """input: genes in the order of the input, or of --genes. frequent: those seen in most cells first, which makes the store smaller."""
     obs: tuple[str, ...] = ()
     """Keep only these obs columns; all if not given."""
     keep_layers: tuple[str, ...] = ()
@@ -103,8 +105,7 @@ class ConversionSettings(InputSettings):
     seed: int = 0
     """Seed of the permutation."""
     group_by: str | None = None
-    """Store the cells of each label of this obs column together, such as perturbation, missing ones last; their place in the
-    input is kept in obs."""
+    """Store the cells of each label of this obs column together, such as perturbation, missing ones last; their place in the input is kept in obs."""
     codec: Literal["lz4", "zstd", "none"] = "lz4"
     """Compression of the store."""
     memory_budget: str = "1GiB"
@@ -121,8 +122,9 @@ class ConversionSettings(InputSettings):
     """Convert only this many cells, the first ones; all if not given."""
 
     def __post_init__(self) -> None:
-        if self.values not in ("counts", "real"):
-            raise SettingError(f"values must be counts or real, not {self.values!r}.")
+        for name, known in (("values", "counts or real"), ("gene_order", "input or frequent")):
+            if getattr(self, name) not in known.split(" or "):
+                raise SettingError(f"{name} must be {known}, not {getattr(self, name)!r}.")
         super().__post_init__()
         check_seed(self.seed)
         if self.round and self.values == "real":

@@ -128,7 +128,10 @@ def _compare(store: CellStore, inputs: list[str], hashes: np.ndarray, runner: Ta
             own_files = [stack.enter_context(opened_as(name, step.settings)) for name in names]
             own_matrices = [file.matrix(step.settings["layer"], step.settings["raw"]) for file in own_files]
             genes, own_maps = match_inputs(own_files, step.settings)
-            if genes != store.var_names.tolist():
+            names_here = store.var_names.tolist()
+            if step.settings.get("gene_order") == "frequent" and sorted(genes) == sorted(names_here):
+                genes, own_maps = match_inputs(own_files, {**step.settings, "genes": names_here})
+            if genes != names_here:
                 raise UserError(f"{store.path}: has other genes than {names[0]}.")
             n, n_there = step.cells.stop - step.cells.start, sum(matrix.shape[0] for matrix in own_matrices)
             if n > n_there or (n < n_there and step.settings["limit_cells"] is None):

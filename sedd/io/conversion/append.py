@@ -85,7 +85,7 @@ class Append:
         """Return what would be done, as text."""
         store = CellStore(self.output)
         self._check(store)
-        settings = {**self._settings(store), "genes": store.var_names.tolist(), "join": "wanted"}
+        settings = {**self._settings(store), "genes": store.var_names.tolist(), "gene_order": "input", "join": "wanted"}
         workers = TaskRunner(workers=self.asked.workers, scheduler=None, progress=False).workers
         text = planning.forecast(self.paths, self.shown, settings, workers)
         return f"{text}\n  appended to the {store.n_obs:,} cells that are there"
@@ -322,7 +322,7 @@ class Append:
 
     def _of_matrix(self, store: CellStore) -> dict[str, Any]:
         """Return the settings of a store of the new cells alone."""
-        apart = {"shuffle": False, "group_by": None, "seed": 0, "keys": [], "drop": [], "obs": [], "join": "wanted", "genes": store.var_names.tolist()}
+        apart = {"shuffle": False, "group_by": None, "seed": 0, "keys": [], "drop": [], "obs": [], "join": "wanted", "genes": store.var_names.tolist(), "gene_order": "input"}
         return {**self._settings(store), **apart}
 
     def _check_added(self, store: CellStore, added: CellStore, tables: _Tables) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from sedd.config import ConversionSettings
 from sedd.errors import ExistsError, NotCountsError, UserError, warn_user
 from sedd.io.conversion import inputs, planning, shard, spill
-from sedd.io.conversion.genes import read_gene_list
+from sedd.io.conversion.genes import noted_order, read_gene_list
 from sedd.io.conversion.inputs import Plan, load_plan
 from sedd.io.conversion.runner import TaskRunner
 from sedd.io.files import sync_tree
@@ -262,7 +262,10 @@ class Job:
         )
         job = Job(self.paths, output, asked, progress=self.runner.progress)
         # The matrix is all that is wanted of it.
-        job.settings = {**self.settings, "layer": name, "values": values, "keep_layers": [], "obs": []}
+        genes = noted_order(self.folder) or self.settings["genes"]
+        job.settings = {
+            **self.settings, "layer": name, "values": values, "keep_layers": [], "obs": [], "genes": genes, "gene_order": "input",
+        }  # fmt: skip
         job._genes_are_said = True
         return job
 

@@ -13,7 +13,7 @@ import numpy as np
 from sedd.errors import UserError
 from sedd.io.conversion.counts import dense_rows, index_dtype, to_counts
 from sedd.io.conversion.explain import SAMPLE, no_counts
-from sedd.io.conversion.genes import match_inputs
+from sedd.io.conversion.genes import by_frequency, match_inputs, note_order
 from sedd.io.conversion.inputs import Plan, row_of
 from sedd.io.format import tally
 from sedd.io.format.shards import CHUNK, Encoder, shard_length
@@ -92,6 +92,9 @@ def make_plan(
     """
     with ExitStack() as stack:
         files, matrices, genes, maps, narrow, stored = _open(stack, paths, settings, aloud=aloud)
+        frequent = settings["gene_order"] == "frequent"
+        if frequent:  # of the first input, so that a store grows into what it would be if all had been converted together
+            genes, maps = by_frequency(genes, maps, _seen(matrices[0]))
         offsets = np.concatenate([[0], np.cumsum([matrix.shape[0] for matrix in matrices])])
         n_all = int(offsets[-1])
         n_obs = min(n_all, settings["limit_cells"] or n_all)
@@ -111,6 +114,8 @@ def make_plan(
                  for matrix, offset in zip(matrices, offsets, strict=False)] if direct else []  # fmt: skip
     for name in ("shards", "spill"):
         os.makedirs(f"{folder}/{name}", exist_ok=True)
+    if frequent:
+        note_order(folder, genes)
     for number, new in enumerate(maps):
         if new is not None:
             np.save(f"{folder}/genes-{number}.npy", new)
@@ -150,6 +155,25 @@ def _order(files: list[Input], settings: dict[str, Any], n_obs: int) -> np.ndarr
     return np.argsort(np.where(codes < 0, codes.max() + 1, codes), kind="stable")
 
 
+def _seen(matrix: Matrix) -> np.ndarray:
+    """In how many cells each gene of an input was seen, of those looked at."""
+    n_obs, n_vars = matrix.shape
+    if matrix.layout == "csc":
+        return np.diff(matrix.indptr)
+    seen = np.zeros(n_vars, np.int64)
+    if matrix.layout == "dense":
+        rows = max(1, SAMPLE // n_vars)
+        for lo in range(0, n_obs, max(rows, n_obs // SAMPLES)):
+            seen += np.count_nonzero(matrix.read_dense(lo, min(lo + rows, n_obs)), axis=0)
+        return seen
+    nnz = matrix.nnz or 0
+    for lo in range(0, nnz, max(SAMPLE, nnz // SAMPLES)):
+        for _, own in matrix.slices("indices", lo, min(lo + SAMPLE, nnz)):
+            inside = own[(own >= 0) & (own < n_vars)]  # others are named when their turn comes
+            seen += np.bincount(inside.astype(np.int64), minlength=n_vars)
+    return seen
+
+
 def _sample(file: Input, matrix: Matrix, settings: dict[str, Any]) -> np.dtype[Any]:
     """Look at some values: refuse what is no count, guess the type that holds them."""
     narrow = np.dtype(np.uint8)
@@ -185,7 +209,7 @@ def forecast(paths: list[str], output: str, settings: dict[str, Any], workers: i
     """Return what the conversion would do, as text: sizes, types, bytes and a time measured on a sample."""
     with ExitStack() as stack:
         files, matrices, genes, _, narrow, stored = _open(stack, paths, settings)
-        reordered = _order(files, settings, 1) is not None
+        reordered = _order(files, settings, 1) is not None or settings["gene_order"] == "frequent"
         lines = [
             f"{m.path}: {m.name} is {m.layout} {m.dtype}, {m.shape[0]:,} cells x {m.shape[1]:,} genes" for m in matrices
         ]

@@ -14,7 +14,7 @@ import zarr
 
 import sedd
 from sedd.io.conversion.cells import JoinedCells
-from sedd.io.conversion.genes import match_inputs, unique_names
+from sedd.io.conversion.genes import match_inputs, noted_order, unique_names
 from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.joins import concatenated, distinct_names, join_obsm, join_uns, usable
 from sedd.io.conversion.statistics import Statistics
@@ -41,7 +41,7 @@ def write(group: zarr.Group, plan: Plan) -> list[str]:
         # What there is to say of genes was said when the plan was made.
         for file, frame in zip(files, frames, strict=True):
             frame.index = pd.Index(unique_names(file.path, frame.index.tolist(), aloud=False), name=frame.index.name)
-        genes, _ = match_inputs(files, settings, aloud=False)
+        genes = noted_order(plan.folder) or match_inputs(files, settings, aloud=False)[0]
         var = join_var(frames, pd.Index(genes, name=frames[0].index.name))
         if settings["obs"] == []:  # a conversion for the sake of the matrix alone
             tables = [CellTable(pd.DataFrame(index=pd.RangeIndex(plan.offsets[-1])))]
