@@ -326,9 +326,9 @@ def test_labels_and_totals_are_hidden_together_and_apart(
     share = {pair: seen.count(pair) / len(seen) for pair in ((True, True), (True, False), (False, True), (False, False))}
     apart = 0.7 * 0.7 * 0.3
     expected = {(True, True): 0.7**3, (True, False): apart, (False, True): apart, (False, False): 0.3 + 0.7 * 0.3**2}
-    for total in (True, False):  # of those that are shown a quarter is hidden as genes are: in half of the cells, at the mean of all times
-        expected[False, total] += expected[True, total] / 4
-        expected[True, total] *= 3 / 4
+    for total in (True, False):  # of those that are shown half are hidden to be asked for
+        expected[False, total] += expected[True, total] / 2
+        expected[True, total] /= 2
     for pair, p in expected.items():
         assert abs(share[pair] - p) < 5 * (p * (1 - p) / len(seen)) ** 0.5
 
