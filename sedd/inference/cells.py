@@ -91,6 +91,10 @@ class Cells:
         self._columns = where[~self.missing]
         found = len(self._columns)
         if found < MIN_OVERLAP * len(where):
+            if found == len(names):
+                raise UserError(
+                    f"{self.name}: has {found} of the model's {len(where)} genes and no others; expected at least {MIN_OVERLAP:.0%}."
+                )
             raise UserError(
                 f"{self.name}: has {found} of the model's {len(where)} genes (its names look like {list(names[:2])}, the "
                 f"model's like {list(genes[:2])}); expected at least {MIN_OVERLAP:.0%}. "

@@ -403,7 +403,16 @@ def _categories(store: CellStore, column: str) -> list[str]:
             f"--condition {column}: has {len(labels)} different labels for {counted(len(there), 'cell')}, as names of cells have; a model "
             "learns nothing from a label that hardly two cells have in common. Leave it out, or take one that groups cells."
         )
+    for label in [label for label in labels if label.strip() in _NO_LABEL][:1]:
+        warn_user(
+            f"--condition {column}: {label!r} is learned as a label like any other. If it means that a cell has none, leave it missing: "
+            f"adata.obs[{column!r}] = adata.obs[{column!r}].where(adata.obs[{column!r}] != {label!r})."
+        )
     return labels
+
+
+_NO_LABEL = {"", "nan", "NaN", "NA", "N/A", "None", "<NA>"}
+"""What missing labels become as text."""
 
 
 def _shares(store: CellStore, train: Split, column: str) -> np.ndarray:

@@ -103,6 +103,15 @@ def test_names_of_cells_as_labels_are_warned_of(tmp_path: Path, capsys: pytest.C
     assert "--condition cell_type" not in said
 
 
+def test_missing_labels_that_became_text_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = make_counts(N)
+    adata.obs["text"] = ["nan", "B"] * (N // 2)
+    assert train(adata, tmp_path, "--condition", "text", "cell_type") == 0
+    said = capsys.readouterr().err
+    assert "--condition text: 'nan' is learned as a label like any other" in said
+    assert "--condition cell_type" not in said
+
+
 def test_a_run_is_not_resumed_with_other_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adata = make_counts(N)
     assert train(adata, tmp_path, "--condition", "donor") == 0

@@ -86,6 +86,8 @@ def match_inputs(files: list[Input], settings: dict[str, Any], *, aloud: bool = 
             own = [name for name, taken in zip(own, mask, strict=True) if taken]
             if aloud:
                 warn_user(f"{file.path}: {len(mask) - len(own)} of {len(mask)} features are of another type and are left out; see --modality.")
+        elif aloud and settings["genes"] is None:
+            _say_types(file.path, file.var(raw))
         names.append(unique_names(file.path, own, aloud=aloud))
         kept.append(mask)
     if len(files) > 1 and settings["join"] != "wanted":
@@ -98,6 +100,16 @@ def match_inputs(files: list[Input], settings: dict[str, Any], *, aloud: bool = 
             whole[mask] = np.arange(mask.sum(), dtype=np.int32) if own_map is None else own_map
             maps[k] = whole
     return genes, maps
+
+
+def _say_types(path: str, table: pd.DataFrame) -> None:
+    """Say that features of several types, such as genes and antibodies, are all taken as genes."""
+    types = [] if "feature_types" not in table else table["feature_types"].dropna().astype(str).value_counts().index.tolist()
+    if len(types) > 1:
+        warn_user(
+            f"{path}: var['feature_types'] names {len(types)} types of features ({', '.join(types[:4])}), which are all taken as genes. To take one alone: "
+            f"adata[:, adata.var['feature_types'] == {types[0]!r}]."
+        )
 
 
 LEAST_OVERLAP, FEW = 0.1, 0.5

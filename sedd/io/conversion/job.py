@@ -176,11 +176,12 @@ class Job:
 
     def _convert(self, plan: Plan) -> CellStore:
         self._take_layers_back()
+        where = self.paths[0] if len(self.paths) == 1 else f"one or several of the {len(self.paths)} inputs"
         try:
             notes = self._make_shards(plan)
         except shard.UntidyError:
             zeros = "values that are stored and 0 or round to 0" if self.settings["round"] else "stored zeros"
-            warn_user(f"{self.paths[0]}: has {zeros}, or unsorted or repeated indices: dropped, sorted and summed.")
+            warn_user(f"{where}: has {zeros}, or unsorted or repeated indices: dropped, sorted and summed.")
             self._clear()
             plan = self._plan(direct_allowed=False)
             notes = self._make_shards(plan)
@@ -188,7 +189,7 @@ class Job:
         from sedd.io.conversion.statistics import Gathered
 
         if notes["summed"]:
-            warn_user(f"{self.paths[0]}: {notes['summed']} entries repeat a cell and gene; they were summed.")
+            warn_user(f"{where}: {notes['summed']} entries repeat a cell and gene; they were summed.")
         gathered = Gathered(plan)
         gathered.rounded += notes["rounded"]
         group = publish.open_unfinished(plan)

@@ -56,6 +56,14 @@ def test_inputs_are_joined_by_gene_name(
     assert verify(store.path, against=paths)["cells"] == len(expected)
 
 
+def test_stored_zeros_are_said_of_no_input_that_has_none(tmp_path: Path) -> None:
+    tidy, untidy = counts(20, 12, seed=1), counts(20, 12, seed=2)
+    untidy.data[::3] = 0
+    paths = [write(tmp_path / f"{name}.h5ad", matrix) for name, matrix in (("tidy", tidy), ("untidy", untidy))]
+    with pytest.warns(SeddWarning, match="one or several of the 2 inputs: has stored zeros"):
+        convert(paths, tmp_path / "o.zarr", progress=False)
+
+
 def test_one_input_in_its_own_order_is_not_spilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sedd.io.conversion.spill.spill_span", None)
     paths = [write(tmp_path / f"{k}.h5ad", counts(seed=k)) for k in range(2)]

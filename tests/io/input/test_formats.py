@@ -99,6 +99,15 @@ def test_of_several_types_of_features_genes_are_taken_and_others_can_be(tmp_path
         convert(path, tmp_path / "no.zarr", modality="Peaks", progress=False)
 
 
+def test_an_h5ad_of_genes_and_antibodies_says_that_both_are_taken(tmp_path: Path) -> None:
+    adata = cells(counts())
+    adata.var["feature_types"] = np.array(TYPES)[(np.arange(adata.n_vars) % 5 == 4).astype(int)]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.warns(SeddWarning, match=r"2 types of features .*all taken as genes.*adata.var\['feature_types'\] == 'Gene Expression'"):
+        store = convert(tmp_path / "a.h5ad", tmp_path / "a.zarr", progress=False)
+    assert store.n_vars == adata.n_vars
+
+
 def test_a_modality_of_mudata_is_named_when_there_are_several(tmp_path: Path) -> None:
     rna, adt = cells(counts()), cells(counts(n_vars=7, seed=5))
     path = h5mu(tmp_path / "in", rna)
