@@ -261,8 +261,8 @@ class ModelConfig:
         if self.hidden_dim % self.num_heads:
             fits = [h for h in range(1, self.hidden_dim + 1) if self.hidden_dim % h == 0 and h <= 2 * self.num_heads]
             raise SettingError(
-                f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}; "
-                f"expected a whole number of channels per head. Use --num_heads {fits[-1]} or another --hidden_dim."
+                f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}; expected a whole number of "
+                f"channels per head. Use --num_heads {fits[-1]} or another --hidden_dim."
             )
         if self.graph == "uniform" and self.objective == "masked":
             raise SettingError("--objective masked hides genes and --graph uniform hides none; expected --graph absorbing with it.")
@@ -270,7 +270,8 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
         _require(0 <= self.condition_dropout < 1, "condition_dropout", self.condition_dropout, "a probability below 1")
         _require(self.num_latents >= 1, "num_latents", self.num_latents, "at least 1")
-        _require(len(set(self.condition)) == len(self.condition), "condition", self.condition, "each column once")
+        written = {*self.condition, *(f"{one}_probability" for one in self.condition)}  # by annotate
+        _require(len(written) == 2 * len(self.condition), "condition", self.condition, "each column once, and no X_probability beside X")
 
     @property
     def answers_labels(self) -> bool:
@@ -422,8 +423,7 @@ class TrainConfig:
         parts: dict[str, dict[str, Any]] = {}
         left = dict(flat)
         for name, section in SECTIONS.items():
-            fields = [f.name for f in dataclasses.fields(section)]
-            parts[name] = {k: left.pop(k) for k in fields if k in left}
+            parts[name] = {f.name: left.pop(f.name) for f in dataclasses.fields(section) if f.name in left}
         if left:
             raise SettingError(f"unknown settings {sorted(left)}; `sedd train --help` lists those there are.")
         for part in parts.values():  # JSON knows no tuples

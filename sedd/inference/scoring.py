@@ -66,7 +66,8 @@ def score(
     given
         Condition columns whose labels in `data`, and in the reference, the model is given: is a cell improbable as one of its type?
     n_masks
-        Masks per cell of the bound, of sizes spread from one gene to all.
+        Masks per cell of the bound, of sizes spread from one gene to all. They go by `seed` and the place of a cell in the call, so a cell
+        that is scored in another place differs by chance; more masks make that less.
     output
         As in `sedd.embed`.
     **reading

@@ -139,3 +139,12 @@ def test_what_the_data_say_of_genes_comes_with_generated_cells(tmp_path: Path) -
         pd.testing.assert_frame_equal(made.var, adata.var)
         again = impute(model, adata, hide=0.1, progress=False)
         pd.testing.assert_frame_equal(again.var, adata.var)
+
+
+@pytest.mark.parametrize("columns", [("donor", "donor"), ("donor", "donor_probability")])
+def test_conditions_whose_answers_would_have_one_name_are_refused(columns: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = make_counts(N)
+    adata.obs[columns[1]] = adata.obs["donor"].to_numpy()
+    assert train(adata, tmp_path, "--condition", *columns) == 2
+    assert "each column once, and no X_probability beside X" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

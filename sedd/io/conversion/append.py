@@ -134,7 +134,7 @@ class Append:
             common = len(genes) - len(lacking)
             if common < LEAST_OVERLAP * min(len(genes), len(own)):
                 count = f"{common} of its {len(own)} genes" if common else "no gene"
-                table = file.var(kept["raw"])
+                table = file.var(kept["raw"], tuple(kept["drop"]))
                 hint = name_hint(path, table, file.naming, genes) or "Do both use the same kind of names, symbols or Ensembl identifiers?"
                 raise UserError(
                     f"{path}: has {count} in common with the {len(genes)} of {self.shown} (for example {names[0]!r} and {genes[0]!r}). {hint}"

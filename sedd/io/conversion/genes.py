@@ -73,10 +73,10 @@ def match_inputs(files: list[Input], settings: dict[str, Any], *, aloud: bool = 
     ----------
     aloud : say what is made unique, left out or not found
     """
-    raw = settings["raw"]
-    lacking = [file for file in files if not file.has_gene_names(raw)]
+    raw, drop = settings["raw"], tuple(settings["drop"])
+    lacking = [file for file in files if not file.has_gene_names(raw, drop)]
     if len(lacking) == len(files):
-        check_names(files[0].path, files[0].var(raw), files[0].naming)
+        check_names(files[0].path, files[0].var(raw, drop), files[0].naming)
     for file in lacking if aloud else []:
         warn_user(f"{file.path}: var has no column {file.naming.column!r}; the names of its index are used.")
     names, kept = [], []
@@ -87,7 +87,7 @@ def match_inputs(files: list[Input], settings: dict[str, Any], *, aloud: bool = 
             if aloud:
                 warn_user(f"{file.path}: {len(mask) - len(own)} of {len(mask)} features are of another type and are left out; see --modality.")
         elif aloud and settings["genes"] is None:
-            _say_types(file.path, file.var(raw))
+            _say_types(file.path, file.var(raw, drop))
         names.append(unique_names(file.path, own, aloud=aloud))
         kept.append(mask)
     if len(files) > 1 and settings["join"] != "wanted":
@@ -126,9 +126,9 @@ def _check_overlap(files: list[Input], names: list[list[str]], settings: dict[st
             continue
         count = f"{common} of its {len(panel)} genes" if common else "no gene"
         text = f"{file.path}: has {count} in common with the {len(panels[0])} of {files[0].path} (for example {own[0]!r} and {names[0][0]!r})"
-        raw = settings["raw"]
+        raw, drop = settings["raw"], tuple(settings["drop"])
         hints = [
-            name_hint(one.path, one.var(raw), one.naming, theirs, strip_both=True)
+            name_hint(one.path, one.var(raw, drop), one.naming, theirs, strip_both=True)
             for one, theirs in ((file, names[0]), (files[0], own))
         ]
         hint = hints[0] or hints[1]

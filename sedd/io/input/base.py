@@ -208,9 +208,9 @@ class Input(ABC):
         """
         return renamed(self._var(raw, drop), self.naming)
 
-    def has_gene_names(self, raw: bool = False) -> bool:
+    def has_gene_names(self, raw: bool = False, drop: tuple[str, ...] = ()) -> bool:
         """Whether the genes' table has the column that names are to come from."""
-        return self.naming.column is None or has_names(self._var(raw), self.naming.column)
+        return self.naming.column is None or has_names(self._var(raw, drop), self.naming.column)
 
     @abstractmethod
     def _obs(self, drop: tuple[str, ...] = ()) -> pd.DataFrame:

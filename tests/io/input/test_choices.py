@@ -110,6 +110,19 @@ def test_what_cannot_be_read_is_named_and_can_be_left_out(tmp_path: Path, place:
         assert not set(read.obsm if group == "obsm" else read.uns) - {"sedd"}
 
 
+def test_what_is_left_out_is_not_looked_at_for_names_of_genes_either(tmp_path: Path) -> None:
+    one, other = cells(counts()), cells(counts(seed=3))
+    other.var_names, other.obs_names = other.var["gene_ids"].tolist(), [f"other{k}" for k in range(other.n_obs)]
+    paths = [h5ad(tmp_path / "one", one), h5ad(tmp_path / "other", other)]
+    for path in paths:
+        unreadable(path, "var/dates")
+    with pytest.raises(UserError, match="Pass --gene_names gene_ids"):
+        convert(paths, tmp_path / "out.zarr", drop=("var/dates",), progress=False)
+    convert(paths[0], tmp_path / "out.zarr", drop=("var/dates",), progress=False)
+    with pytest.raises(UserError, match="has no gene in common"):
+        convert(paths[1], tmp_path / "out.zarr", append=True, drop=("var/dates",), progress=False)
+
+
 def test_leaving_out_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     adata = cells(counts())
     adata.obsm["X_pca"] = np.ones((adata.n_obs, 2))
