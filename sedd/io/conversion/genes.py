@@ -81,7 +81,7 @@ def match_inputs(files: list[Input], settings: dict[str, Any], *, aloud: bool = 
         warn_user(f"{file.path}: var has no column {file.naming.column!r}; the names of its index are used.")
     names, kept = [], []
     for file in files:
-        own, mask = file.var_names(raw), file.kept_genes(raw)
+        own, mask = file.var_names(raw, drop), file.kept_genes(raw)
         if mask is not None:
             own = [name for name, taken in zip(own, mask, strict=True) if taken]
             if aloud:

@@ -123,10 +123,10 @@ class AnnDataFile(Input):
         """Names of the cells."""
         return self._names("obs")
 
-    def var_names(self, raw: bool = False) -> list[str]:
+    def var_names(self, raw: bool = False, drop: tuple[str, ...] = ()) -> list[str]:
         """Names of the genes; they may repeat."""
         if self.naming != Naming():
-            return super().var_names(raw)
+            return super().var_names(raw, drop)
         return self._names(self._var_name(raw))
 
     def _names(self, table: str) -> list[str]:

@@ -206,11 +206,16 @@ class Input(ABC):
 
         Names of the index that others take the place of are kept in a column.
         """
-        return renamed(self._var(raw, drop), self.naming)
+        table = renamed(self._var(raw, self._but_names(drop)), self.naming)
+        return table.drop(columns=self.naming.column) if self._but_names(drop) != drop and self.naming.column in table else table
+
+    def _but_names(self, drop: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what is left out, but for the column that names are taken from."""
+        return tuple(name for name in drop if name != f"var/{self.naming.column}")
 
     def has_gene_names(self, raw: bool = False, drop: tuple[str, ...] = ()) -> bool:
         """Whether the genes' table has the column that names are to come from."""
-        return self.naming.column is None or has_names(self._var(raw, drop), self.naming.column)
+        return self.naming.column is None or has_names(self._var(raw, self._but_names(drop)), self.naming.column)
 
     @abstractmethod
     def _obs(self, drop: tuple[str, ...] = ()) -> pd.DataFrame:
@@ -225,9 +230,9 @@ class Input(ABC):
         """Names of the cells."""
         return [str(name) for name in self._obs().index]
 
-    def var_names(self, raw: bool = False) -> list[str]:
+    def var_names(self, raw: bool = False, drop: tuple[str, ...] = ()) -> list[str]:
         """Names of the genes; they may repeat."""
-        return names_of_genes(self._var(raw), self.naming)
+        return names_of_genes(self._var(raw, self._but_names(drop)), self.naming)
 
     def kept_genes(self, raw: bool = False) -> np.ndarray | None:
         """Which genes are taken where the file holds others too, (n_vars,) bool; None for all."""

@@ -123,6 +123,21 @@ def test_what_is_left_out_is_not_looked_at_for_names_of_genes_either(tmp_path: P
         convert(paths[1], tmp_path / "out.zarr", append=True, drop=("var/dates",), progress=False)
 
 
+@pytest.mark.parametrize("make", [h5ad, tenx_3], ids=["h5ad", "10x"])
+def test_a_column_names_the_genes_and_is_left_out_then(make: Callable[..., str], tmp_path: Path) -> None:
+    adata = cells(counts())
+    path = make(tmp_path / "a", adata)
+    if make is h5ad:
+        unreadable(path, "var/dates")
+    drop = ("var/dates", "var/gene_ids") if make is h5ad else ("var/gene_ids",)
+    read = ad.read_zarr(convert(path, tmp_path / "out.zarr", gene_names="gene_ids", drop=drop, progress=False).path)
+    assert read.var_names.tolist() == adata.var["gene_ids"].tolist()
+    assert read.var["var_names"].tolist() == adata.var_names.tolist()
+    assert "gene_ids" not in read.var
+    np.testing.assert_array_equal(read.X.toarray(), adata.X.toarray())
+    assert verify(tmp_path / "out.zarr", path, progress=False) is not None
+
+
 def test_leaving_out_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     adata = cells(counts())
     adata.obsm["X_pca"] = np.ones((adata.n_obs, 2))
