@@ -207,11 +207,11 @@ class Input(ABC):
         Names of the index that others take the place of are kept in a column.
         """
         table = renamed(self._var(raw, self._but_names(drop)), self.naming)
-        return table.drop(columns=self.naming.column) if self._but_names(drop) != drop and self.naming.column in table else table
+        return table.drop(columns=self.naming.column) if f"var/{self.naming.column}" in drop and self.naming.column in table else table
 
     def _but_names(self, drop: tuple[str, ...]) -> tuple[str, ...]:
         """Return what is left out, but for the column that names are taken from."""
-        return tuple(name for name in drop if name != f"var/{self.naming.column}")
+        return drop if self.naming.column is None else tuple(name for name in drop if name != f"var/{self.naming.column}")
 
     def has_gene_names(self, raw: bool = False, drop: tuple[str, ...] = ()) -> bool:
         """Whether the genes' table has the column that names are to come from."""

@@ -130,6 +130,9 @@ def test_a_column_names_the_genes_and_is_left_out_then(make: Callable[..., str],
     if make is h5ad:
         unreadable(path, "var/dates")
     drop = ("var/dates", "var/gene_ids") if make is h5ad else ("var/gene_ids",)
+    adata.var["None"] = 1.0
+    plain = convert(make(tmp_path / "b", adata), tmp_path / "plain.zarr", drop=("var/None",) if make is h5ad else (), progress=False)
+    assert "None" not in ad.read_zarr(plain.path).var
     read = ad.read_zarr(convert(path, tmp_path / "out.zarr", gene_names="gene_ids", drop=drop, progress=False).path)
     assert read.var_names.tolist() == adata.var["gene_ids"].tolist()
     assert read.var["var_names"].tolist() == adata.var_names.tolist()
