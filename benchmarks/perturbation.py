@@ -16,6 +16,7 @@ CP10k with that of the real held-out cells. Writes `benchmarks/results/perturbat
 
 from __future__ import annotations
 
+import datetime
 import json
 import tempfile
 from pathlib import Path
@@ -227,7 +228,7 @@ def main() -> None:
         for seed in args.seeds:
             records += measure(counts, seed, args.num_epochs, Path(folder))
     settings = {"data": args.data.name, "cells": len(counts), "genes": args.n_genes, "num_epochs": args.num_epochs}
-    settings |= {"flags": FLAGS, "num_steps": STEPS, "cells_generated": CELLS, "seeds": args.seeds}
+    settings |= {"flags": FLAGS, "num_steps": STEPS, "cells_generated": CELLS, "seeds": args.seeds, "date": datetime.date.today().isoformat()}
     write(args.output, records, settings)
 
 
