@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py atlas.h5ad --peer_python annbatch=/path/to/python --rounds 5
     python benchmarks/loader.py atlas.h5ad --against a89df50 --batches 512
+    python benchmarks/loader.py atlas.h5ad --s3 --rounds 3 --seconds 10
 
 Every contestant runs in a process of its own, one after the other, `--rounds` times; medians and ranges go to
 `benchmarks/results/loader_NAME.json`. Rates are given by the clock and per second of processor time: on a machine that does other
@@ -15,8 +16,6 @@ import argparse
 import itertools
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ import numpy as np
 from common import RESULTS, in_process, machine, peak_mib, ratios, summary, trees, with_code_of, write_result
 from flags import Flags
 from loader_peers import N_BINS, mean_entropy, rate
+from loader_remote import object_store
 
 from sedd.binning import Binning
 
@@ -174,34 +174,6 @@ def first_epoch_of_gzip(h5ad: Path) -> dict[str, float]:
     return {"conversion_seconds": converted, "seconds": seconds, "cells_a_second": cells / seconds}
 
 
-def object_store(store: str, seconds: float) -> dict[str, Any]:
-    """Cells per second of a windowed shuffle over S3: a server on this machine, that shares its cores, in memory."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    access = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    os.environ |= {**access, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stderr=subprocess.DEVNULL)
-    try:
-        import s3fs
-
-        files = s3fs.S3FileSystem()
-        for attempt in range(100):
-            try:
-                files.mkdir("atlases")
-                break
-            except OSError:
-                if attempt == 99:
-                    raise
-                time.sleep(0.2)
-        files.put(store, "atlases/store.zarr", recursive=True)
-        given = {"store": "s3://atlases/store.zarr", "batch_size": 512, "shuffle": "window", "mask": None}
-        return {f"{threads} threads": measure({**given, "threads": threads}, "tokens", seconds) for threads in (2, 8)}
-    finally:
-        server.terminate()
-        server.wait()
-
-
 def figure(record: dict[str, Any], path: Path, batch: int = 512) -> None:
     """Draw the rates at one batch size, peers beside each other and the machine's limit above."""
     import matplotlib
@@ -312,7 +284,7 @@ def main() -> None:
     parser.add_argument("--panel", help="genes of the panel that is also read", type=int, default=2000)
     parser.add_argument("--gzip", type=Path, help="the same h5ad, gzipped")
     parser.add_argument("--large", type=Path, help="a store of more cells, to compare rates with")
-    parser.add_argument("--s3", action="store_true", help="measure over a local S3 server too; needs moto")
+    parser.add_argument("--s3", action="store_true", help="measure over S3 alone, of servers on this machine; needs moto, and nginx for more")
     parser.add_argument("--against", help="a commit to compare with")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--output", type=Path, help="by default results/loader_NAME.json")
@@ -331,6 +303,12 @@ def main() -> None:
         from sedd.io.convert import convert
 
         convert(str(args.h5ad), str(store))
+    if args.s3:
+        output = args.output or RESULTS / f"loader_{args.h5ad.stem}_s3.json"
+        about = {"machine": machine(), "data": {"file": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds}}
+        write_result(output, about | {"servers": object_store(str(store), args.seconds, args.rounds)})
+        print(output)
+        return
     here = Path(__file__).resolve()
     common = ["--batches", args.batches, "--seconds", str(args.seconds)]
     commands = {"sedd": [sys.executable, str(here), str(args.h5ad), "--store", str(store), "--contest", *common]}
@@ -373,7 +351,6 @@ def main() -> None:
         "window_by_store": {name: summary(values) for name, values in by_store.items()},
         "cold_epoch": cold_epoch(str(store)),
         "first_epoch_of_gzip": None if args.gzip is None else first_epoch_of_gzip(args.gzip),
-        "object_store": object_store(str(store), 5 * args.seconds) if args.s3 else None,
         "bytes_read_by_8_ranks": rank_bytes(str(store)),
         "bytes_of_the_store": sum(
             f.stat().st_size for n in ("data", "indices") for f in (store / "X" / n / "c").iterdir()

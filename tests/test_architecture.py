@@ -20,7 +20,7 @@ FLOORS = [
     ["kernels"],
     ["binning"],
     ["io.remote"],
-    ["io.files", "io.locks"],
+    ["io.files", "io.locks", "io.loading.threads"],
     ["io.outputs"],
     ["io.format"],
     ["io.input"],

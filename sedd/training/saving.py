@@ -2,7 +2,7 @@
 
 A state is copied and the copy is written by a thread, so that a step waits for the copy alone. While one is written another may wait for its turn;
 of `best.pt` the newest does, and a checkpoint of every so many minutes is not due. So only checkpoints of every so many steps, each of which was
-asked for, can hold up a run, where the disk is slower than they come: then all of its processes wait for the first.
+asked for, can hold up a run, where the disk is slower than they come: then all of its processes wait for the first, and a warning says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import torch
 
 from sedd import checkpoint
 from sedd.config import RunConfig
+from sedd.errors import warn_user
 from sedd.training.parallel import Ranks, whole
+
+_NOTED = 1.0  # seconds of waiting for the disk that are worth a warning
 
 
 class Saver:
@@ -48,6 +51,7 @@ class Saver:
         self._state = state
         self._last = (step, time.monotonic())
         self._writer = CheckpointWriter()
+        self._waited, self._warned = 0.0, False
 
     def due(self, step: int) -> bool:
         """Return whether this process finds that a step checkpoint is to be saved; processes may differ in it.
@@ -66,7 +70,9 @@ class Saver:
     def save(self, *names: str, drop: Callable[[], list[Path]] = list) -> None:
         """Start to write the state under each of `names`; then delete what `drop` finds."""
         paths = [self._directory / name for name in names]
+        began = time.monotonic()
         self._writer.make_room(paths)  # before there is one more copy
+        self._waited = time.monotonic() - began
         state = self._state()
         if self._ranks.first or self._divided:
             state = snapshot(state, keep=self._ranks.first)
@@ -83,6 +89,12 @@ class Saver:
             return others[: max(0, len(others) - (self._keep - 1))]
 
         self.save(path.name, drop=older)
+        if self._waited > _NOTED and self._every_steps is not None and not self._warned:
+            self._warned = True
+            warn_user(
+                f"training waited {self._waited:.0f} s at step {step} for earlier checkpoints to be written: every {self._every_steps} steps is more often "
+                f"than the disk of {self._directory} can take them. Minutes (--checkpoint_every 10min) never wait; more steps wait less."
+            )
         return path
 
     def wait(self) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from sedd import checkpoint
 from sedd.config import RunConfig
+from sedd.training import saving
 from sedd.training.saving import CheckpointWriter, Saver, snapshot
 
 
@@ -84,7 +85,9 @@ def test_checkpoints_of_every_so_many_steps_are_all_written_and_the_error_of_one
     one.save_step(2)
     assert one.due(3)
     threading.Timer(0.1, free.set).start()
-    one.save_step(3)  # waits: one is written and one has its turn before it
+    monkeypatch.setattr(saving, "_NOTED", 0.05)
+    with pytest.warns(UserWarning, match="waited 0 s at step 3 for earlier checkpoints.*every 1 steps"):
+        one.save_step(3)  # waits: one is written and one has its turn before it
     one.wait()
     assert [name for name, _ in written] == ["step_1.pt", "step_2.pt", "step_3.pt"]
     free.clear()

@@ -123,36 +123,43 @@ class ChunkReader:
     def _read_remote(self, files: RemoteFiles, shards: np.ndarray, slots: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
         try:
             indexes = self._remote_indexes(files, np.unique(shards).tolist())
-            places = np.stack([indexes[shard][slot] for shard, slot in zip(shards.tolist(), slots.tolist(), strict=True)])
-            absent = places[:, 0] == ABSENT
-            offsets, lengths = np.where(absent[:, None], np.uint64(0), places).astype(np.int64).T
+            found = np.stack([indexes[shard][slot] for shard, slot in zip(shards.tolist(), slots.tolist(), strict=True)])
+            absent = found[:, 0] == ABSENT
+            offsets, lengths = np.where(absent[:, None], np.uint64(0), found).astype(np.int64).T
             follows = (shards[1:] == shards[:-1]) & (offsets[1:] == (offsets + lengths)[:-1])
             first = np.r_[0, np.flatnonzero(~follows) + 1]
             asked = np.add.reduceat(lengths, first)
             some = asked > 0
             ranges = files.read(shards[first][some].tolist(), offsets[first][some].tolist(), (offsets[first] + asked)[some].tolist())
+            low, parts = 0, list[np.ndarray]()
+            for shard, expected, high in zip(shards[first].tolist(), asked.tolist(), [*first[1:].tolist(), shards.size], strict=True):
+                if expected:
+                    parts.append(np.frombuffer(next(ranges), np.uint8))
+                    if parts[-1].size != expected:
+                        raise DamagedFileError(
+                            f"{self.name}: shard {files.path(shard)} is truncated: {expected} bytes expected, {parts[-1].size} found; {_WAY_OUT}"
+                        )
+                if high < shards.size and sum(part.size for part in parts) < _SCRATCH:
+                    continue
+                scratch = np.concatenate(parts) if parts else np.empty(0, np.uint8)
+                those = slice(low, high)  # decoded while the next are under way
+                places = [(files.path(shard), shard * self._slots + slot) for shard, slot in zip(shards[those].tolist(), slots[those].tolist(), strict=True)]
+                self._decode(scratch, lengths[those], absent[those], out, targets[those], places.__getitem__)
+                low, parts = high, []
         except FileNotFoundError as error:
             raise DamagedFileError(f"{self.name}: a shard is missing ({error}); {_WAY_OUT}") from None
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, DamagedFileError):
                 raise
             raise DamagedFileError(f"{self.name}: cannot be read ({error}); {_WAY_OUT}") from error
-        for shard, there, expected in zip(shards[first][some].tolist(), ranges, asked[some].tolist(), strict=True):
-            if len(there) != expected:
-                raise DamagedFileError(f"{self.name}: shard {files.path(shard)} is truncated: {expected} bytes expected, {len(there)} found; {_WAY_OUT}")
         with self._lock:
             self.bytes_read += int(lengths.sum())
-        scratch = np.frombuffer(bytearray().join(ranges), np.uint8) if ranges else np.empty(0, np.uint8)
-        self._decode(scratch, lengths, absent, out, targets, lambda bad: (files.path(int(shards[bad])), int(shards[bad] * self._slots + slots[bad])))
 
     def _remote_indexes(self, files: RemoteFiles, shards: list[int]) -> dict[int, np.ndarray]:
         found = {shard: self._indexes[shard] for shard in shards if shard in self._indexes}
         if absent := [shard for shard in shards if shard not in found]:
-            sizes = files.sizes(absent)
-            for shard, there in zip(absent, sizes, strict=True):
+            for shard, (there, raw) in zip(absent, files.tails(absent, self._index_size), strict=True):
                 self._check_room(there, files.path(shard))
-            starts = [there - self._index_size for there in sizes]
-            for shard, there, raw in zip(absent, sizes, files.read(absent, starts, sizes), strict=True):
                 found[shard] = self._index(np.frombuffer(raw, np.uint8), there, files.path(shard))
             if len(self._indexes) + len(absent) > _INDEXES_KEPT:
                 self._indexes.clear()

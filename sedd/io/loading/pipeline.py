@@ -105,6 +105,7 @@ class Pipeline:
         self.threads, self.memory_budget = threads, memory_budget
         self._slabs = Slabs(keep=4 * threads + 4)
         self._readers = Threads(threads, "sedd-read")
+        self._helpers = Threads(threads - 1, "sedd-read-part")  # of reads that are shared, where there are fewer than threads
         self._makers = Threads(threads, "sedd-make")
         self._cell_list: np.ndarray | None = None
 
@@ -112,17 +113,29 @@ class Pipeline:
         """Stop the threads; what is running is waited for, what is queued is dropped."""
         self._makers.close()
         self._readers.close()
+        self._helpers.close()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
-    def _run_cells(self, steps: RankSteps) -> int:
-        """Cells that one read may bring into memory."""
+    @property
+    def _cell_bytes(self) -> float:
+        """Bytes in memory of an average cell that was read."""
         store = self.reader.store
-        per_cell = max(store.nnz / max(store.n_obs, 1) * self.reader.value_bytes, 1.0)
+        return max(store.nnz / max(store.n_obs, 1) * self.reader.value_bytes, 1.0)
+
+    def _at_a_time(self, steps: RankSteps, window: int) -> int:
+        """Return how many reads are under way: one a thread, or fewer where windows would else be cut, as each cut reads every block again."""
+        whole = self.memory_budget * 0.5 / (1.25 * self._cell_bytes) / max(window // steps.world_size, 1)
+        fewer = int(whole) - 2
+        return fewer if window > 1 and self.client is None and 1 <= fewer < self.threads else self.threads
+
+    def _run_cells(self, steps: RankSteps, window: int) -> int:
+        """Cells that one read may bring into memory."""
+        per_cell = self._cell_bytes
         if isinstance(self.reader, WholeStore):
             return _RUN
         # A block of 64 cells brings about one chunk more than it needs; readers + 2 runs are in memory at a time.
-        most = int(self.memory_budget * 0.5 / (self.threads + 2) / (1.25 * per_cell))
+        most = int(self.memory_budget * 0.5 / (self._at_a_time(steps, window) + 2) / (1.25 * per_cell))
         if most < 1 or self._batch_bytes(steps) * 2 > self.memory_budget // 2:
             need = int(max(2 * (self.threads + 2) * 1.25 * per_cell, self._batch_bytes(steps) * 4)) >> 20
             raise UserError(
@@ -139,7 +152,7 @@ class Pipeline:
 
     def _cuts(self, steps: RankSteps, order: EpochOrder) -> Iterator[tuple[int, int]]:
         """Cut this rank's cells into reads, at the ends of the order's windows where they fit into memory."""
-        most = self._run_cells(steps)
+        most = self._run_cells(steps, order.window)
         low, size = 0, _FIRST_RUN
         while low < steps.n_mine:
             if order.window > 1:
@@ -169,10 +182,23 @@ class Pipeline:
         cells[by_rank] = self.cells.cells(ranks[by_rank])
         return cells
 
+    def _shared(self, calls: list[Callable[[], None]]) -> None:
+        """Make the calls of one read, on several threads; none is under way when this returns or raises."""
+        others = [self._helpers.submit(call) for call in calls[1:]]
+        try:
+            calls[0]()
+        finally:
+            for other in others:
+                other.wait()
+        for other in others:
+            other.result()
+
     def _start_read(self, steps: RankSteps, order: EpochOrder, low: int, high: int) -> _Run:
+        parts = -(-self.threads // self._at_a_time(steps, order.window))
+
         def read() -> tuple[np.ndarray, Rows]:
             cells = self._cells_at(order, steps.positions(low, high))
-            return cells, self.reader.read(cells)
+            return cells, self.reader.read(cells, self._shared, parts)
 
         def read_elsewhere() -> tuple[np.ndarray, Rows]:
             cells = self._cells_at(order, steps.positions(low, high))
@@ -299,7 +325,7 @@ class Pipeline:
         group = per_group * steps.batch_size
         size = min(group, max(1, _FIRST_GROUP_ROWS // steps.batch_size) * steps.batch_size)  # doubled until it is a whole group's
         groups_ahead = min(self.threads + 2, max(2, room // (batch_bytes * per_group)))
-        cuts = self._cuts(steps, order)
+        cuts, readers = self._cuts(steps, order), self._at_a_time(steps, order.window)
         runs: deque[_Run] = deque()
         pending: deque[Task[list[dict[str, Any]]]] = deque()
         asked, read_to = 0, 0
@@ -325,7 +351,7 @@ class Pipeline:
                     asked = stop
                     while runs and runs[0].high <= asked:
                         runs.popleft()
-                    while len(runs) <= self.threads and read_more():
+                    while len(runs) <= readers and read_more():
                         pass
                 if not pending:
                     return

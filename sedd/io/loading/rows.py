@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,12 +73,16 @@ class RowReader:
         """Bytes in memory of one non-zero."""
         return sum(reader.dtype.itemsize for reader in self._readers.values())
 
-    def read(self, cells: np.ndarray) -> Rows:
+    def read(self, cells: np.ndarray, shared: Callable[[list[Callable[[], None]]], None] | None = None, parts: int = 1) -> Rows:
         """Read the rows of `cells`.
 
         Parameters
         ----------
         cells : (k,) int64, in any order, repeats allowed
+        shared : callable or None
+            Makes several calls, and returns when all have ended.
+        parts : int
+            Calls that it is to make for each array.
 
         Returns
         -------
@@ -87,7 +93,11 @@ class RowReader:
         soup = {}
         for name, reader in self._readers.items():
             soup[name] = self._slabs.take((chunks.size * self.chunk,), reader.dtype)
-            reader.read(chunks, soup[name], places)
+            if shared is None or parts < 2:
+                reader.read(chunks, soup[name], places)
+                continue
+            shares = zip(np.array_split(chunks, parts), np.array_split(places, parts), strict=True)
+            shared([partial(reader.read, some, soup[name], there) for some, there in shares])
         return Rows(soup["indices"], soup["data"], starts, stops)
 
     def _bounds(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +118,8 @@ class WholeStore(RowReader):
         self._state = np.zeros(n_chunks, np.uint8)
         self._changed = threading.Condition()
 
-    def read(self, cells: np.ndarray) -> Rows:
-        """Read the rows of `cells`; see `RowReader.read`."""
+    def read(self, cells: np.ndarray, shared: Callable[[list[Callable[[], None]]], None] | None = None, parts: int = 1) -> Rows:
+        """Read the rows of `cells`; see `RowReader.read`. Never shared: it reads as many at a time as there are threads."""
         starts, stops = self._bounds(cells)
         needed = chunks_of(starts, stops, self.chunk)
         while True:

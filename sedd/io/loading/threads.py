@@ -53,10 +53,14 @@ class Task(Generic[T]):
                 call,
             )  # the error refers to this frame, and through it would keep the task, its arguments and itself
 
-    def result(self) -> T:
-        """Wait for the call; return what it returned or raise what it raised."""
+    def wait(self) -> None:
+        """Wait for the call."""
         with self._under_way:  # whoever waits gives the lock on to the next
             pass
+
+    def result(self) -> T:
+        """Wait for the call; return what it returned or raise what it raised."""
+        self.wait()
         if self._error is None:
             return self._value
         try:

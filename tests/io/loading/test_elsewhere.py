@@ -14,9 +14,13 @@ import torch
 import zarr
 
 from sedd.errors import DamagedFileError
+from sedd.io.format import object_store, reader
 from sedd.io.format.object_store import RemoteFiles
 from sedd.io.format.reader import ChunkReader
 from sedd.io.loader import CellLoader
+from sedd.io.loading import pipeline
+from sedd.io.plan import EpochOrder
+from sedd.io.store import CellStore
 from tests.io.stores import small_store
 
 
@@ -39,8 +43,23 @@ def test_a_dask_cluster_reads_windows_to_the_same_batches_byte_for_byte(client: 
                 assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-def test_a_window_of_a_remote_store_is_one_request_for_each_array_and_damage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+class Bucket:
+    """Reads what lies in fsspec's memory, as `object_store._Bucket` reads what lies on S3."""
+
+    def tail(self, path: str, size: int) -> tuple[int, bytes]:
+        there = fsspec.filesystem("memory").cat_file(path)
+        return len(there), there[-size:]
+
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        return bytes(fsspec.filesystem("memory").cat_file(path)[start:stop])
+
+
+@pytest.mark.parametrize("by", ["fsspec", "one request after another, many at once"])
+def test_a_window_of_a_remote_store_is_one_read_of_each_array_and_damage_is_told(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = fsspec.filesystem("memory")
+    if by != "fsspec":
+        monkeypatch.setattr(object_store, "_bucket", lambda files, path: Bucket())
+        monkeypatch.setattr(reader, "_SCRATCH", 1000)  # so that a read is decoded bit by bit
     memory.put(str(small_store()), "/atlases/small.zarr", recursive=True)
     asked: list[int] = []
     real = RemoteFiles.read
@@ -56,7 +75,7 @@ def test_a_window_of_a_remote_store_is_one_request_for_each_array_and_damage_is_
         asked.clear()
         assert np.array_equal(there.read_range(0, there.size), here.read_range(0, here.size))
         assert there.bytes_read > 0
-        assert len(asked) == 2 and asked[1] <= 2  # the index, and all chunks as one range of each shard
+        assert len(asked) == 1 and asked[0] <= 2  # all chunks as one range of each shard
         path = "/atlases/small.zarr/X/data/c/0"
         whole = memory.cat_file(path)
         for spoilt, said in ((whole[:100], "truncated"), (whole[:-4] + b"abcd", "checksum"), (b"x" * 40 + whole[40:], "checksum|damaged"), (None, "missing")):
@@ -67,23 +86,44 @@ def test_a_window_of_a_remote_store_is_one_request_for_each_array_and_damage_is_
         memory.rm("/atlases", recursive=True)
 
 
+def test_more_threads_than_windows_that_fit_read_each_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpochOrder, "window", 500)
+    monkeypatch.setattr(pipeline, "_MIN_RUN", 1)
+    store = CellStore(small_store())
+    three_windows = 3 * 500 * store.nnz // store.n_obs * sum(store.x_arrays[name].dtype.itemsize for name in ("indices", "data"))
+    batches, read = {}, {}
+    for threads, memory_budget in ((1, "1GiB"), (6, 3 * three_windows)):
+        with CellLoader(store, batch_size=200, shuffle="window", threads=threads, memory_budget=memory_budget) as loader:
+            batches[threads] = list(loader)
+            read[threads] = loader.bytes_read
+    assert read[6] < 1.2 * read[1]  # two threads may both ask for an index
+    assert all(a.tokens.equal(b.tokens) and a.cell.equal(b.cell) for a, b in zip(batches[1], batches[6], strict=True))
+
+
 READ_S3 = """
 import sys
+if sys.argv[2] != "obstore":
+    sys.modules["obstore"] = None
 import s3fs
+from sedd.io.format import object_store
 from sedd.io.loader import CellLoader
 
-s3fs.S3FileSystem().mkdir("atlases")
-s3fs.S3FileSystem().put(sys.argv[1], "atlases/small.zarr", recursive=True)
-with CellLoader(sys.argv[1], batch_size=200) as here, CellLoader("s3://atlases/small.zarr", batch_size=200) as there:
+s3fs.S3FileSystem().mkdir(sys.argv[2])
+s3fs.S3FileSystem().put(sys.argv[1], sys.argv[2] + "/small.zarr", recursive=True)
+with CellLoader(sys.argv[1], batch_size=200) as here, CellLoader(f"s3://{sys.argv[2]}/small.zarr", batch_size=200) as there:
     pairs = list(zip(here, there, strict=True))
 assert len(pairs) == len(here)
 assert all(a.tokens.equal(b.tokens) and a.masked.equal(b.masked) and a.cell.equal(b.cell) for a, b in pairs)
+assert object_store._Bucket.started is not None if sys.argv[2] == "obstore" else object_store._Bucket.started is None
 print("the same")
 """
 
 
 @pytest.mark.slow
-def test_a_store_on_s3_gives_the_same_batches() -> None:
+@pytest.mark.parametrize("by", ["obstore", "s3fs"])
+def test_a_store_on_s3_gives_the_same_batches(by: str) -> None:
+    if by == "obstore":
+        pytest.importorskip("obstore")
     server_module = pytest.importorskip("moto.server")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -96,7 +136,7 @@ def test_a_store_on_s3_gives_the_same_batches() -> None:
     }
     try:  # in a process of its own: the S3 client leaves its sessions to the garbage collector
         done = subprocess.run(
-            [sys.executable, "-c", READ_S3, str(small_store())],
+            [sys.executable, "-c", READ_S3, str(small_store()), by],
             env={**os.environ, **settings},
             capture_output=True,
             text=True,
