@@ -125,10 +125,11 @@ def _train(arguments: list[str]) -> int:
     from sedd.processes import is_main
     from sedd.trainer import SEDDTrainer
 
-    history = SEDDTrainer(config).fit()
+    trainer = SEDDTrainer(config)
+    history = trainer.fit()
     if history and is_main() and not config.run.dry_run:
         best, directory = min(history, key=lambda entry: entry["val_nelbo"]), shlex.quote(config.run.checkpoint_dir)
-        data = " ".join(shlex.quote(without_secrets(path)) for path in config.data.paths)
+        data = shlex.quote(without_secrets(trainer.data_path))
         print(
             f"sedd train: {counted(len(history), 'epoch')} done; the best is {best['epoch']}, {best['val_nelbo']:.1f} nats per held-out cell. "
             f"Next: sedd evaluate {directory} {data} -o {directory}",
@@ -208,6 +209,8 @@ def _one_line(box: str) -> str:
     lines = [line.strip("│╭╰╮╯─ \t") for line in box.splitlines()]
     words = " ".join(line for line in lines[1:] if line.strip("-"))  # rules are dashes where there are no box characters
     words = re.split(r"For full helptext", words)[0]
+    if found := re.match(r"Unrecognized options: ([^-].*)", words.strip()):
+        return f"unexpected words: {found[1].strip()}. Files stand together, before the options; where a command takes one, `sedd convert` makes one store of several."
     return re.sub(r"^Error parsing [\w.]+: ", "", words).strip()
 
 

@@ -10,6 +10,7 @@
         ExistsError              an output that is there already; `overwrite` replaces it where it is sedd's own
         SettingError             a setting that cannot be, or that disagrees with another or with the run to resume
         SeveralPartsError        an input that holds several matrices, of which one must be chosen
+        NoSuchPartError          an input that has no such modality, layer or .raw
         NotCountsError           values that are no counts, such as log-normalised ones
           NegativeValuesError    values below 0, which no binning takes
     UserWarning
@@ -97,6 +98,10 @@ class SeveralPartsError(UserError):
     def __init__(self, message: str, names: list[str]) -> None:
         super().__init__(message)
         self.names = names
+
+
+class NoSuchPartError(UserError):
+    """An input that lacks the modality, layer or `.raw` that is asked for."""
 
 
 class NotCountsError(UserError):

@@ -310,7 +310,7 @@ def generate(
     Returns
     -------
     generated : AnnData, n x panel
-        `X` float32 CSR of counts; obs holds the labels asked for.
+        `X` float32 of counts, CSR where most of them are 0; obs holds the labels asked for.
 
     Raises
     ------

@@ -74,6 +74,12 @@ class SEDDTrainer:
         """Return the network of the run, once `fit` has made it."""
         return self._learner.model
 
+    @property
+    def data_path(self) -> str:
+        """Return where the cells are: the input, or the store that was made of several, once `fit` has opened it."""
+        paths = self.config.data.paths
+        return paths[0] if len(paths) == 1 else self._panel.store.path
+
     # -- from settings to a run that can start ---------------------------------------------------------------------
 
     def fit(self) -> list[dict[str, Any]]:

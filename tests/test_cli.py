@@ -59,6 +59,12 @@ def test_two_files_become_one_store(tiny_h5ad: Path, tmp_path: Path, capsys: pyt
     assert "fewer than two paths" in capsys.readouterr().err
 
 
+def test_files_after_the_options_and_a_second_input_are_told_where_they_belong(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["convert", "a.h5ad", "--raw", "a.zarr"], ["evaluate", "-o", "out", "run", "a.h5ad", "b.h5ad"]):
+        assert main(words) == 2
+        assert f"unexpected words: {words[-1]}. Files stand together, before the options" in capsys.readouterr().err
+
+
 def test_every_command_has_a_help_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ from sedd.report.plots import ReportData
 
 REPORT_FILES = ("metrics.json", "steps.json", "report.html")
 """What `evaluate` writes."""
+
+LEAST_GENES = 20
+"""Cells with counts of fewer genes may be alike by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +173,11 @@ def evaluate(
         counts, train_counts = _matrix(held_out), _matrix(train)
         held_out.report_rounded()
         name = source.name
+    if seen := _seen(counts[:, ~held_out.missing], train_counts[:, ~held_out.missing]):
+        notes.append(
+            f"At least {seen:,} of the {counts.shape[0]:,} cells measured {'has' if seen == 1 else 'have'} the counts of a training cell, gene by gene: the model "
+            "has seen them, so the numbers are better than of new cells. Evaluate on the data of the training, all of it, whose validation cells are then taken."
+        )
     hidden = None
     if model.knows_masks:
         hide = hide if hide is not None else model.config.model.mask_ratio
@@ -230,6 +239,18 @@ def _matrix(cells: Cells) -> sp.csr_matrix:
     step = 1024
     blocks = [sp.csr_matrix(cells.counts(lo, min(lo + step, len(cells)))) for lo in range(0, len(cells), step)]
     return sp.vstack(blocks, format="csr")
+
+
+def _seen(counts: sp.csr_matrix, train: sp.csr_matrix) -> int:
+    """Return how many cells have the very counts of a training cell; cells of few genes may be alike by chance and do not count."""
+
+    def rows(matrix: sp.csr_matrix) -> Iterator[bytes]:
+        for lo, hi in itertools.pairwise(matrix.indptr):
+            if hi - lo >= LEAST_GENES:
+                yield matrix.indices[lo:hi].astype(np.int64).tobytes() + matrix.data[lo:hi].tobytes()
+
+    known = set(map(hash, rows(train)))
+    return sum(hash(row) in known for row in rows(counts))
 
 
 def _tokens(model: Pretrained, counts: sp.csr_matrix) -> np.ndarray:

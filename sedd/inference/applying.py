@@ -102,8 +102,15 @@ def for_each_batch(
             details = {**details, **first(chosen, labels)}
         done = described(model, task, details)
         with open_parts(task, model, arguments, len(chosen)) as parts:
+            empty = 0
             for here in batches(model, chosen, batch_size, task, progress, parts, whole=beside is not None, labels=labels):
+                empty += int((~here.counts.any(1)).sum())
                 parts.add(here.lo, here.digest, **make(here))
+            if empty:
+                warn_user(
+                    f"{source.name}: {empty} of its {len(chosen)} cells {'has' if empty == 1 else 'have'} no counts of the model's genes: what "
+                    "comes out for them rests on zeros alone. Leave them out, as quality control does."
+                )
             chosen.report_rounded()
             source.check_unchanged()
             if beside is None:

@@ -283,9 +283,10 @@ def cells_of_split(source: Source, part: str, state: dict[str, Any]) -> np.ndarr
         raise UserError(f"--cells is {part!r}; expected all, train or val.")
     trained_on = state["data"]
     if not begins_as_trained_on(source.obs.index, state):
+        there = "" if isinstance(state["args"]["data_path"], str) else f"{trained_on['path']}, which has them, or "
         raise UserError(
             f"{source.name}: is not the data that the model was trained on ({len(source.obs)} cells here, {trained_on['n_obs']} there), "
-            f"so it has no {part} cells; pass --cells all."
+            f"so it has no {part} cells; pass {there}--cells all."
         )
     return split_of(state, part).cells()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sedd.config import TrainConfig
 from sedd.errors import UserError, counted
 from sedd.io.convert import is_store
-from sedd.io.input.opening import opened_as
+from sedd.io.input.opening import one_of, opened_as
 from sedd.io.plan import BLOCK, Split
 from sedd.io.remote import is_remote
 
@@ -26,7 +26,7 @@ def check_inputs(config: TrainConfig) -> None:
         return
     n_obs, columns = 0, list[str]()
     for path in data.paths:
-        with opened_as(path, data.of_inputs()) as file:
+        with one_of(data.paths), opened_as(path, data.of_inputs()) as file:
             n_obs += file.n_obs
             if config.model.condition:
                 columns += [name.removeprefix("obs/") for name in file.elements() if name.startswith("obs/") and name not in data.drop]

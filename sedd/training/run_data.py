@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -407,6 +408,13 @@ def _categories(store: CellStore, column: str) -> list[str]:
         warn_user(
             f"--condition {column}: {label!r} is learned as a label like any other. If it means that a cell has none, leave it missing: "
             f"adata.obs[{column!r}] = adata.obs[{column!r}].where(adata.obs[{column!r}] != {label!r})."
+        )
+    alike = [label for label, n in Counter(" ".join(label.split()).casefold() for label in labels).items() if n > 1]
+    if alike:
+        pair = [label for label in labels if " ".join(label.split()).casefold() == alike[0]][:2]
+        warn_user(
+            f"--condition {column}: {pair[0]!r} and {pair[1]!r} are learned as two labels. If they are one, give them one name: "
+            f"adata.obs[{column!r}] = adata.obs[{column!r}].replace({{{pair[1]!r}: {pair[0]!r}}})."
         )
     return labels
 

@@ -69,6 +69,13 @@ def test_half_of_the_genes_say_what_a_cell_is(model: Pretrained) -> None:
     assert len(found.uns["sedd"]["missing_genes"]) == 30
 
 
+def test_cells_without_counts_of_the_panel_are_warned_of(model: Pretrained) -> None:
+    adata = make_counts()
+    adata.X = adata.X.multiply(np.arange(adata.n_obs)[:, None] >= 2).tocsr()
+    with pytest.warns(SeddWarning, match="2 of its 240 cells have no counts of the model's genes"):
+        annotate(model, adata, progress=False)
+
+
 def test_annotating_again_replaces_the_labels_of_before(model: Pretrained, tmp_path: Path) -> None:
     make_counts().write_h5ad(tmp_path / "a.h5ad")
     annotate(model, tmp_path / "a.h5ad", output=tmp_path / "b.h5ad", progress=False)

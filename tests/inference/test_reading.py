@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY_FLAGS, dense, make_counts
 
+from sedd.checkpoint import split_of
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
 from sedd.evaluation import evaluate
@@ -112,17 +113,25 @@ def test_data_are_read_as_those_of_the_training_were(tmp_path: Path) -> None:
     assert np.array_equal(dense(again.layers["counts"]), dense(found.layers["counts"]))
 
 
-def test_a_run_on_several_inputs_is_evaluated(tmp_path: Path) -> None:
+def test_a_run_on_several_inputs_is_evaluated_on_their_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = data(100), data(100)
+    two.X = two.X * np.float32(3)  # cells of their own
     two.obs_names = [f"other{k}" for k in range(100)]
     paths = [h5ad(tmp_path / "one", one), h5mu(tmp_path / "two", two)]
     run = tmp_path / "run"
     assert main(["train", "--data_path", *paths, "--checkpoint_dir", str(run), *TINY_FLAGS, "--num_epochs", "1"]) == 0
     own = Pretrained.load(run)
     assert own.config.data.paths == tuple(paths)
-    for given in (own.state["data"]["path"], paths[1]):
-        found = evaluate(own, given, n_masks=2, num_steps=2, steps=(), umap=False, progress=False)
-        assert found.metrics["likelihood"]
+    store = own.state["data"]["path"]
+    assert f"Next: sedd evaluate {run} {store} -o {run}" in capsys.readouterr().err
+    held_out, one_input = (evaluate(own, given, n_masks=2, num_steps=2, steps=(), umap=False, progress=False) for given in (store, paths[1]))
+    assert held_out.metrics["likelihood"]
+    assert "the counts of a training cell" not in " ".join(held_out.notes)
+    trained = ad.read_zarr(store)[split_of(own.state, "train").cells()]
+    n_seen = int((((dense(trained.X) > 0).sum(1) >= 20) & trained.obs_names.str.startswith("other")).sum())  # cells of few genes may be alike by chance
+    assert f"At least {n_seen} of the 100 cells measured have the counts of a training cell" in " ".join(one_input.notes)
+    with pytest.raises(UserError, match="no val cells; pass .*one.*, which has them, or --cells all"):
+        embed(own, paths[1], cells="val", progress=False)
 
 
 def test_fractions_are_rounded_in_tasks_where_asked(model: Pretrained, tmp_path: Path) -> None:

@@ -150,6 +150,8 @@ def test_empty_inputs_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5ad", sparse.csr_matrix((0, 5), dtype=np.float32))
     with pytest.raises(UserError, match="has no cells"):
         convert(path, tmp_path / "a.zarr", progress=False)
+    with pytest.raises(UserError, match=r"a.h5ad: has no cells; .* Leave it out\."):
+        convert([write(tmp_path / "some.h5ad", counts()), path], tmp_path / "a.zarr", progress=False)
     path = write(tmp_path / "b.h5ad", sparse.csr_matrix((5, 0), dtype=np.float32))
     with pytest.raises(UserError, match="has no genes"):
         convert(path, tmp_path / "a.zarr", progress=False)

@@ -112,6 +112,15 @@ def test_missing_labels_that_became_text_are_warned_of(tmp_path: Path, capsys: p
     assert "--condition cell_type" not in said
 
 
+def test_labels_that_differ_by_blanks_or_capitals_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = make_counts(N)
+    adata.obs["kind"] = np.where(np.arange(N) % 3, "T cell", "t cell ")
+    assert train(adata, tmp_path, "--condition", "kind") == 0
+    said = capsys.readouterr().err
+    assert said.count("'T cell' and 't cell ' are learned as two labels. If they are one") == 1
+    assert "replace({'t cell ': 'T cell'})" in said
+
+
 def test_a_run_is_not_resumed_with_other_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adata = make_counts(N)
     assert train(adata, tmp_path, "--condition", "donor") == 0

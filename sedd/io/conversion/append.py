@@ -100,10 +100,11 @@ class Append:
         """Refuse what cannot be appended to this store."""
         default, kept = ConversionSettings().of_the_store(), self._settings(store)
         for name, value in self.asked.of_the_store().items():
+            plain = name in ("layer", "raw") and kept["layer"] is None and not kept["raw"]  # whose cells are in X, as those of a store are
             if value not in (default[name], kept[name]):
                 raise UserError(
                     f"--{name}: {self.shown} was made with another, and cells are appended as its own were taken. Leave --{name} out, or "
-                    "convert all files together into another store."
+                    f"{'convert the file alone and append that store' if plain else 'convert all files together into another store'}."
                 )
         strange = sorted({*store.keys()} - _MEMBERS) + [f"obsp/{name}" for name in store.keys("obsp")]
         layers = set(free_names(kept["keep_layers"], nested=False).values())

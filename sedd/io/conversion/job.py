@@ -15,7 +15,7 @@ from sedd.io.conversion.inputs import Plan, load_plan
 from sedd.io.conversion.runner import TaskRunner
 from sedd.io.files import sync_tree
 from sedd.io.format.shards import n_shards
-from sedd.io.input.opening import input_fingerprint, opened_as
+from sedd.io.input.opening import input_fingerprint, one_of, opened_as
 from sedd.io.outputs import check_replaceable, clear, move_into_place, only_writer, partial_folder, remove_parts
 from sedd.io.remote import is_remote
 from sedd.options import recorded_path
@@ -49,7 +49,8 @@ class Job:
         self.asked, self.settings = asked, {**asked.of_the_store(), "genes": read_gene_list(asked.genes)}
         check_inputs(paths, output, asked)
         for path in paths:
-            opened_as(path, self.settings).close()
+            with one_of(paths):
+                opened_as(path, self.settings).close()
         self.fingerprints = [input_fingerprint(path) for path in paths]
         self.runner = TaskRunner(
             workers=asked.workers, scheduler=asked.scheduler, slurm_workers=asked.slurm_workers, budget=asked.budget,

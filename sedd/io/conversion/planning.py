@@ -19,7 +19,7 @@ from sedd.io.format import tally
 from sedd.io.format.shards import CHUNK, Encoder, shard_length
 from sedd.io.input.base import Input
 from sedd.io.input.matrix import Matrix
-from sedd.io.input.opening import opened_as
+from sedd.io.input.opening import one_of, opened_as
 
 LARGEST_BLOCK = 1 << 23
 """Stored values that a task reads at once at most; more does not make it more efficient."""
@@ -54,13 +54,15 @@ def _open(stack: ExitStack, paths: list[str], settings: dict[str, Any], *, aloud
     """Open the inputs, closed with `stack`; refuses empty ones and what is no count."""
     files, matrices = [], []
     for path in paths:
-        file = stack.enter_context(opened_as(path, settings))
-        matrix = file.matrix(settings["layer"], settings["raw"])
+        with one_of(paths):
+            file = stack.enter_context(opened_as(path, settings))
+            matrix = file.matrix(settings["layer"], settings["raw"])
         for name in settings["keep_layers"]:
             file.matrix(name)
         for count, what in zip(matrix.shape, ("cells", "genes"), strict=True):
             if count == 0:
-                raise UserError(f"{path}: has no {what}; there is nothing to convert.")
+                way_out = " Leave it out." if len(paths) > 1 else ""
+                raise UserError(f"{path}: has no {what}; there is nothing to convert.{way_out}")
         files.append(file)
         matrices.append(matrix)
     genes, maps = match_inputs(files, settings, aloud=aloud)

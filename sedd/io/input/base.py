@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from sedd.errors import UserError
+from sedd.errors import NoSuchPartError, UserError
 from sedd.io.input.cells import CellTable
 from sedd.io.input.faults import READ_ERRORS
 from sedd.io.input.matrix import Matrix
@@ -172,7 +172,7 @@ class Input(ABC):
         """Open a matrix, or raise what `_no_matrix` returns."""
 
     def _no_matrix(self, name: str) -> UserError:
-        return UserError(f"{self.path}: has no {name}; it has {', '.join(how for how, _, _ in self.places) or 'no matrix at all'}.")
+        return NoSuchPartError(f"{self.path}: has no {name}; it has {', '.join(how for how, _, _ in self.places) or 'no matrix at all'}.")
 
     @property
     def n_obs(self) -> int:

@@ -27,7 +27,7 @@ _STARTS = {
 
 _OTHERS = {
     ".rds": "R", ".rdata": "R", ".rda": "R", ".qs": "R", ".h5seurat": "SeuratDisk", ".csv": "text", ".tsv": "text", ".txt": "text",
-    ".csv.gz": "text", ".tsv.gz": "text", ".txt.gz": "text",
+    ".npz": "NumPy", ".npy": "NumPy", ".pkl": "Python", ".pickle": "Python", ".parquet": "Parquet", ".xlsx": "Excel", ".csv.gz": "text", ".tsv.gz": "text", ".txt.gz": "text",
 }  # fmt: skip
 """Endings of files that hold cells, but are not read here -> whose they are."""
 
@@ -80,13 +80,23 @@ def why_not_hdf5(path: str, error: OSError, *, remote: bool) -> str:
         return f"{path}: is empty (0 bytes). Copy or write it again."
     whose = owner(path)
     if whose is not None:
-        return f"{path}: is a file of {whose}, which is not read. Write it as .h5ad with the program that made it; expected {READ}."
+        way_out = _way_out_of_text(path) if whose == "text" else "Write it as .h5ad with the program that made it"
+        return f"{path}: is a file of {whose}, which is not read. {way_out}; expected {READ}."
     for bytes_, (what, way_out) in _STARTS.items():
         if start.startswith(bytes_):
             return f"{path}: is {what}, so it cannot be read by rows. {way_out}, and pass what is in it."
     if start == b"\x89HDF\r\n\x1a\n":
         return f"{path}: is HDF5, but cannot be opened ({' '.join(text.split())[:200]})."
     return f"{path}: is not an .h5ad: it is no HDF5 file. Expected {READ}."
+
+
+def _way_out_of_text(path: str) -> str:
+    name = os.path.basename(path)
+    between = "" if ".csv" in name.lower() else ', sep="\\t"'
+    return (
+        f'In Python anndata.AnnData(pandas.read_csv("{name}"{between}, index_col=0)).write_h5ad("{name.split(".")[0]}.h5ad") makes one '
+        "of a table of cells by genes, with .T after read_csv(...) of genes by cells"
+    )
 
 
 def owner(path: str) -> str | None:

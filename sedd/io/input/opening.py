@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import h5py
 
-from sedd.errors import MissingFileError, SeveralPartsError, UserError, WrongFileError, check_permitted
+from sedd.errors import MissingFileError, NoSuchPartError, SeveralPartsError, UserError, WrongFileError, check_permitted
 from sedd.io.files import fingerprint, tree_fingerprint
 from sedd.io.format.untrusted import check_hdf5, check_zarr
 from sedd.io.input.anndata_file import AnnDataFile
@@ -20,7 +21,7 @@ from sedd.io.input.loom import LoomFile
 from sedd.io.input.slices import is_array
 from sedd.io.remote import filesystem, is_remote
 
-_ENDINGS = (".h5ad", ".h5mu", ".h5", ".loom", ".mtx", ".h5ad.gz", ".mtx.gz", ".zip")
+_ENDINGS = (".h5ad", ".h5mu", ".h5", ".loom", ".mtx", ".h5ad.gz", ".mtx.gz", ".zip", ".npz")
 """Of files that are said to be inputs even where they are not."""
 
 _ZARR = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
@@ -69,6 +70,17 @@ def opened_as(path: str, settings: Mapping[str, Any]) -> Input:
         gene_names=settings.get("gene_names"),
         strip_version=bool(settings.get("strip_version")),
     )
+
+
+@contextmanager
+def one_of(paths: Sequence[str]) -> Iterator[None]:
+    """Say of an input that lacks what is chosen for all `paths`, or that needs a choice, that others need not be read like it."""
+    try:
+        yield
+    except (NoSuchPartError, SeveralPartsError) as error:
+        if len(paths) > 1:
+            error.args = (f"{error} One choice holds for all inputs: where they differ, convert each alone and give the stores that are made.",)
+        raise
 
 
 def is_zarr(path: str) -> bool:
@@ -175,7 +187,7 @@ def _of_anndata(
                 f"{path}: is MuData (.h5mu) with the modalities {listed}; choose one with --modality NAME.", modalities
             )
         if modality not in modalities:
-            raise UserError(f"{path}: has no modality {modality!r} (--modality); it has: {listed}.")
+            raise NoSuchPartError(f"{path}: has no modality {modality!r} (--modality); it has: {listed}.")
         with reading(path, f"modality {modality!r}"):
             node = root["mod"][modality]
         if is_array(node):
@@ -202,7 +214,7 @@ def _modalities(path: str, root: Any) -> list[str] | None:
 
 
 def _no_modalities(path: str, kind: str, modality: str) -> UserError:
-    return UserError(f"{path}: is {kind}, which has no modalities; leave --modality {modality} out.")
+    return NoSuchPartError(f"{path}: is {kind}, which has no modalities; leave --modality {modality} out.")
 
 
 def _open_remote(path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -121,6 +122,39 @@ def test_a_modality_of_mudata_is_named_when_there_are_several(tmp_path: Path) ->
     np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), adt.X.toarray())
     with pytest.raises(UserError, match="has no modalities; leave --modality rna out"):
         convert(h5ad(tmp_path / "plain", rna), tmp_path / "no.zarr", modality="rna", progress=False)
+
+
+def test_inputs_that_need_other_choices_are_converted_alone_and_then_together(tmp_path: Path) -> None:
+    one, two = cells(counts()), cells(counts(seed=5))
+    plain = h5ad(tmp_path / "plain", one)
+    with h5py.File(several := h5mu(tmp_path / "several", two), "a") as file:
+        ad.io.write_elem(file["mod"], "adt", cells(counts(n_vars=7)))
+    two.layers["counts"], two.X = two.X.copy(), two.X * np.float32(0.3)
+    layered = h5ad(tmp_path / "layered", two)
+    for other, chosen in ((several, {"modality": "rna"}), (several, {}), (layered, {"layer": "counts"})):
+        with pytest.raises(UserError, match="One choice holds for all inputs: where they differ, convert each alone and give the stores"):
+            convert([plain, other], tmp_path / "out.zarr", progress=False, **chosen)  # type: ignore[arg-type]
+    alone = convert(layered, tmp_path / "alone.zarr", layer="counts", progress=False)
+    both = ad.read_zarr(convert([plain, alone.path], tmp_path / "both.zarr", progress=False).path)
+    grown = convert(plain, tmp_path / "grown.zarr", progress=False).path
+    with pytest.raises(UserError, match="--layer: .* convert the file alone and append that store"):
+        convert(layered, grown, layer="counts", append=True, progress=False)
+    convert(alone.path, grown, append=True, progress=False)
+    for found in (both, ad.read_zarr(grown)):
+        np.testing.assert_array_equal(found.X.toarray(), np.concatenate([one.X.toarray(), two.layers["counts"].toarray()]))
+
+
+def test_a_table_of_text_comes_with_the_line_that_makes_an_h5ad_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adata = cells(counts())
+    monkeypatch.chdir(tmp_path)
+    adata.to_df().T.to_csv("genes.tsv.gz", sep="\t")
+    with pytest.raises(UserError, match="is a file of text") as found:
+        convert("genes.tsv.gz", "out.zarr", progress=False)
+    line = re.search(r"In Python (.*) makes one of a table", str(found.value))
+    assert line is not None
+    exec("import anndata, pandas; " + line[1].replace("index_col=0)", "index_col=0).T"))
+    store = convert("genes.h5ad", "out.zarr", progress=False)
+    np.testing.assert_array_equal(ad.read_zarr(store.path).X.toarray(), adata.X.toarray())
 
 
 def test_a_layer_of_a_loom_is_read_and_a_missing_one_named(tmp_path: Path) -> None:
