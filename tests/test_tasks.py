@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from scipy.stats import spearmanr
 
 from sedd.cli import main
 from sedd.errors import SeddWarning, UserError
-from sedd.evaluation.evaluate import evaluate
+from sedd.evaluation.evaluate import Evaluation, _write, evaluate
 from sedd.inference.cells import open_cells
 from sedd.inference.new_genes import add_genes
 from sedd.inference.pretrained import Pretrained
@@ -293,6 +296,27 @@ def test_values_that_are_no_counts_are_refused(model: Pretrained) -> None:
     assert impute(model, logged, layer="counts", hide=0.1, progress=False).n_obs == 240
     with pytest.raises(UserError, match="there are: --layer X, --layer counts"):
         impute(model, logged, layer="spliced", progress=False)
+
+
+def test_other_cells_by_the_names_of_the_training_cells_are_noticed(model: Pretrained) -> None:
+    for adata, noticed in ((make_counts(), False), (make_counts(seed=5), True)):
+        found = evaluate(model, adata, n_masks=1, num_steps=1, steps=(), umap=False, progress=False)
+        assert any("the names of the training cells and other counts" in note for note in found.notes) == noticed
+
+
+def test_a_report_that_finds_no_room_says_which_and_leaves_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    found = Evaluation(metrics={"likelihood": {}})
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "write_report", full)  # the function hides its module
+    with pytest.raises(OSError, match=r"out: the report cannot be written \(No space left on device\). The numbers are in metrics.json and steps.json there"):
+        _write(found, False, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["metrics.json", "steps.json"]
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "write_json", full)
+    with pytest.raises(OSError, match=r"left on device\). Make room and evaluate again"):
+        _write(found, False, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_evaluation_writes_its_page_and_beats_the_product_of_marginals(

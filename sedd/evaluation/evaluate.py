@@ -18,6 +18,7 @@ import torch
 
 from sedd import tasks
 from sedd.binning import COUNT_KINDS
+from sedd.checkpoint import unpack_histogram
 from sedd.config import ReadingSettings
 from sedd.errors import UserError, counted
 from sedd.evaluation.step_curve import step_curve
@@ -173,6 +174,11 @@ def evaluate(
         counts, train_counts = _matrix(held_out), _matrix(train)
         held_out.report_rounded()
         name = source.name
+    if own and not _as_trained_on(model, train_counts):
+        notes.append(
+            "The data have the names of the training cells and other counts, and the validation cells were found by their names. If these are other cells, give them "
+            "names of their own: adata.obs_names = 'new_' + adata.obs_names."
+        )
     if seen := _seen(counts[:, ~held_out.missing], train_counts[:, ~held_out.missing]):
         notes.append(
             f"At least {seen:,} of the {counts.shape[0]:,} cells measured {'has' if seen == 1 else 'have'} the counts of a training cell, gene by gene: the model "
@@ -239,6 +245,15 @@ def _matrix(cells: Cells) -> sp.csr_matrix:
     step = 1024
     blocks = [sp.csr_matrix(cells.counts(lo, min(lo + step, len(cells)))) for lo in range(0, len(cells), step)]
     return sp.vstack(blocks, format="csr")
+
+
+def _as_trained_on(model: Pretrained, train: sp.csr_matrix) -> bool:
+    """Whether genes are seen in as many cells of `train` as in those of the training; True where that cannot be told."""
+    known = unpack_histogram(model.state["histogram"])
+    if model.binning.kind not in COUNT_KINDS or train.shape[0] != known[:1].sum():  # of many cells only some are here
+        return True
+    seen = train.shape[0] - known[:, [0]].toarray().ravel()
+    return bool((np.diff(train.tocsc().indptr) == seen).all())
 
 
 def _seen(counts: sp.csr_matrix, train: sp.csr_matrix) -> int:
@@ -408,10 +423,19 @@ def _write(found: Evaluation, umap: bool, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(UserError), only_writer_in(output):  # removes what a killed process left, unless a run is at work there
         pass
-    report = write_report(output / "report.html", found.shown, umap=umap)
-    write_json(output / "metrics.json", plain(found.metrics))
-    write_json(output / "steps.json", plain(found.steps))
-    return report
+    written: list[str] = []
+    try:
+        output.mkdir(exist_ok=True)  # as it is gone again where it was empty
+        for name, value in (("metrics.json", found.metrics), ("steps.json", found.steps)):  # first, as they are small and took the time
+            write_json(output / name, plain(value))
+            written.append(name)
+        return write_report(output / "report.html", found.shown, umap=umap)
+    except OSError as error:
+        for folder in (output / "figures", output):
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+        kept = f"The numbers are in {' and '.join(written)} there; make room and evaluate again with --overwrite" if written else "Make room and evaluate again"
+        raise OSError(f"{output}: the report cannot be written ({error.strerror or error}). {kept}.") from error
 
 
 def plain(value: Any) -> Any:
