@@ -282,6 +282,7 @@ def with_peers(records: list[dict[str, Any]], folder: Path) -> list[dict[str, An
                     with np.load(answers) as found:
                         kinds = [k for k in found.files if k.startswith("kind left out" if part != record["name"] else "kind ")]
                         rows += [auroc_row(k.removeprefix("kind "), "scVI reconstruction", found["usual"], found[k]) for k in kinds]
+                        record = {**record, "peers": str(found["version"]), "trials of peers": int(found["trials"])}
             record = {**record, "rows": rows}
         out.append(record)
     return out
@@ -312,8 +313,8 @@ def tables(records: list[dict[str, Any]]) -> str:
         methods = list(dict.fromkeys(r["method"] for r in rows))
         lines += [f"**{name}**: AUROC, {seeds(some)}", "", "| | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
         for (kind,), own in by(rows, "kind").items():
-            means = [np.mean([r["auroc"] for r in own if r["method"] == method]) for method in methods]
-            lines.append(f"| {kind} | " + " | ".join(f"{v:.3f}" for v in means) + " |")
+            values = [[r["auroc"] for r in own if r["method"] == method] for method in methods]
+            lines.append(f"| {kind} | " + " | ".join(f"{np.mean(v):.3f}" if v else "" for v in values) + " |")
         lines.append("")
     return "\n".join(lines)
 

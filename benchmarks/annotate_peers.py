@@ -104,13 +104,13 @@ class Vae:
         return float(-np.concatenate(found).mean())
 
 
-def labels(given: Any, seed: int) -> dict[str, Any]:
+def labels(given: Any, seed: int, trials: int) -> dict[str, Any]:
     """Answer for one exported record of labels."""
     from sklearn.neighbors import KNeighborsClassifier
 
     fit, val, y, n = given["fit"], given["val"], given["y"], int(given["n_labels"])
     known, asked = given["y_val"] >= 0, {}
-    for k, setting in enumerate(SETTINGS):
+    for k, setting in enumerate(SETTINGS[:trials]):
         start = time.perf_counter()
         vae = Vae(fit, val, setting, seed, y)
         asked[k, "scANVI"] = (nats(vae.predict(val[known], n), given["y_val"][known]), lambda x, vae=vae: vae.predict(x, n))
@@ -142,9 +142,13 @@ def labels(given: Any, seed: int) -> dict[str, Any]:
     return out
 
 
-def unusual(given: Any, seed: int) -> dict[str, Any]:
+def unusual(given: Any, seed: int, trials: int) -> dict[str, Any]:
     """Reconstruction losses of usual cells and of each kind."""
-    made = [Vae(given["fit"], given["val"], setting, seed) for setting in SETTINGS]
+    made = []
+    for setting in SETTINGS[:trials]:
+        start = time.perf_counter()
+        made.append(Vae(given["fit"], given["val"], setting, seed))
+        print(setting, f"{time.perf_counter() - start:.0f} s, ELBO {made[-1].elbo:.1f}", flush=True)
     best = int(np.argmin([vae.elbo for vae in made]))
     names = [name for name in given if name == "usual" or name.startswith("kind ")]
     return {"chosen": json.dumps(SETTINGS[best]), **{name: made[best].reconstruction(given[name]) for name in names}}
@@ -154,6 +158,7 @@ def main() -> None:
     """Answer whatever in the folder has no answer yet."""
     parser = Flags(__doc__)
     parser.add_argument("folder", type=Path, help="where the questions are, and the answers go")
+    parser.add_argument("--trials", help="settings that are tried, the first of the list", type=int, default=len(SETTINGS))
     parser.add_argument("--only", default="", help="text that the names of records to answer have in them")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -165,8 +170,8 @@ def main() -> None:
         kind, _, seed = path.stem.split("; ")
         print(path.stem, flush=True)
         with np.load(path) as arrays:
-            found = {"labels": labels, "unusual": unusual}[kind](dict(arrays), int(seed))
-        np.savez_compressed(output, **found, version=f"scvi-tools {version('scvi-tools')}")
+            found = {"labels": labels, "unusual": unusual}[kind](dict(arrays), int(seed), args.trials)
+        np.savez_compressed(output, **found, trials=args.trials, version=f"scvi-tools {version('scvi-tools')}")
 
 
 if __name__ == "__main__":
