@@ -2,7 +2,8 @@
 
     python benchmarks/loader.py atlas.h5ad --peer_python annbatch=/path/to/python --rounds 5
     python benchmarks/loader.py atlas.h5ad --against a89df50 --batches 512
-    python benchmarks/loader.py atlas.h5ad --s3 --rounds 3 --seconds 10
+    python benchmarks/loader.py atlas.h5ad --s3 --rounds 3 --seconds 5
+    python benchmarks/loader.py atlas.h5ad --cold --shuffled shuffled.zarr --rounds 5
 
 Every contestant runs in a process of its own, one after the other, `--rounds` times; medians and ranges go to
 `benchmarks/results/loader_NAME.json`. Rates are given by the clock and per second of processor time: on a machine that does other
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from common import RESULTS, in_process, machine, peak_mib, ratios, summary, trees, with_code_of, write_result
 from flags import Flags
+from loader_cold import cold_epochs
 from loader_peers import N_BINS, mean_entropy, rate
 from loader_remote import object_store
 
@@ -136,24 +137,6 @@ def contest(store: str, batches: list[int], seconds: float, panel: int) -> dict[
     result.update(limits(store, seconds))
     result["rss_mib"] = peak_mib()
     return result
-
-
-def cold_epoch(store: str) -> dict[str, float]:
-    """Cells per second of one windowed epoch whose shards the page cache does not hold."""
-    from sedd.io.loader import CellLoader
-
-    for file in Path(store, "X").rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with CellLoader(
-        store, split="all", binning=BINNED, batch_size=512, shuffle="window", pin_memory=False
-    ) as loader:
-        began, cells = time.perf_counter(), 0
-        for batch in loader:
-            cells += len(batch.cell)
-        seconds = time.perf_counter() - began
-    return {"cells_a_second": cells / seconds, "seconds": seconds}
 
 
 def first_epoch_of_gzip(h5ad: Path) -> dict[str, float]:
@@ -285,6 +268,8 @@ def main() -> None:
     parser.add_argument("--gzip", type=Path, help="the same h5ad, gzipped")
     parser.add_argument("--large", type=Path, help="a store of more cells, to compare rates with")
     parser.add_argument("--s3", action="store_true", help="measure over S3 alone, of servers on this machine; needs moto, and nginx for more")
+    parser.add_argument("--cold", action="store_true", help="measure from a cold page cache alone, beside the disk")
+    parser.add_argument("--shuffled", type=Path, help="the same cells in a store made with --shuffle, for --cold")
     parser.add_argument("--against", help="a commit to compare with")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--output", type=Path, help="by default results/loader_NAME.json")
@@ -305,8 +290,14 @@ def main() -> None:
         convert(str(args.h5ad), str(store))
     if args.s3:
         output = args.output or RESULTS / f"loader_{args.h5ad.stem}_s3.json"
-        about = {"machine": machine(), "data": {"file": args.h5ad.name, "rounds": args.rounds, "seconds": args.seconds}}
-        write_result(output, about | {"servers": object_store(str(store), args.seconds, args.rounds)})
+        about = {"machine": machine(), "data": {"file": args.h5ad.name, "seconds": args.seconds}}
+        object_store(str(store), args.seconds, args.rounds, lambda found: write_result(output, about | {"servers": found}))
+        print(output)
+        return
+    if args.cold:
+        output = args.output or RESULTS / f"loader_{args.h5ad.stem}_cold.json"
+        about = {"machine": machine(), "data": {"file": args.h5ad.name, "rounds": args.rounds}}
+        write_result(output, about | {"stores": {one.name: cold_epochs(str(one), args.rounds) for one in filter(None, (store, args.shuffled))}})
         print(output)
         return
     here = Path(__file__).resolve()
@@ -349,7 +340,6 @@ def main() -> None:
             for one in filter(None, (store, args.large))
         },
         "window_by_store": {name: summary(values) for name, values in by_store.items()},
-        "cold_epoch": cold_epoch(str(store)),
         "first_epoch_of_gzip": None if args.gzip is None else first_epoch_of_gzip(args.gzip),
         "bytes_read_by_8_ranks": rank_bytes(str(store)),
         "bytes_of_the_store": sum(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 from common import in_process, summary
 
 SERVERS = ("moto", "nginx", "nginx, 30 ms")
-FORMS = {"bare": "bare", "2 threads": "2", "8 threads": "8", "2 threads, s3fs": "s3fs"}
+FORMS = {"bare": "bare", "obstore": "obstore", "s3fs": "s3fs"}
 URL, WINDOW, IN_FLIGHT = "s3://atlases/store.zarr", 24_576, 64
 LISTED = (
     '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>atlases</Name><Prefix></Prefix>'
@@ -32,8 +32,8 @@ LISTED = (
 )
 
 
-def object_store(store: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """Cells per second of a windowed shuffle over S3, of each server in turn, and of the server's bare answers."""
+def object_store(store: str, seconds: float, rounds: int, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Measure each server in turn: the loader and the server's bare answers; `keep` is given what is known after each round."""
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(rounds):
         for server in SERVERS:
@@ -41,11 +41,11 @@ def object_store(store: str, seconds: float, rounds: int) -> dict[str, Any]:
                 continue
             with served(server, store) as env:
                 words = [sys.executable, str(Path(__file__).resolve())]
-                one = {form: in_process([*words, how, str(seconds)], env=env) for form, how in FORMS.items()}
+                one = {form: in_process([*words, how, str(seconds), store], env=env) for form, how in FORMS.items()}
             bare = one["bare"]["wall"]
             found.setdefault(server, []).append({form: {**rates, "of_bare": rates["wall"] / bare} for form, rates in one.items()})
             print(server, {form: round(rates["wall"]) for form, rates in one.items()}, file=sys.stderr, flush=True)
-    return {server: summary(values) for server, values in found.items()}
+        keep({"rounds": len(found["moto"]), **{server: summary(values) for server, values in found.items()}})
 
 
 @contextmanager
@@ -125,14 +125,16 @@ def bare(seconds: float) -> dict[str, float]:
     }  # fmt: skip
 
 
-def epochs(threads: int, seconds: float) -> dict[str, float]:
-    """Cells per second of whole epochs of tokens, from their first request to their last batch."""
+def epochs(seconds: float, local: str) -> dict[str, float]:
+    """Cells per second of whole epochs of one of two ranks, of tokens, from their first request to their last batch; compiled code is loaded before."""
     from loader import BINNED
 
     from sedd.io.loader import CellLoader
 
-    given = {"batch_size": 512, "shuffle": "window", "mask": None, "labels": ["cell_type"], "pin_memory": False}
-    with CellLoader(URL, split="all", binning=BINNED, threads=threads, **given) as loader:
+    given: dict[str, Any] = {"batch_size": 512, "shuffle": "window", "mask": None, "labels": ["cell_type"], "pin_memory": False}
+    with CellLoader(local, split="all", binning=BINNED, **given) as loader:
+        next(iter(loader))
+    with CellLoader(URL, split="all", binning=BINNED, rank=0, world_size=2, **given) as loader:
         cells, epoch, began, cpu = 0, 0, time.perf_counter(), time.process_time()
         while time.perf_counter() < began + seconds:
             loader.set_epoch(epoch)
@@ -154,7 +156,7 @@ def main() -> None:
     how, seconds = sys.argv[1], float(sys.argv[2])
     if how == "s3fs":
         sys.modules["obstore"] = None  # type: ignore[assignment]
-    print(json.dumps(bare(seconds) if how == "bare" else epochs(2 if how == "s3fs" else int(how), seconds)))
+    print(json.dumps(bare(seconds) if how == "bare" else epochs(seconds, sys.argv[3])))
 
 
 if __name__ == "__main__":
