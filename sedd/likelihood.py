@@ -41,8 +41,8 @@ class CellBatch(NamedTuple):
         As in `SEDDTransformer.forward`.
     cell : (B,) int64, optional
         What names the cells: equal numbers get equal masks, in whatever batch. Their place in the sequence if not given.
-    missing : (n_vars,) bool, optional
-        Genes that the data lack. They are always masked, and the likelihood is of the others; their tokens are not looked at.
+    missing : (n_vars,) or (B, n_vars) bool, optional
+        Genes that the data lack, or that each cell does. They are always masked, and the likelihood is of the others; their tokens are not looked at.
     labels : (B, columns) int64, optional
         The cells' labels, coded as in `condition`. The likelihood is then that of genes and labels together: a label is hidden as a
         gene is, and what is not hidden of them is what the model is shown in place of `condition`. 0 is unknown, so hidden
@@ -57,15 +57,21 @@ class CellBatch(NamedTuple):
     labels: Tensor | None = None
 
     @property
-    def n_known(self) -> int:
-        """Genes that the cells have counts of."""
-        n_vars = self.tokens.shape[1]
-        return n_vars if self.missing is None else n_vars - int(self.missing.sum())
+    def n_known(self) -> Tensor:
+        """How many genes each cell has counts of, (B,) int64."""
+        n_cells, n_vars = self.tokens.shape
+        if self.missing is None:
+            return torch.full((n_cells,), n_vars, device=self.tokens.device)
+        return (~self.missing).sum(-1).expand(n_cells)
 
     @property
     def n_labels(self) -> int:
         """Labels of a cell that the likelihood is of."""
         return 0 if self.labels is None else self.labels.shape[1]
+
+    def with_missing(self, masked: Tensor) -> Tensor:
+        """Return a mask (B, n_vars) with what is missing masked too."""
+        return masked if self.missing is None else masked | self.missing
 
     def sum_known(self, nats: Tensor) -> Tensor:
         """Return the sum over the genes that are known, (B,), of (B, n_vars)."""
@@ -79,12 +85,12 @@ class Likelihood:
     Attributes
     ----------
     per_cell : (n_cells,) float64
-    n_vars : int
-        Genes per cell, those that are missing not counted.
+    n_vars : float
+        Genes per cell, those that are missing not counted; the mean where cells differ.
     """
 
     per_cell: np.ndarray
-    n_vars: int
+    n_vars: float
 
     @property
     def mean(self) -> float:
@@ -225,22 +231,24 @@ def nelbo(
     training = model.training
     model.eval()
     try:
-        parts, n_vars = [], 0
+        parts, n_values = [], 0
         for batch in _with_cells(batches):
             check_states(batch.tokens, graph.n_bins - 1)
             if batch.missing is not None and not isinstance(graph, AbsorbingGraph):
                 raise UserError("genes are missing, and the uniform graph masks none; expected cells with all genes of the model.")
             if batch.labels is not None and not isinstance(graph, AbsorbingGraph):
                 raise UserError("the uniform graph hides no labels; expected labels that are given, as the condition.")
-            n_vars = batch.n_known
-            if not n_vars:
+            known = int(batch.n_known.sum())
+            if not known:
                 raise UserError("all genes of the model are missing from the cells; expected some of them.")
             parts.append(estimate(model, graph, noise, batch, n_masks, seed).cpu())
+            n_values += known
     finally:
         model.train(training)
     if not parts:
         raise UserError("there are no cells to evaluate; expected at least one batch.")
-    return Likelihood(torch.cat(parts).numpy(), n_vars)
+    per_cell = torch.cat(parts).numpy()
+    return Likelihood(per_cell, n_values / len(per_cell))
 
 
 @torch.no_grad()
@@ -299,8 +307,7 @@ def _paid_and_expected(model: Any, graph: Graph, noise: Noise, batch: CellBatch,
     sizes = _sizes(batch, n_known, n_masks, seed)
     found = torch.zeros(3, len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
     for m, (k, masked, sigma) in enumerate(_masks(noise, batch, sizes, seed)):
-        everywhere = masked if batch.missing is None else masked | batch.missing
-        shown = hide(batch.tokens, everywhere, graph.mask_token)
+        shown = hide(batch.tokens, batch.with_missing(masked), graph.mask_token)
         readout = model.readout(shown, sigma.float(), condition=batch.condition, library=batch.library)
         cells, genes = masked.nonzero(as_tuple=True)
         drawn = batch.tokens.long().clone()
@@ -341,7 +348,7 @@ def _known_nats(model: nn.Module, batch: CellBatch, masked: Tensor, sigma: Tenso
     """Return the negative log-probability of what is masked and known, (B,) float64: of genes and, in columns behind them, labels."""
     n_vars = batch.tokens.shape[1]
     of_genes = masked[:, :n_vars]
-    hidden = hide(batch.tokens, of_genes if batch.missing is None else of_genes | batch.missing, mask_token)
+    hidden = hide(batch.tokens, batch.with_missing(of_genes), mask_token)
     given: dict[str, Any] = {"condition": batch.condition, "library": batch.library}
     if batch.labels is None:
         return -batch.sum_known(model(hidden, sigma.float(), targets=batch.tokens, **given).double())
@@ -350,9 +357,9 @@ def _known_nats(model: nn.Module, batch: CellBatch, masked: Tensor, sigma: Tenso
     return -batch.sum_known(log_mu.double()) - log_nu.double().sum(1)
 
 
-def _sizes(batch: CellBatch, n_turns: int, n_masks: int, seed: int) -> Tensor:
-    """Return how many of `n_turns` values each mask hides, (B, n_masks)."""
-    return torch.ceil(_strata(batch, n_masks, seed) * n_turns).long().clamp(1, n_turns)
+def _sizes(batch: CellBatch, n_turns: Tensor, n_masks: int, seed: int) -> Tensor:
+    """Return how many of each cell's `n_turns` values (B,) each mask hides, (B, n_masks)."""
+    return torch.minimum(torch.ceil(_strata(batch, n_masks, seed) * n_turns[:, None]).long(), n_turns[:, None]).clamp(min=1)
 
 
 def _masks(noise: Noise, batch: CellBatch, sizes: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -385,7 +392,7 @@ def _time_integral(model: nn.Module, graph: Graph, noise: Noise, batch: CellBatc
     # What a schedule leaves out: the noise it starts with, and how far from the limit it ends.
     if float(noise.sigma(0.0)) > 0:
         total += _reconstruction(model, graph, noise, batch, seed)
-    return total + n_known * float(graph.limit_divergence(noise.sigma(1.0)))
+    return total + n_known.double() * float(graph.limit_divergence(noise.sigma(1.0)))
 
 
 def _rate_at(

@@ -60,6 +60,7 @@ def diffusion_loss(
     library: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
+    missing: Tensor | None = None,
     objective: str = "score_entropy",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -81,6 +82,9 @@ def diffusion_loss(
     labels, label_weight : (B, columns) int64 and float, optional
         The true labels of cells, and one over the probability that each is hidden. Where `condition` hides a label that is known,
         its negative log-probability is part of the loss as that of a hidden gene is. Needs the absorbing graph.
+    missing : (B, n_vars) bool, optional
+        Genes that nobody counted in a cell: hidden there whatever `masked` says, and of no part in its loss, which is of the others. Needs the
+        absorbing graph.
     objective
         "score_entropy" or "masked".
     generator
@@ -92,7 +96,7 @@ def diffusion_loss(
         What to minimise: nats per gene, those of labels `LABEL_EMPHASIS` times.
     per_cell : (B,) float32, detached
         Nats per cell: an unbiased estimate of each cell's bound for "score_entropy"; for "masked" the mean
-        cross-entropy of the hidden genes times the number of genes.
+        cross-entropy of the hidden genes times the number of genes. Of genes that are not missing.
 
     Raises
     ------
@@ -105,6 +109,8 @@ def diffusion_loss(
     if isinstance(graph, UniformGraph):
         if objective == "masked":
             raise UserError("objective 'masked' needs the absorbing graph; found the uniform one.")
+        if missing is not None:
+            raise UserError("genes are missing, and the uniform graph hides none; expected the absorbing one.")
         sigma = noise.sigma(t.double())
         noised = graph.sample_transition(tokens.long(), sigma, generator=generator)
         log_mu = model(noised, sigma.float(), everywhere=True, **given)
@@ -113,19 +119,32 @@ def diffusion_loss(
     else:
         if masked is None:
             raise UserError("the absorbing graph needs to know which genes are masked; found masked=None.")
-        if objective == "masked":
-            share = masked.double().mean(1)
-            sigma, weight = noise.sigma_at(share), 1 / share.clamp(min=1 / masked.shape[1])
-        else:
-            sigma, weight = noise.sigma(t.double()), noise.unmask_rate(t.double())
-        hidden = hide(tokens, masked, graph.mask_token)
+        sigma, weight = _noise_and_weight(noise, masked, t, missing, objective)
+        hidden = hide(tokens, masked if missing is None else masked | missing, graph.mask_token)
         if labels is None:
-            per_cell = -model(hidden, sigma.float(), targets=tokens, **given).float().sum(1) * weight.float()
+            log_mu = model(hidden, sigma.float(), targets=tokens, **given)
+            log_mu = log_mu if missing is None else log_mu.masked_fill(missing, 0)
+            per_cell = -log_mu.float().sum(1) * weight.float()
         else:
             log_mu, log_nu = model(hidden, sigma.float(), targets=tokens, labels=labels, **given)
+            log_mu = log_mu if missing is None else log_mu.masked_fill(missing, 0)
             weighted = log_nu if label_weight is None else log_nu * label_weight
             of_labels = -weighted.sum(1)
             per_cell = -log_mu.float().sum(1) * weight.float() + of_labels
             loss = per_cell + (LABEL_EMPHASIS - 1) * of_labels
             return loss.mean() / tokens.shape[1], per_cell.detach()
     return per_cell.mean() / tokens.shape[1], per_cell.detach()
+
+
+def _noise_and_weight(noise: Noise, masked: Tensor, t: Tensor, missing: Tensor | None, objective: str) -> tuple[Tensor, Tensor]:
+    """Return the noise that each cell looks as if it had, of all that is hidden from it, and what a hidden gene weighs, (B,) float64."""
+    if missing is None:
+        if objective == "masked":
+            share = masked.double().mean(1)
+            return noise.sigma_at(share), 1 / share.clamp(min=1 / masked.shape[1])
+        return noise.sigma(t.double()), noise.unmask_rate(t.double())
+    known = (~missing).double().mean(1)
+    if objective == "masked":  # so many genes are hidden, of which some are not known
+        share = (masked & ~missing).double().mean(1)
+        return noise.sigma_at(share + 1 - known), known / share.clamp(min=1 / masked.shape[1])
+    return noise.sigma_at(1 - known + known * noise.mask_probability(t.double())), noise.unmask_rate(t.double())

@@ -199,7 +199,7 @@ class SEDDTrainer:
             mask=None if learner.masks or config.model.graph == "uniform" else config.model.objective,
             mask_ratio=config.model.mask_ratio,
             noise=learner.noise.mask_probability,
-            labels=list(config.model.condition),
+            labels=panel.labels,
             seed=config.run.seed,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,

@@ -140,6 +140,18 @@ def test_the_bound_of_genes_and_labels_is_unbiased_and_without_a_label_that_of_t
     assert abs(float(off.mean())) < 4 * float(off.std(ddof=1)) / math.sqrt(len(off)) < 0.08
 
 
+def test_cells_that_lack_different_genes_are_bounded_as_each_kind_alone() -> None:
+    joint = Joint.random(3, 4)
+    cells, names = joint.sample(12), torch.arange(100, 112)
+    missing = torch.tensor([[False, True, False], [False, False, False], [True, False, True]]).repeat(4, 1)
+    for form in ("time_free", "time_integral"):
+        found = nelbo(ExactModel(joint), GRAPH, NOISE, [CellBatch(cells, cell=names, missing=missing)], form=form)
+        assert found.n_vars == 2
+        for kind in range(3):
+            alone = CellBatch(cells[kind::3], cell=names[kind::3], missing=missing[kind])
+            assert np.array_equal(nelbo(ExactModel(joint), GRAPH, NOISE, [alone], form=form).per_cell, found.per_cell[kind::3])
+
+
 def test_labels_go_with_missing_genes_and_not_with_the_uniform_graph() -> None:
     model, cells, labels, _, _ = labelled(20_000)
     missing = torch.tensor([False, True, False])

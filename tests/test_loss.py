@@ -207,6 +207,31 @@ def test_masked_objective_is_the_cross_entropy_of_the_hidden_genes() -> None:
     assert float(per_cell.mean()) == pytest.approx(3 * float(loss), rel=1e-6)
 
 
+def test_loss_without_missing_genes_is_that_of_the_others() -> None:
+    """Its mean over cells, times and masks is the entropy of what is known: of two genes here, of three there."""
+    joint, graph, n = Joint.random(3, 4), AbsorbingGraph(4), 40_000
+    tokens, generator = joint.sample(n), torch.Generator().manual_seed(0)
+    missing = torch.zeros(n, 3, dtype=torch.bool)
+    missing[::2, 2] = True
+    t = stratified_times(n)
+    masked = torch.rand(n, 3, generator=generator) < NOISE.mask_probability(t)[:, None]
+    _, per_cell = diffusion_loss(ExactModel(joint), graph, NOISE, tokens, masked, t, missing=missing)
+    two = Joint(joint.p.sum(2))
+    for part, entropy in ((per_cell[::2], two.entropy()), (per_cell[1::2], joint.entropy())):
+        assert abs(float(part.mean()) - entropy) < 4 * float(part.std()) / len(part) ** 0.5 + 0.01
+    other = tokens.masked_fill(missing, 3)
+    assert torch.equal(diffusion_loss(ExactModel(joint), graph, NOISE, other, masked, t, missing=missing)[1], per_cell)
+    # Of a share of hidden genes the cost is that of the known ones, given all that is known and not hidden.
+    masked = torch.tensor([True, False, True]).expand(n, 3)
+    _, per_cell = diffusion_loss(ExactModel(joint), graph, NOISE, tokens, masked, t, objective="masked", missing=missing)
+    found = float(per_cell[::2].mean()) / 2, float(per_cell[1::2].mean()) / 3
+    first, last = two.entropy_given(torch.tensor([False, True])), Joint(joint.p.sum(0)).entropy_given(torch.tensor([True, False]))
+    wanted = first, (first + last) / 2
+    assert found == pytest.approx(wanted, abs=0.02)
+    with pytest.raises(UserError, match="the uniform graph hides none"):
+        diffusion_loss(ExactModel(joint, uniform=True), UniformGraph(4), NOISE, tokens, None, t, missing=missing)
+
+
 def test_corruption_by_the_uniform_graph_repeats_with_its_generator() -> None:
     joint, graph = Joint.random(3, 4), UniformGraph(4)
     model, tokens, t = ExactModel(joint, uniform=True), joint.sample(32), torch.linspace(0.1, 1, 32)

@@ -166,6 +166,7 @@ def evaluate(
             trained = opened(training_data(model, source.name, "the baselines are learned on its training cells"), reading=reading_of(model, {}))
             train = open_cells(model, stack.enter_context(trained), "train", None)
         names, notes = held_out.obs.index, []
+        held_out.hide(train.missing_in_some)
         sample = _sample(held_out, max_cells, seed)
         for kind, chosen, taken in (("held-out", held_out, sample), ("training", train, _sample(train, max_cells, seed + 1))):
             if taken is not None:
@@ -215,7 +216,7 @@ def evaluate(
     known = ~held_out.missing
     if not known.all():
         notes.append(
-            f"{(~known).sum()} of the model's {known.size} genes are not in the data. They were masked throughout; the likelihood and "
+            f"{(~known).sum()} of the model's {known.size} genes are not in the data, or not in all of its cells. They were masked throughout; the likelihood and "
             "all tables are of the others."
         )
         fake, counts, train_counts = fake[:, known], counts[:, known], train_counts[:, known]

@@ -105,7 +105,7 @@ def for_each_batch(
             empty = 0
             for here in batches(model, chosen, batch_size, task, progress, parts, whole=beside is not None, labels=labels):
                 empty += int((~here.counts.any(1)).sum())
-                parts.add(here.lo, here.digest, **make(here))
+                parts.add(here.lo, here.digest, **here.made_alike(make))
             if empty:
                 warn_user(
                     f"{source.name}: {empty} of its {len(chosen)} cells {'has' if empty == 1 else 'have'} no counts of the model's genes: what "

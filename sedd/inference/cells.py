@@ -19,7 +19,7 @@ from sedd.inference.sources import Source, as_source
 from sedd.io.conversion.explain import FRACTIONS, looks_like
 from sedd.io.conversion.genes import name_hint
 from sedd.io.files import obs_digest
-from sedd.io.format.plain import made_unique
+from sedd.io.format.plain import column_called, made_unique
 from sedd.io.input.base import own_layer
 from sedd.kernels.count_law_draws import LARGEST
 from sedd.kernels.gather import EXACT_FLOAT32
@@ -88,7 +88,8 @@ class Cells:
         position = {gene: i for i, gene in enumerate(names)}
         where = np.array([position.get(gene, -1) for gene in genes], np.int64)
         self.missing = where < 0
-        self._columns = where[~self.missing]
+        self._there = ~self.missing
+        self._columns = where[self._there]
         found = len(self._columns)
         if found < MIN_OVERLAP * len(where):
             if found == len(names):
@@ -104,7 +105,35 @@ class Cells:
             warn_user(
                 f"{self.name}: has {found} of the model's {len(where)} genes; the others are predicted, not observed."
             )
+        self._lacked = self._what_cells_lack(genes)
         self.var = _genes_of(table, where).set_axis(pd.Index(np.asarray(genes, dtype=object), name=names.name))
+
+    def _what_cells_lack(self, genes: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Of a store of files that lack genes: a row for each cell in a table of which genes are missing, (rows, n_vars) bool; None of others."""
+        lacking = self.source.lacking()
+        labels = None if lacking is None else column_called(self.obs, lacking.column)
+        if lacking is None or labels is None:
+            return None
+        codes, table = lacking.codes(labels), np.concatenate([lacking.among(genes), np.zeros((1, len(genes)), bool)])
+        table &= ~self.missing
+        if not table[np.unique(codes)].any():
+            return None
+        some = int(table[np.unique(codes)].any(0).sum())
+        warn_user(f"{self.name}: {some} of the model's genes are not in all of the files that its cells are from; where they are not, they are unknown, not zero.")
+        return codes, table | self.missing
+
+    def missing_in(self, lo: int, hi: int) -> np.ndarray:
+        """Genes of the panel that nobody counted in the cells lo..hi-1: (n_vars,) bool, or (hi - lo, n_vars) where cells differ."""
+        return self.missing if self._lacked is None else self._lacked[1][self._lacked[0][lo:hi]]
+
+    @property
+    def missing_in_some(self) -> np.ndarray:
+        """Genes of the panel that nobody counted in one of the cells or more, (n_vars,) bool."""
+        return self.missing if self._lacked is None else self._lacked[1][np.unique(self._lacked[0])].any(0)
+
+    def hide(self, genes: np.ndarray) -> None:
+        """Go on as if no cell had these genes, (n_vars,) bool, of which are all that one of them lacks."""
+        self.missing, self._lacked = genes | self.missing_in_some, None
 
     def tables(self) -> dict[str, Any]:
         """Return what a result has of these cells beside its matrices: obs, var, obsm and uns, as the source has them."""
@@ -117,10 +146,12 @@ class Cells:
     def keep(self, which: np.ndarray) -> None:
         """Go on with some of the cells alone, by their sorted places among them."""
         self.indices, self.obs = self.indices[which], rows_of(self.obs, which)
+        if self._lacked is not None:
+            self._lacked = self._lacked[0][which], self._lacked[1]
         self._window = 0, None
 
     def counts(self, lo: int, hi: int) -> np.ndarray:
-        """Values of the cells lo..hi-1 over the panel, (hi - lo, n_vars) float32; 0 at missing genes.
+        """Values of the cells lo..hi-1 over the panel, (hi - lo, n_vars) float32; 0 at genes that the data lack.
 
         Raises
         ------
@@ -136,7 +167,7 @@ class Cells:
         if len(self._columns) == len(self.missing):
             return dense
         out = np.zeros((hi - lo, len(self.missing)), np.float32)
-        out[:, ~self.missing] = dense
+        out[:, self._there] = dense
         return out
 
     def _read(self, lo: int, hi: int) -> sp.csr_matrix:
@@ -192,7 +223,7 @@ class Cells:
     def _place_in(self, block: sp.csr_matrix, k: int, lo: int) -> str:
         """Name cell and gene of entry `k` of some cells, for messages."""
         cell = int(np.searchsorted(block.indptr, k, side="right")) - 1
-        return f"cell {self.indices[lo + cell]}, gene {self.var.index[~self.missing][block.indices[k]]!r}"
+        return f"cell {self.indices[lo + cell]}, gene {self.var.index[self._there][block.indices[k]]!r}"
 
     def report_inexact(self) -> None:
         """Say which count of those read so far a result cannot hold."""

@@ -88,10 +88,9 @@ def add_genes(
         layer, raw = place_of_counts(model, source, layer, raw)
         rounding = bool(reading.get("round")) or model.config.data.round
         cells = Cells(source, np.array(genes, object), layer=layer, raw=raw, rounding=rounding)
-        if cells.missing.any():
-            raise UserError(
-                f"the new gene {genes[int(cells.missing.argmax())]!r} is not in the data; its counts are needed."
-            )
+        if (lacking := cells.missing_in_some).any():
+            where = "the data" if cells.missing.any() else "all of the files that the data were made of"
+            raise UserError(f"the new gene {genes[int(lacking.argmax())]!r} is not in {where}; its counts are needed.")
         counts = [cells.counts(lo, min(lo + 1024, len(cells))) for lo in range(0, len(cells), 1024)]
     tokens = np.concatenate([model.binning.tokens(block) for block in counts]).astype(np.int64)
     n = max(model.histogram.shape[1], int(tokens.max(initial=0)) + 1)

@@ -69,6 +69,7 @@ def look(
     if len(chosen) < MIN_CELLS:
         return None
     known = copy.copy(chosen)  # the cells that are asked for stay as many
+    known.hide(chosen.missing_in_some)
     if len(known) > MAX_CELLS:
         known.keep(np.linspace(0, len(known) - 1, MAX_CELLS).round().astype(np.int64))
     basis = model.model.embedding_basis()

@@ -94,15 +94,15 @@ class TaskBatch:
     Attributes
     ----------
     lo, hi
-        Which of the cells of the task: lo .. hi - 1.
+        Which of the cells of the task: lo .. hi - 1, or some of these.
     counts : (B, n_vars) float32
     tokens : (B, n_vars) int64 tensor
     cells : (B,) int64
         Their numbers in the data, which name their random draws.
     context
         What the model is conditioned on: "condition" and "library", each a tensor or None.
-    missing : (n_vars,) bool
-        Genes that the data lack: unknown, so always masked. Their counts and tokens mean nothing.
+    missing : (n_vars,) or (B, n_vars) bool
+        Genes that the data lack, or each cell: unknown, so always masked. Their counts and tokens mean nothing.
     """
 
     lo: int
@@ -129,6 +129,20 @@ class TaskBatch:
         for column, code in codes.items():
             condition[:, column] = code
         return replace(self, context={**self.context, "condition": condition})
+
+    def made_alike(self, make: Callable[[TaskBatch], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return what `make` gives, arrays with a row for each cell, asked of the cells that lack the same genes at a time."""
+        if self.missing.ndim == 1:
+            return make(self)
+        kinds, kind_of = np.unique(self.missing, axis=0, return_inverse=True)
+        found: dict[str, np.ndarray] = {}
+        for number, missing in enumerate(kinds):
+            rows = np.flatnonzero(kind_of.ravel() == number)
+            context = {name: value if value is None else value[rows] for name, value in self.context.items()}
+            alike = replace(self, counts=self.counts[rows], tokens=self.tokens[rows], cells=self.cells[rows], context=context, missing=missing)
+            for name, values in make(alike).items():
+                found.setdefault(name, np.empty((len(self.cells), *values.shape[1:]), values.dtype))[rows] = values
+        return found
 
     def hide(self, hidden: np.ndarray, mask_token: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens with the hidden and the missing ones masked, and the mask, (B, n_vars) each."""
@@ -159,7 +173,7 @@ def batches(
 
     def read(lo: int, hi: int) -> TaskBatch:
         nonlocal warned
-        counts = source.counts(lo, hi)
+        counts, missing = source.counts(lo, hi), source.missing_in(lo, hi)
         if not warned and model.binning.kind == "identity" and counts.max(initial=0) >= model.binning.n_bins:
             warn_user(
                 f"{source.name}: has counts up to {counts.max():.0f} or more; the model has a bin for each count up to "
@@ -179,9 +193,9 @@ def batches(
         if model.model.config["condition_library"]:
             total = np.log(np.maximum(counts.sum(1), 1)).astype(np.float32)
             # With genes missing the total over the panel is not known.
-            total[:] = total if whole and not source.missing.any() else np.nan
+            total[missing.any(-1) if whole else ...] = np.nan
             context["library"] = torch.from_numpy(total).to(model.device)
-        return TaskBatch(lo, hi, counts, tokens, source.indices[lo:hi], context, source.missing)
+        return TaskBatch(lo, hi, counts, tokens, source.indices[lo:hi], context, missing)
 
     spans, done = [(0, len(source))], 0
     if parts is not None:

@@ -62,7 +62,7 @@ def score(
         As in `sedd.impute`.
     reference
         Cells to compare with, read as `data` are; of more than 2,000 evenly spaced ones. The validation cells of the training run
-        if not given. Genes that `data` lack are hidden in them as well, so that like is compared with like.
+        if not given. Genes that `data` lack, or some cells of a store, are hidden in all, so that like is compared with like.
     given
         Condition columns whose labels in `data`, and in the reference, the model is given: is a cell improbable as one of its type?
     n_masks
@@ -111,6 +111,8 @@ def score(
             others = stack.enter_context(opened(path, reading=reading_of(model, {})))
             known = open_cells(model, others, "val", None)
         _check_reference(known, asked, given)
+        for one, other in ((known, asked), (asked, known)):  # what one cell lacks is hidden from all, so that like is compared with like
+            one.hide(other.missing_in_some)
         if len(known) > MAX_REFERENCE:
             known.keep(np.linspace(0, len(known) - 1, MAX_REFERENCE).round().astype(np.int64))
 

@@ -141,5 +141,5 @@ def learn(
     facts: dict[str, Any] = {"own_share": share.astype(np.float32)}
     if arguments["similar_cells"] == "none":
         return share, None, facts
-    similar = SimilarCells.learned(sample, ~chosen.missing, model.device)
+    similar = SimilarCells.learned(sample, ~chosen.missing_in_some, model.device)
     return share, similar.moved, {**facts, "similar_cells_sharpness": similar.sharpness, "similar_cells_prior": similar.prior}

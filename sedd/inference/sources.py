@@ -21,6 +21,7 @@ from sedd.errors import UserError, counted, warn_user
 from sedd.inference.matrices import Rows
 from sedd.inference.reading import AS_IT_IS, Reading
 from sedd.io.conversion.explain import are_counts, first_values, is_of_result
+from sedd.io.format.lacking import Lacking, lacking_of
 from sedd.io.format.plain import native_table, read_element
 from sedd.io.input.base import Input, Naming, check_drop, own_layer, renamed
 from sedd.io.input.faults import READ_ERRORS
@@ -29,7 +30,7 @@ from sedd.io.input.opening import input_fingerprint
 from sedd.io.input.slices import is_array
 from sedd.io.remote import is_remote
 
-STORE_KEYS = ("meta", "cells", "genes", "histogram")
+STORE_KEYS = ("meta", "cells", "genes", "histogram", "lacking")
 """What `uns["sedd"]` has of a store; the rest of it tells which task made a result."""
 
 
@@ -78,6 +79,10 @@ class Source(ABC):
     @abstractmethod
     def record(self) -> Any:
         """Return what `uns["sedd"]` tells of an earlier task, or what a user has there; None if nothing."""
+
+    @abstractmethod
+    def lacking(self) -> Lacking | None:
+        """Return which genes the files lack that a store was made of, if some do; its cells and genes may be chosen ones."""
 
     @abstractmethod
     def obsm_names(self) -> list[str]:
@@ -188,6 +193,10 @@ class AnnDataSource(Source):
             found = {name: value for name, value in found.items() if name not in STORE_KEYS or not self.is_store} or None
         return copy.deepcopy(_in_memory(found))
 
+    def lacking(self) -> Lacking | None:
+        """Return which genes the files lack that the AnnData was made of."""
+        return Lacking.read(_in_memory(self._adata.uns["sedd"].get("lacking"))) if self.is_store else None
+
     def obsm_names(self) -> list[str]:
         """Names of what is in obsm."""
         return [str(name) for name in self._adata.obsm if self._kept("obsm", name)]
@@ -295,6 +304,10 @@ class FileSource(Source):
                 return read_element(node)
             return {name: read_element(node[name]) for name in node if name not in STORE_KEYS} or None
         return None
+
+    def lacking(self) -> Lacking | None:
+        """Return which genes the files lack that the store was made of."""
+        return lacking_of(getattr(self._file, "root", None))
 
     def obsm_names(self) -> list[str]:
         """Names of what is in obsm."""

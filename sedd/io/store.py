@@ -1,7 +1,7 @@
 """The store: an AnnData Zarr v3 store whose X is CSR in narrow types, in few sharded files, each chunk with its checksum.
 
 `X/{indptr,indices,data}` are as in any AnnData store; what sedd adds is under `uns["sedd"]`: `meta` (JSON: format, inputs, codec, ...),
-`cells` and `genes` (statistics) and `histogram` (how often each gene has each count).
+`cells` and `genes` (statistics), `histogram` (how often each gene has each count) and `lacking` (genes that inputs do not have).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sedd.errors import (
     counted,
     without_secrets,
 )
+from sedd.io.format.lacking import Lacking
 from sedd.io.format.plain import read_element
 from sedd.io.format.reader import ChunkReader, side_by_side
 from sedd.io.format.tally import cell_hashes
@@ -96,7 +97,7 @@ class CellStore:
 
     def close(self) -> None:
         """Drop what was cached."""
-        for name in ("indptr", "obs", "var", "var_names"):
+        for name in ("indptr", "obs", "var", "var_names", "lacking"):
             self.__dict__.pop(name, None)
 
     def __repr__(self) -> str:
@@ -186,6 +187,11 @@ class CellStore:
     def var_names(self) -> np.ndarray:
         """Names of the genes, unique."""
         return self.var.index.to_numpy().astype(str)
+
+    @cached_property
+    def lacking(self) -> Lacking | None:
+        """Which genes the inputs of its cells lack, so that their zeros are none; None where each has all."""
+        return Lacking.read(self.element("uns/sedd/lacking")) if "lacking" in self.keys("uns/sedd") else None
 
     def keys(self, name: str = "") -> list[str]:
         """Names of what is in a group of the store, none if there is no such group."""

@@ -209,6 +209,7 @@ class Learner:
                 library=library,
                 labels=labels,
                 label_weight=weight,
+                missing=None if self._panel.lacking is None else self._panel.lacking.of(there),
                 objective=config.objective,
             )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,12 @@ from sedd.errors import (
     NotCountsError,
     UserError,
     check_permitted,
-    counted,
     warn_user,
 )
 from sedd.io.conversion.genes import read_gene_list
 from sedd.io.convert import ensure_store
 from sedd.io.files import obs_digest
-from sedd.io.format.histogram import histogram, rows_with, select_genes
+from sedd.io.format.histogram import histogram, less_zeros, rows_with, select_genes
 from sedd.io.format.json_table import packed_table
 from sedd.io.loader import CellLoader
 from sedd.io.loading.batch import Batch
@@ -41,13 +39,14 @@ from sedd.kernels.count_law_draws import LARGEST
 from sedd.model import SEDDTransformer
 from sedd.nn.gene_vectors import read_gene_vectors
 from sedd.options import recorded_path
-from sedd.training.first_look import check_column, check_inputs, split_of_cells
+from sedd.training import lacking_genes
+from sedd.training.first_look import check_inputs, split_of_cells
+from sedd.training.label_columns import labels_of, shares_of
 
 T = TypeVar("T")
 
 _N_QUANTILES = 1001
 _SAMPLED = 50_000  # training cells that are looked at where the store says nothing of them
-_MAX_CATEGORIES = 1000
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,8 @@ class Panel:
     label_shares
         Of the labels of each condition column among the training cells that have one, smoothed by a pseudo-count each; none of a
         resumed run, whose model knows them.
+    lacking
+        Which genes of the panel nobody counted in which cells, if that is so of some.
     """
 
     store: CellStore
@@ -87,6 +88,7 @@ class Panel:
     libraries: np.ndarray
     gene_vectors: np.ndarray | None = None
     label_shares: dict[str, np.ndarray] = field(default_factory=dict)
+    lacking: lacking_genes.LackingGenes | None = None
 
     def build_model(self, config: ModelConfig) -> SEDDTransformer:
         """Return a new model for this panel, its output started at the training marginals."""
@@ -117,7 +119,14 @@ class Panel:
             condition = torch.stack([batch.labels[name] for name in self.categories], 1) + 1
         if config.condition_library_size:
             library = batch.library.clamp_min(1).log()
+            if self.lacking is not None:  # a total over the panel is not known where a gene of it is not
+                library = library.masked_fill(self.lacking.of(batch).any(1), math.nan)
         return condition, library
+
+    @property
+    def labels(self) -> list[str]:
+        """Columns of obs that batches are to have: conditions, and what says which genes a cell lacks."""
+        return list(dict.fromkeys([*self.categories, *([] if self.lacking is None else [self.lacking.column])]))
 
     @functools.cached_property
     def cells_digest(self) -> str:
@@ -185,6 +194,7 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
     hist = _count(store, train, val, progress=config.run.progress)
     genes = _choose_genes(data, store, hist, train.n_cells)
     index = pd.Index(store.var_names).get_indexer(genes)
+    lacking = _lacking(config, store, genes)
     if hist is not None and data.binning != "quantile":
         panel_hist = hist[index]
         # The uniform graph walks among a fixed number of states.
@@ -196,12 +206,12 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
     else:
         sample = _sample_values(store, train, genes)
         binning = Binning.fit(data.binning, data.num_bins, values=sample)
-        tokens = _count_tokens(config, store, _some(train), genes, binning)
-    never = int((rows_with(tokens, int(binning.tokens(np.zeros((1, 1)))[0, 0])) == tokens[:1].sum()).sum())
+        tokens = _count_tokens(config, store, _some(train), genes, binning, lacking)
+    never = int((rows_with(tokens, int(binning.tokens(np.zeros((1, 1)))[0, 0])) == np.asarray(tokens.sum(axis=1)).ravel()).sum())
     if never:
         warn_user(f"{never} of the {len(genes)} genes of the panel were never seen in the training cells; they are kept.")
     vectors = None if config.model.gene_embeddings is None else read_gene_vectors(config.model.gene_embeddings, genes)
-    categories = {column: _categories(store, column) for column in config.model.condition}
+    categories = {column: labels_of(store, column) for column in config.model.condition}
     return Panel(
         store=store,
         train_cells=train,
@@ -210,10 +220,25 @@ def prepare_panel(config: TrainConfig, resumed: dict[str, Any] | None) -> Panel:
         binning=binning,
         histogram=tokens,
         categories=categories,
-        libraries=_libraries(config, store, train, genes, binning),
+        libraries=_libraries(config, store, train, genes, binning, lacking),
         gene_vectors=vectors,
-        label_shares={column: _shares(store, train, column) for column in categories},
+        label_shares={column: shares_of(store, train, column) for column in categories},
+        lacking=lacking,
     )
+
+
+def _lacking(config: TrainConfig, store: CellStore, genes: list[str]) -> lacking_genes.LackingGenes | None:
+    """Return which genes of the panel nobody counted in which cells, if that is so of some, and say so."""
+    found = lacking_genes.find(store, genes)
+    if found is None:
+        return None
+    if config.model.graph == "uniform":
+        raise UserError(
+            f"--graph uniform hides no genes, and not all files of {config.data.named} have all of the panel; expected the absorbing graph, or "
+            "files that were joined with --join inner."
+        )
+    found.say(config.data.named, len(genes))
+    return found
 
 
 def _open_store(data: DataConfig, *, progress: bool) -> CellStore:
@@ -249,12 +274,18 @@ def _as_trained_on(store: CellStore, state: dict[str, Any], named: str) -> CellS
 
 
 def _count(store: CellStore, train: Split, val: Split, *, progress: bool) -> sp.csr_array | None:
-    """Return how many training cells have each count of each gene: what the conversion counted, less the validation cells."""
+    """Return how many training cells have each count of each gene: what the conversion counted, less the validation cells.
+
+    Cells of a file that lacks a gene have no count of it, not even 0.
+    """
     if not store.is_counts:
         return None
     if train.limit is None:
-        return histogram(store, without=val.cells())
-    return histogram(store, train.cells(), progress=progress and train.n_cells > 100_000)
+        hist = histogram(store, without=val.cells())
+    else:
+        hist = histogram(store, train.cells(), progress=progress and train.n_cells > 100_000)
+    lacking = lacking_genes.find(store, store.var_names)
+    return hist if lacking is None else less_zeros(hist, lacking.cells_without(train))
 
 
 def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore) -> Panel:
@@ -280,7 +311,7 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore)
             f"{data.genes}; pass --genes {state['args']['genes']} as then, or start anew in another --checkpoint_dir."
         )
     for column, labels in state["categories"].items():
-        if _categories(store, column) != labels:
+        if labels_of(store, column) != labels:
             raise UserError(
                 f"--resume: obs[{column!r}] of {data.named} has other labels than those that the checkpoint was trained with, or in another "
                 "order; continue on the data it was trained on."
@@ -298,6 +329,7 @@ def _resumed_panel(config: TrainConfig, state: dict[str, Any], store: CellStore)
         categories=state["categories"],
         libraries=state["libraries"].numpy(),
         gene_vectors=vectors,
+        lacking=_lacking(config, store, wanted),
     )
 
 
@@ -317,7 +349,7 @@ def _choose_genes(data: DataConfig, store: CellStore, hist: sp.csr_array | None,
                 "--genes N picks variable genes by their counts, and the values are not counts; pass --genes all or a "
                 "file with one gene a line."
             )
-        chosen = select_genes(hist, n_train, n)
+        chosen = select_genes(hist, n)
         if not len(chosen):
             raise UserError(f"{data.named}: no gene is seen in 3 of the {n_train} training cells; expected counts.")
         return [str(store.var_names[i]) for i in chosen]
@@ -337,7 +369,9 @@ def _choose_genes(data: DataConfig, store: CellStore, hist: sp.csr_array | None,
     return found
 
 
-def _plain_loader(config: TrainConfig, store: CellStore, cells: Split | CellList, genes: list[str], binning: Any) -> CellLoader:
+def _plain_loader(
+    config: TrainConfig, store: CellStore, cells: Split | CellList, genes: list[str], binning: Any, lacking: lacking_genes.LackingGenes | None
+) -> CellLoader:
     return CellLoader(
         store,
         batch_size=1024,
@@ -345,6 +379,7 @@ def _plain_loader(config: TrainConfig, store: CellStore, cells: Split | CellList
         genes=genes,
         binning=binning,
         mask=None,
+        labels=[] if lacking is None else [lacking.column],
         shuffle=False,
         threads=config.data.loader_threads,
         memory_budget=config.data.memory_budget,
@@ -352,14 +387,15 @@ def _plain_loader(config: TrainConfig, store: CellStore, cells: Split | CellList
 
 
 def _count_tokens(
-    config: TrainConfig, store: CellStore, cells: Split | CellList, genes: list[str], binning: Binning
+    config: TrainConfig, store: CellStore, cells: Split | CellList, genes: list[str], binning: Binning, lacking: lacking_genes.LackingGenes | None
 ) -> sp.csr_array:
     """Return the histogram of tokens by a pass over the cells, for bins that no histogram of counts can give."""
     counted = np.zeros(len(genes) * binning.n_bins, np.int64)
     offsets = np.arange(len(genes)) * binning.n_bins
-    with _plain_loader(config, store, cells, genes, binning) as loader:
+    with _plain_loader(config, store, cells, genes, binning, lacking) as loader:
         for batch in loader:
-            counted += np.bincount((batch.tokens.numpy().astype(np.int64) + offsets).ravel(), minlength=counted.size)
+            places = batch.tokens.numpy().astype(np.int64) + offsets
+            counted += np.bincount(places.ravel() if lacking is None else places[~lacking.of(batch).numpy()], minlength=counted.size)
     return sp.csr_array(counted.reshape(len(genes), binning.n_bins))
 
 
@@ -387,54 +423,17 @@ def _some(train: Split) -> Split | CellList:
     return CellList(train.cells(np.sort(drawn)))
 
 
-def _categories(store: CellStore, column: str) -> list[str]:
-    """Return the labels of an obs column that a model can be conditioned on."""
-    check_column(column, store.obs_columns)
-    values = store.obs_column(column)
-    there = values.dropna()
-    if pd.api.types.is_float_dtype(values) and not (there == there.round()).all():  # numbers of clusters are labels
-        raise UserError(f"--condition {column}: is continuous ({values.dtype}); expected labels such as cell types.")
-    labels = [label_text(label) for label in encode_label(store, column)[1]]  # the loader's order: its codes index these
-    if not 2 <= len(labels) <= _MAX_CATEGORIES:
-        raise UserError(
-            f"--condition {column}: has {len(labels)} different labels; expected between 2 and {_MAX_CATEGORIES} to tell cells apart."
-        )
-    if len(labels) * 2 > len(there):
-        warn_user(
-            f"--condition {column}: has {len(labels)} different labels for {counted(len(there), 'cell')}, as names of cells have; a model "
-            "learns nothing from a label that hardly two cells have in common. Leave it out, or take one that groups cells."
-        )
-    for label in [label for label in labels if label.strip() in _NO_LABEL][:1]:
-        warn_user(
-            f"--condition {column}: {label!r} is learned as a label like any other. If it means that a cell has none, leave it missing: "
-            f"adata.obs[{column!r}] = adata.obs[{column!r}].where(adata.obs[{column!r}] != {label!r})."
-        )
-    alike = [label for label, n in Counter(" ".join(label.split()).casefold() for label in labels).items() if n > 1]
-    if alike:
-        pair = [label for label in labels if " ".join(label.split()).casefold() == alike[0]][:2]
-        warn_user(
-            f"--condition {column}: {pair[0]!r} and {pair[1]!r} are learned as two labels. If they are one, give them one name: "
-            f"adata.obs[{column!r}] = adata.obs[{column!r}].replace({{{pair[1]!r}: {pair[0]!r}}})."
-        )
-    return labels
-
-
-_NO_LABEL = {"", "nan", "NaN", "NA", "N/A", "None", "<NA>"}
-"""What missing labels become as text."""
-
-
-def _shares(store: CellStore, train: Split, column: str) -> np.ndarray:
-    codes, labels = encode_label(store, column)
-    here = np.asarray(codes)[train.cells()]
-    counted = np.bincount(here[here >= 0], minlength=len(labels)) + 1.0
-    return np.asarray(counted / counted.sum())
-
-
 def _libraries(
-    config: TrainConfig, store: CellStore, train: Split, genes: list[str], binning: Binning
+    config: TrainConfig, store: CellStore, train: Split, genes: list[str], binning: Binning, lacking: lacking_genes.LackingGenes | None
 ) -> np.ndarray:
     if not config.model.condition_library_size:
         return np.zeros(0, np.float32)
-    with _plain_loader(config, store, _some(train), genes, binning) as loader:
-        totals = np.concatenate([batch.library.numpy() for batch in loader])
+    with _plain_loader(config, store, _some(train), genes, binning, lacking) as loader:
+        known = [batch.library.numpy() if lacking is None else batch.library[~lacking.of(batch).any(1)].numpy() for batch in loader]
+    totals = np.concatenate(known)
+    if not totals.size:
+        raise UserError(
+            f"--condition_library_size: no file of {config.data.named} has all {len(genes)} genes of the panel, so the total of no cell is known. Leave it "
+            "out, or train on the genes that all files have: convert them with --join inner."
+        )
     return np.quantile(totals, np.linspace(0, 1, _N_QUANTILES)).astype(np.float32)

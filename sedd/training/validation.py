@@ -48,7 +48,7 @@ class Validator:
             genes=panel.genes,
             binning=panel.binning,
             mask=None,
-            labels=list(panel.categories),
+            labels=panel.labels,
             shuffle=False,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -121,8 +121,10 @@ class Validator:
         count = masked_count(self._config.model.mask_ratio, n_vars)
         assert batch.cell is not None
         masked = torch.from_numpy(exact_mask(seed, 0, batch.cell.numpy(), n_vars, count)).to(device)
-        shown = hide(batch.tokens, masked, self._graph.mask_token)
-        sigma = self._noise.sigma_at(masked.double().mean(1)).float()
+        everywhere = batch.with_missing(masked)
+        shown = hide(batch.tokens, everywhere, self._graph.mask_token)
+        sigma = self._noise.sigma_at(everywhere.double().mean(1)).float()
+        masked = masked if batch.missing is None else masked & ~batch.missing
         given: dict[str, Any] = {"condition": batch.condition}  # not the total: it would give away what is hidden
         with self._accelerator.autocast():
             readout = model.readout(shown, sigma, **given)
@@ -135,9 +137,11 @@ class Validator:
         """How many labels are known, the sum of their negative log scores, how many are the most probable."""
         if not model.config["answer_labels"] or batch.condition is None:
             return [0, 0, 0]
-        sigma = self._noise.sigma_at(torch.zeros(len(batch.tokens), device=batch.tokens.device)).float()
+        tokens, share = batch.tokens, torch.zeros(len(batch.tokens), device=batch.tokens.device)
+        if batch.missing is not None:
+            tokens, share = hide(tokens, batch.missing, self._graph.mask_token), batch.missing.double().mean(1)
         with self._accelerator.autocast():
-            laws = model.label_laws(batch.tokens, sigma)
+            laws = model.label_laws(tokens, self._noise.sigma_at(share).float())
         found = torch.zeros(3, dtype=torch.float64)
         for law, labels in zip(laws, batch.condition.T, strict=True):
             rows = labels.nonzero()[:, 0]
@@ -152,7 +156,8 @@ class Validator:
         for batch in self._loader:
             there = batch.to(device)
             condition, library = self._panel.conditions(there, self._config.model)
-            yield CellBatch(there.tokens, condition, library, batch.cell)
+            lacking = self._panel.lacking
+            yield CellBatch(there.tokens, condition, library, batch.cell, None if lacking is None else lacking.of(there))
 
     def summary(self, sums: torch.Tensor, ranks: Ranks) -> dict[str, float]:
         """Means over the validation cells of all ranks, each of which must call this.

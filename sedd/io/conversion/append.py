@@ -58,6 +58,10 @@ class _Tables:
     obsm: dict[str, Any]
     stale: list[str]
     news: list[str]
+    column: str
+    """Of obs, which says which input a cell is from."""
+    inputs: list[str]
+    """What it calls the new ones."""
 
 
 class Append:
@@ -290,7 +294,7 @@ class Append:
         known = [record["path"] for record in store.uns_sedd["inputs"]]
         own_obsm = {name: store.element(f"obsm/{name}") for name in store.keys("obsm")}
         own_uns = {name: store.element(f"uns/{name}") for name in store.keys("uns") if name != "sedd"}
-        obs, arrays, news = append_obs(
+        obs, arrays, news, (column, inputs) = append_obs(
             store.obs, own_obsm, known, frames, obsm, self.paths,
             named=len(known) > 1 or bool(store.uns_sedd["settings"].get("keys")), keys=kept["keys"],
         )  # fmt: skip
@@ -303,7 +307,7 @@ class Append:
         if store.is_reordered:
             what = "shuffled" if kept["shuffle"] else f"grouped by {kept['group_by']}"
             news.append(f"{self.shown}: is {what}; the appended cells come after the others, in the order of their files.")
-        return _Tables(obs, [str(name) for frame in frames for name in frame.index], arrays, stale, news)
+        return _Tables(obs, [str(name) for frame in frames for name in frame.index], arrays, stale, news, column, inputs)
 
     def _convert(self, store: CellStore) -> CellStore:
         """Make a store of the new cells alone, by the genes and settings of the old one."""
@@ -372,6 +376,7 @@ class Append:
         from sedd.io.conversion.statistics import OfStores
         from sedd.io.conversion.tables import write_added
         from sedd.io.format.elements import write_elements
+        from sedd.io.format.lacking import together
 
         root = f"{self.folder}/store"
         tasks = lay_out(store, added, root)
@@ -384,8 +389,11 @@ class Append:
             "n_obs": store.n_obs, "nnz": store.nnz, "max_value": store.max_value, "fingerprint": store.fingerprint,
             "inputs": len(store.uns_sedd["inputs"]), "appended": {**self._of_matrix(store), "genes": None},
         }  # fmt: skip
-        grown = [*store.grown, then]
-        write_added(group, store.uns_sedd["settings"], OfStores([store, added]), store.uns_sedd["inputs"] + records, grown)
+        named = {str(number): name for number, name in enumerate(tables.inputs)}
+        write_added(
+            group, store.uns_sedd["settings"], OfStores([store, added]), store.uns_sedd["inputs"] + records, [*store.grown, then],
+            lacking=together(tables.column, store.var_names.tolist(), [(store.lacking, {}), (added.lacking, named)]),
+        )  # fmt: skip
 
     def _read_back(self, store: CellStore, grown: CellStore, runner: TaskRunner) -> None:
         """Read what was written, checksums and all, and compare each cell with what it should be."""

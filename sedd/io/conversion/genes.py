@@ -124,6 +124,9 @@ def _check_overlap(files: list[Input], names: list[list[str]], settings: dict[st
         common, smaller = len(panel & panels[0]), min(len(panel), len(panels[0]))
         if common >= FEW * smaller:
             continue
+        # Names of one kind, of which others are asked for in each.
+        if settings["join"] == "outer" and len(set(own) & set(names[0])) >= FEW * min(len(own), len(names[0])):
+            continue
         count = f"{common} of its {len(panel)} genes" if common else "no gene"
         text = f"{file.path}: has {count} in common with the {len(panels[0])} of {files[0].path} (for example {own[0]!r} and {names[0][0]!r})"
         raw, drop = settings["raw"], tuple(settings["drop"])
@@ -133,7 +136,8 @@ def _check_overlap(files: list[Input], names: list[list[str]], settings: dict[st
         ]
         hint = hints[0] or hints[1]
         if common < LEAST_OVERLAP * smaller:
-            raise UserError(f"{text}. {hint or 'Do both use the same kind of names, symbols or Ensembl identifiers?'} If that is meant, name the genes by --genes.")
+            way_out = "If that is meant, name the genes by --genes." if asked is None else "Leave an input out, or name genes that both have."
+            raise UserError(f"{text}. {hint or 'Do both use the same kind of names, symbols or Ensembl identifiers?'} {way_out}")
         warn_user(f"{text}. {hint}".rstrip())
 
 

@@ -196,7 +196,7 @@ class Job:
         group = publish.open_unfinished(plan)
         publish.build(group, plan, self.runner, gathered)
         self._keep_layers()
-        tables.write_added(group, plan.settings, gathered, self.records())
+        tables.write_added(group, plan.settings, gathered, self.records(), lacking=tables.lacking(group, plan))
         publish.check(plan, self.runner, gathered)
         for path, known in zip(self.paths, self.fingerprints, strict=True):
             if input_fingerprint(path) != known:

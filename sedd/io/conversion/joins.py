@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,12 @@ def _source_columns() -> Iterator[str]:
     yield from (f"sedd_source_{k}" for k in itertools.count())
 
 
+def own_source_column(columns: Iterable[Any]) -> str | None:
+    """Return the column of a store of several inputs that says which one a cell is from; names before it are the inputs' own."""
+    there = set(columns)
+    return next(iter(list(itertools.takewhile(there.__contains__, _source_columns()))[-1:]), None)
+
+
 def source_column(frames: list[pd.DataFrame]) -> tuple[str, list[str]]:
     """Return the first such name that the inputs leave free, and what is to be said of it."""
     column = next(name for name in _source_columns() if not any(name in frame for frame in frames))
@@ -112,8 +118,8 @@ def append_obs(
     *,
     named: bool,
     keys: list[str],
-) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
-    """Tables and embeddings of a store with those of the inputs appended; and what is to be said of them.
+) -> tuple[pd.DataFrame, dict[str, Any], list[str], tuple[str, list[str]]]:
+    """Tables and embeddings of a store with those of the inputs appended; what is to be said of them; the column and names of these inputs.
 
     They are what a conversion of all inputs at once would make, but for embeddings: the store's are kept, with missing values where
     an input has none.
@@ -126,8 +132,8 @@ def append_obs(
     named : whether the store says which input a cell is from
     keys : names of the inputs; their paths if empty
     """
-    chain = list(itertools.takewhile(lambda name: name in table, _source_columns()))
-    own = chain[-1:] if named else []  # the names before it are the inputs' own
+    known_by = own_source_column(table) if named else None
+    own = [] if known_by is None else [known_by]
     column, news = source_column([table.drop(columns=own), *frames])
     if named:
         table = table.rename(columns=dict.fromkeys(own, column))
@@ -152,7 +158,7 @@ def append_obs(
     labelled = [
         frame.assign(**{column: pd.Categorical([name] * len(frame), [name])}) for frame, name in zip(frames, names, strict=True)
     ]
-    return *_stacked([table, *labelled], [obsm, *kept]), news
+    return *_stacked([table, *labelled], [obsm, *kept]), news, (column, names)
 
 
 def _names_beside(taken: list[str], paths: list[str]) -> list[str]:

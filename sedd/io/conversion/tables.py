@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,12 +14,14 @@ import pandas as pd
 import zarr
 
 import sedd
+from sedd.errors import warn_user
 from sedd.io.conversion.cells import JoinedCells
 from sedd.io.conversion.genes import match_inputs, noted_order, unique_names
 from sedd.io.conversion.inputs import Plan
-from sedd.io.conversion.joins import concatenated, distinct_names, join_obsm, join_uns, usable
+from sedd.io.conversion.joins import concatenated, distinct_names, join_obsm, join_uns, own_source_column, usable
 from sedd.io.conversion.statistics import Statistics
 from sedd.io.format.elements import write_elements
+from sedd.io.format.lacking import Lacking, lacking_of
 from sedd.io.format.plain import read_element
 from sedd.io.format.shards import consolidate
 from sedd.io.format.table_blocks import write_blocks
@@ -49,7 +52,7 @@ def write(group: zarr.Group, plan: Plan) -> list[str]:
         else:
             tables, obsm = [file.cells(settings["obs"], drop) for file in files], [file.mapping("obsm", drop) for file in files]
             uns = [file.mapping("uns", drop) for file in files]
-            labels = (settings["keys"] or distinct_names(paths)) if len(files) > 1 or settings["keys"] else None
+            labels = _labels(plan)
         order = None
         if settings["shuffle"] or settings["group_by"] is not None:
             places = np.load(f"{plan.folder}/places.npy")
@@ -66,6 +69,45 @@ def write(group: zarr.Group, plan: Plan) -> list[str]:
         news += lost + write_elements(group, {"var": var, "obsm": arrays, "uns": kept})
         news += write_blocks(group, "obs", sample=cells.sample, n_rows=n_obs, column=cells.column, names=cells.names)
     return news + write_elements(group, {name: {} for name in ("layers", "obsp", "varm", "varp")})
+
+
+def _labels(plan: Plan) -> list[str] | None:
+    """Names of the inputs, where the store says which one a cell is from."""
+    paths, keys = [path for path, _, _ in plan.sources], plan.settings["keys"]
+    return (keys or distinct_names(paths)) if len(paths) > 1 or keys else None
+
+
+def lacking(group: zarr.Group, plan: Plan) -> Lacking | None:
+    """Return which genes of the store each input of `plan` lacks; inputs of a store that does not name them have numbers for names.
+
+    What a store that is the only input says of its own inputs holds for the new one as well.
+    """
+    columns = group["obs"].attrs["column-order"]
+    for path, _, _ in plan.sources:
+        with opened_as(path, plan.settings) as file:
+            before = lacking_of(getattr(file, "root", None))
+        if before is not None and len(plan.sources) == 1 and before.column in columns:
+            return Lacking.of(before.column, before.inputs, names := _gene_names(group), before.among(names))
+        if before is not None:
+            warn_user(
+                f"{path}: was made of files of which some lack genes, and which cell is from which is not known here: their cells are taken to have no "
+                "counts of them. Convert the files themselves."
+            )
+    genes, has = _gene_names(group), np.ones((len(plan.sources), plan.n_vars), bool)
+    for number, own in enumerate(has):
+        if os.path.exists(path := f"{plan.folder}/genes-{number}.npy"):
+            new = np.load(path)
+            own[:] = False
+            own[new[new >= 0]] = True
+    named = None if plan.settings["obs"] == [] else _labels(plan)
+    column = own_source_column(columns) if named else None
+    return Lacking.of(column or "", named or [str(number) for number in range(len(has))], genes, ~has)
+
+
+def _gene_names(group: zarr.Group) -> list[str]:
+    var = group["var"]
+    names: list[str] = read_element(var[var.attrs["_index"]]).tolist()
+    return names
 
 
 def label_codes(files: list[Input], column: str) -> np.ndarray:
@@ -94,6 +136,8 @@ def write_added(
     gathered: Statistics,
     inputs: list[dict[str, str]],
     grown: Sequence[dict[str, Any]] = (),
+    *,
+    lacking: Lacking | None,
 ) -> None:
     """Write `uns["sedd"]`, and consolidate the metadata of the whole store.
 
@@ -102,9 +146,9 @@ def write_added(
     settings : of the store
     inputs : what the store remembers of its inputs
     grown : what the store was each time before cells were appended
+    lacking : genes that inputs lack, if any does
     """
-    var = group["var"]
-    names = read_element(var[var.attrs["_index"]]).tolist()
+    names = _gene_names(group)
     identity = json.dumps([gathered.content(), gathered.n_obs, settings["values"], names])
     meta = {
         "format": FORMAT,
@@ -125,6 +169,8 @@ def write_added(
     added: dict[str, Any] = {"meta": json.dumps(meta), "cells": cells, "genes": gathered.genes}
     if gathered.histogram is not None:
         added["histogram"] = gathered.histogram
+    if lacking is not None:
+        added["lacking"] = lacking.element()
     write_elements(group["uns"], {"sedd": added})
     consolidate(group)
 

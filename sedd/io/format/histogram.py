@@ -129,15 +129,23 @@ def rows_with(hist: sparse.csr_array, count: int) -> np.ndarray:
     return np.bincount(entries.row[here], entries.data[here], hist.shape[0]).astype(np.int64)
 
 
-def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:
+def less_zeros(hist: sparse.csr_array, absent: np.ndarray) -> sparse.csr_array:
+    """Return a histogram whose zeros (column 0) are `absent` (n_vars,) fewer: those of cells in which nobody counted the gene."""
+    rows = np.flatnonzero(absent)
+    taken = sparse.csr_array((absent[rows], (rows, np.zeros(rows.size, np.int64))), shape=hist.shape)
+    found = sparse.csr_array(hist - taken, dtype=np.int64)
+    found.eliminate_zeros()
+    return found
+
+
+def select_genes(hist: sparse.csr_array, n_top: int) -> np.ndarray:
     """Return the `n_top` most variable genes, as scanpy's `highly_variable_genes(flavor="seurat_v3")` chooses them.
 
     The standardised variance needs only how often each gene has each count, so no cell is read.
 
     Parameters
     ----------
-    hist : (n_vars, V) from `histogram`
-    n_obs : cells counted in it
+    hist : (n_vars, V) from `histogram`; of how many cells is the sum of a row
     n_top : genes wanted; genes seen in fewer than 3 cells are passed over
 
     Returns
@@ -151,11 +159,12 @@ def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:
     if n_top < 1:
         raise UserError(f"the number of genes to choose must be positive, not {n_top}.")
     hist = sparse.csr_array(hist)
+    n_obs = np.asarray(hist.sum(axis=1)).ravel()
     entries = hist.tocoo()  # entry by entry: a table of all numbers up to the largest count may not fit into memory
     counts = entries.col.astype(np.float64)
     total, squares = (np.bincount(entries.row, counts**power * entries.data, hist.shape[0]) for power in (1, 2))
-    mean = total / n_obs
-    variance = (squares - total * mean) / max(1, n_obs - 1)
+    mean = total / np.maximum(1, n_obs)
+    variance = (squares - total * mean) / np.maximum(1, n_obs - 1)
     seen = n_obs - rows_with(hist, 0)
     usable = np.flatnonzero(seen >= 3)
     varying = usable[variance[usable] > 0]
@@ -167,10 +176,10 @@ def select_genes(hist: sparse.csr_array, n_obs: int, n_top: int) -> np.ndarray:
         model.fit()
     except ValueError as error:  # of few cells, most genes share a handful of means
         raise UserError(
-            f"the {n_obs} cells are too few to choose {n_top} variable genes by: the trend of variance against mean cannot be fitted. "
+            f"the {n_obs.max()} cells are too few to choose {n_top} variable genes by: the trend of variance against mean cannot be fitted. "
             "Give more cells, --genes all, or a list of genes."
         ) from error
-    deviation = np.sqrt(10**model.outputs.fitted_values)
+    deviation, n_obs = np.sqrt(10**model.outputs.fitted_values), n_obs[varying]
     limit = deviation * np.sqrt(n_obs) + mean[varying]
     rows = hist[varying].tocoo()
     clipped = np.minimum(rows.col, limit[rows.row]) * rows.data

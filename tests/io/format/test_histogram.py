@@ -69,15 +69,15 @@ def test_variable_genes_are_those_of_scanpy(tmp_path: Path) -> None:
     for n_top in (500, 2000):
         table = sc.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=n_top, inplace=False)
         expected = kept[np.flatnonzero(table["highly_variable"])]
-        np.testing.assert_array_equal(select_genes(hist, store.n_obs, n_top), expected)
+        np.testing.assert_array_equal(select_genes(hist, n_top), expected)
 
 
 def test_few_genes_are_all_chosen(store: CellStore) -> None:
-    chosen = select_genes(store.gene_histogram(), store.n_obs, 1000)
+    chosen = select_genes(store.gene_histogram(), 1000)
     assert chosen.size == 39
     assert (np.diff(chosen) > 0).all()
     with pytest.raises(UserError, match="must be positive"):
-        select_genes(store.gene_histogram(), store.n_obs, 0)
+        select_genes(store.gene_histogram(), 0)
 
 
 @pytest.mark.filterwarnings("ignore::sedd.errors.SeddWarning")
@@ -85,4 +85,4 @@ def test_too_few_cells_to_choose_genes_by_are_an_error_that_says_so(tmp_path: Pa
     store = convert(PBMC, tmp_path / "pbmc.zarr", progress=False)
     cells = np.sort(np.random.default_rng(0).choice(store.n_obs, 36, replace=False))
     with pytest.raises(UserError, match="the 36 cells are too few to choose 50 variable genes by"):
-        select_genes(histogram(store, cells), 36, 50)
+        select_genes(histogram(store, cells), 50)
