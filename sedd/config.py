@@ -78,7 +78,7 @@ class InputSettings(ReadingSettings):
     keys: tuple[str, ...] = ()
     """Names of the inputs, in their order, for obs["source"]; their file names if not given."""
     join: Literal["inner", "outer"] = "inner"
-    """Genes of several inputs: those that all have, or those that any has."""
+    """Genes of several inputs: those that all have, or those that any has, which are unknown in cells of the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,6 +29,7 @@ from sedd.inference.reading import Reading
 from sedd.inference.sources import AnnDataSource, no_data
 from sedd.io.convert import convert
 from sedd.io.format.elements import writable_table, write_elements
+from sedd.io.format.lacking import Lacking
 from sedd.io.format.plain import column_called
 from sedd.io.store import CellStore
 from sedd.options import keywords_of
@@ -179,6 +180,8 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
     if adata.n_obs:
         split_of_cells(config, adata.n_obs)
     layer, raw = config.data.layer, config.data.raw
+    lacking = None if raw else source.lacking()
+    columns += [] if lacking is None else [lacking.column]
     matrix = source.rows(layer, raw).take(np.arange(adata.n_obs))
     var = adata.raw.var if raw else adata.var
     var = var.copy() if isinstance(var, pd.DataFrame) else var.to_memory()  # of a lazy AnnData
@@ -189,6 +192,8 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
         slim.layers[layer] = matrix
     if raw:
         slim.raw = ad.AnnData(matrix, obs=slim.obs, var=bare)
+    if lacking is not None:  # of the files that a store was made of, if the AnnData was read from one
+        slim.uns["sedd"] = {"lacking": lacking.element()}
     directory.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cells-", dir=directory))
@@ -211,7 +216,7 @@ def _stored(adata: ad.AnnData, config: TrainConfig, directory: Path) -> str:
         def make(values: Any) -> str:
             store = convert([path], Path(folder, "cells.zarr"), progress=False, values=values, **taken)
             assert store is not None
-            target = directory / f"cells-{_digest(store.fingerprint, obs, taken)}.zarr"
+            target = directory / f"cells-{_digest(store.fingerprint, obs, taken, lacking)}.zarr"
             store.close()
             if not target.exists():
                 os.rename(store.path, target)
@@ -229,8 +234,10 @@ _NO_OTHER = re.compile(r"Pass a file that holds the counts: in this one is no ot
 """What is said of the file that an AnnData in memory was written to, which has one matrix of it."""
 
 
-def _digest(fingerprint: str, obs: pd.DataFrame, taken: dict[str, Any]) -> str:
-    """Return a name for cells with these counts, names and labels, read in this way."""
+def _digest(fingerprint: str, obs: pd.DataFrame, taken: dict[str, Any], lacking: Lacking | None) -> str:
+    """Return a name for cells with these counts, names and labels, of files that lack these genes, read in this way."""
     found = hashlib.blake2b(f"{fingerprint} {taken}".encode(), digest_size=6)
     found.update(pd.util.hash_pandas_object(writable_table(obs)[0]).to_numpy().tobytes())
+    if lacking is not None:
+        found.update(repr([value.tolist() if isinstance(value, np.ndarray) else value for value in lacking.element().values()]).encode())
     return found.hexdigest()

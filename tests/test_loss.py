@@ -317,3 +317,24 @@ def test_labels_count_more_in_the_gradient_and_as_they_are_in_what_is_reported()
     torch.testing.assert_close(loss, alone + LABEL_EMPHASIS * 2 * np.log(2) / 3)
     plain = diffusion_loss(*given, condition=shown, labels=labels)[1]
     torch.testing.assert_close(plain, genes + np.log(2))
+
+
+def test_the_network_is_told_all_that_is_hidden() -> None:
+    """At each time the noise says how large a share is hidden on average, with what is missing."""
+
+    class Told(ExactModel):
+        def forward(self, tokens: Tensor, sigma: Tensor, **given: object) -> Tensor:
+            self.share = -torch.expm1(-sigma.double())
+            self.hidden = (tokens == 4).double().mean(1)
+            return super().forward(tokens, sigma, **given)
+
+    joint, n = Joint.random(3, 4), 20_000
+    model, generator = Told(joint), torch.Generator().manual_seed(0)
+    missing = torch.tensor([[False, False, True], [False, False, False]]).repeat(n // 2, 1)
+    for at in (0.2, 0.7):
+        t = torch.full((n,), at)
+        masked = torch.rand(n, 3, generator=generator) < NOISE.mask_probability(t)[:, None]
+        for objective in ("score_entropy", "masked"):
+            diffusion_loss(model, AbsorbingGraph(4), NOISE, joint.sample(n), masked, t, missing=missing, objective=objective)
+            for kind in (0, 1):
+                assert float(model.share[kind::2].mean()) == pytest.approx(float(model.hidden[kind::2].mean()), abs=0.01)

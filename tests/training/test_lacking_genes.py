@@ -109,6 +109,16 @@ def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_stopped(joined: Path, ru
         assert torch.equal(weight, twice["model"][name]), name
 
 
+def test_an_anndata_read_from_the_store_trains_as_the_store_does(joined: Path, run: Path, tmp_path: Path) -> None:
+    flags = {name.removeprefix("--"): value for name, value in zip(TINY_FLAGS[::2], TINY_FLAGS[1::2], strict=True)}
+    settings = {name: value if name in ("genes", "log_with") else float(value) if "." in value or "e" in value else int(value) for name, value in flags.items()}
+    model = sedd.train(
+        ad.read_zarr(joined), checkpoint_dir=tmp_path / "run", condition="cell_type", condition_library_size=True, progress=False, **settings
+    )
+    for name, weight in Pretrained.load(run).state["model"].items():
+        assert torch.equal(weight, model.state["model"][name]), name
+
+
 def test_what_cannot_do_without_genes_says_so(joined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["train", "--data_path", str(joined), "--checkpoint_dir", str(tmp_path / "run"), *TINY_FLAGS]
     assert main([*flags, "--graph", "uniform", "--binning", "identity"]) == 2
