@@ -111,8 +111,14 @@ class Cells:
     def _what_cells_lack(self, genes: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Of a store of files that lack genes: a row for each cell in a table of which genes are missing, (rows, n_vars) bool; None of others."""
         lacking = self.source.lacking()
-        labels = None if lacking is None else column_called(self.obs, lacking.column)
-        if lacking is None or labels is None:
+        if lacking is None or not lacking.among(genes).any():
+            return None
+        labels = column_called(self.obs, lacking.column)
+        if labels is None:
+            warn_user(
+                f"{self.name}: was made of files of which some lack genes of the model, and obs[{lacking.column!r}], which says which file a cell is from, is "
+                "not there any more: these genes are taken to be 0 in their cells."
+            )
             return None
         codes, table = lacking.codes(labels), np.concatenate([lacking.among(genes), np.zeros((1, len(genes)), bool)])
         table &= ~self.missing

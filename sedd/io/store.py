@@ -422,6 +422,7 @@ def store_facts(path: str) -> dict[str, Any]:
         "chunk": int(store.x_arrays["data"].chunks[0]),
         "shuffled": meta["settings"]["shuffle"] and (f"the first {store.grown[0]['n_obs']} cells" if store.grown else True),
         "grouped by": _grouping(store),
+        "genes lacking": [] if store.lacking is None else [f"{name}: {row.sum()}" for name, row in zip(store.lacking.inputs, store.lacking.table, strict=True)],
         "cells when it grew": [then["n_obs"] for then in store.grown],
         "obs": list(map(str, store.obs.columns)),
         "var": list(map(str, store.var.columns)),

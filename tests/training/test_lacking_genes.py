@@ -131,3 +131,13 @@ def test_what_cannot_do_without_genes_says_so(joined: Path, tmp_path: Path, caps
     flags[2] = str(tmp_path / "ab.zarr")
     assert main([*flags, "--condition_library_size"]) == 2
     assert "the total of no cell is known" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::sedd.errors.SeddWarning")
+def test_where_nobody_knows_any_more_which_cell_lacks_genes_it_is_said(joined: Path, run: Path) -> None:
+    cells = ad.read_zarr(joined)[:20].copy()
+    with pytest.warns(sedd.errors.SeddWarning, match="12 of the model's genes are not in all of the files"):
+        sedd.embed(run, cells, progress=False)
+    del cells.obs["source"]
+    with pytest.warns(sedd.errors.SeddWarning, match=r"obs\['source'\], which says which file a cell is from, is not there any more"):
+        sedd.embed(run, cells, progress=False)

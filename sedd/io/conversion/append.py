@@ -147,11 +147,11 @@ class Append:
         lacks = f"{path}: lacks {len(lacking)} of the {len(genes)} genes of {self.shown}"
         if lacking and kept["join"] != "outer":
             raise UserError(
-                f"{lacks} (first: {lacking[0]!r}). Pass --join outer to append its cells without counts of them, or convert all files "
+                f"{lacks} (first: {lacking[0]!r}). Pass --join outer to append its cells, in which they are then unknown, or convert all files "
                 "together into another store."
             )
         if lacking:
-            warn_user(f"{lacks} (first: {lacking[0]!r}); its cells have no counts of them.")
+            warn_user(f"{lacks} (first: {lacking[0]!r}); in its cells they are unknown, not 0.")
         if more := len(own.difference(genes)):
             warn_user(f"{path}: {more} of its {len(own)} genes are not in {self.shown} and are left out.")
 

@@ -239,7 +239,7 @@ def match_genes(
     for path, own in zip(paths, names, strict=True) if aloud and join == "outer" else ():
         there = set(own)
         if lacking := [name for name in genes if name not in there]:
-            warn_user(f"{path}: lacks {len(lacking)} of the {len(genes)} genes (first: {lacking[0]!r}); its cells have no counts of them.")
+            warn_user(f"{path}: lacks {len(lacking)} of the {len(genes)} genes (first: {lacking[0]!r}); in its cells they are unknown, not 0.")
     number = {name: k for k, name in enumerate(genes)}
     maps = [None if own == genes else np.array([number.get(name, -1) for name in own], np.int32) for own in names]
     return genes, maps

@@ -183,6 +183,6 @@ def test_layers_asked_for_are_kept_beside_the_matrix(tmp_path: Path, shuffle: bo
 def test_what_an_input_of_an_outer_join_lacks_is_said_of_that_input(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.h5ad", counts(20, 12), genes=[f"g{k}" for k in range(12)])
     part = write(tmp_path / "part.h5ad", counts(20, 9, seed=1), genes=[f"g{k}" for k in range(3, 12)])
-    with pytest.warns(SeddWarning, match=r"part\.h5ad: lacks 3 of the 12 genes \(first: 'g0'\); its cells have no counts of them") as found:
+    with pytest.warns(SeddWarning, match=r"part\.h5ad: lacks 3 of the 12 genes \(first: 'g0'\); in its cells they are unknown, not 0") as found:
         convert([whole, part], tmp_path / "o.zarr", join="outer", progress=False)
     assert not [w for w in found if "whole.h5ad: lacks" in str(w.message)]

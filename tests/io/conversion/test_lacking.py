@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sedd.io import CellStore, convert
+from sedd.io.store import store_facts
 
 GENES = [f"g{k}" for k in range(9)]
 PANELS = st.lists(st.sampled_from(GENES), min_size=3, max_size=9, unique=True)
@@ -86,3 +87,4 @@ def test_files_that_have_all_genes_lack_none(tmp_path: Path) -> None:
     assert grown.lacking is not None
     assert grown.lacking.genes.tolist() == GENES[:4]
     assert grown.lacking.inputs == ["b.h5ad"]
+    assert store_facts(grown.path)["genes lacking"] == ["b.h5ad: 4"]
