@@ -21,12 +21,12 @@ from sedd.errors import UserError, counted, warn_user
 from sedd.inference.matrices import Rows
 from sedd.inference.reading import AS_IT_IS, Reading
 from sedd.io.conversion.explain import are_counts, first_values, is_of_result
-from sedd.io.format.lacking import Lacking, lacking_of
+from sedd.io.format.lacking import Lacking
 from sedd.io.format.plain import native_table, read_element
 from sedd.io.input.base import Input, Naming, check_drop, own_layer, renamed
 from sedd.io.input.faults import READ_ERRORS
 from sedd.io.input.matrix import Matrix
-from sedd.io.input.opening import input_fingerprint
+from sedd.io.input.opening import input_fingerprint, lacking_of
 from sedd.io.input.slices import is_array
 from sedd.io.remote import is_remote
 
@@ -307,7 +307,7 @@ class FileSource(Source):
 
     def lacking(self) -> Lacking | None:
         """Return which genes the files lack that the store was made of."""
-        return lacking_of(getattr(self._file, "root", None))
+        return lacking_of(self._file)
 
     def obsm_names(self) -> list[str]:
         """Names of what is in obsm."""

@@ -21,13 +21,13 @@ from sedd.io.conversion.inputs import Plan
 from sedd.io.conversion.joins import concatenated, distinct_names, join_obsm, join_uns, own_source_column, usable
 from sedd.io.conversion.statistics import Statistics
 from sedd.io.format.elements import write_elements
-from sedd.io.format.lacking import Lacking, lacking_of
+from sedd.io.format.lacking import Lacking
 from sedd.io.format.plain import read_element
 from sedd.io.format.shards import consolidate
 from sedd.io.format.table_blocks import write_blocks
 from sedd.io.input.base import Input, check_drop
 from sedd.io.input.cells import CellTable
-from sedd.io.input.opening import opened_as
+from sedd.io.input.opening import lacking_of, opened_as
 from sedd.io.store import FORMAT
 
 
@@ -85,7 +85,7 @@ def lacking(group: zarr.Group, plan: Plan) -> Lacking | None:
     columns = group["obs"].attrs["column-order"]
     for path, _, _ in plan.sources:
         with opened_as(path, plan.settings) as file:
-            before = lacking_of(getattr(file, "root", None))
+            before = lacking_of(file)
         if before is not None and len(plan.sources) == 1 and before.column in columns:
             return Lacking.of(before.column, before.inputs, names := _gene_names(group), before.among(names))
         if before is not None:

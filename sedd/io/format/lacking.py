@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-
-from sedd.io.format.plain import read_element
-from sedd.io.input.faults import READ_ERRORS
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,8 @@ class Lacking:
         if table.shape != (inputs.size, genes.size) or inputs.ndim != 1 or genes.ndim != 1:
             return None
         names = np.array([str(name) for name in genes.tolist()], dtype=object)
+        if len(set(names)) < names.size:
+            return None
         return cls(str(element["column"]), [str(name) for name in inputs.tolist()], names, table.astype(bool))
 
     def element(self) -> dict[str, Any]:
@@ -69,15 +67,6 @@ class Lacking:
         number = {name: k for k, name in enumerate(self.inputs)}
         table = np.array([*(number.get(str(label), -1) for label in named.cat.categories), -1], np.int64)
         return table[named.cat.codes.to_numpy()]
-
-
-def lacking_of(root: Any) -> Lacking | None:
-    """Return what an open file keeps of a store that it was; None if nothing, or nothing that can be read."""
-    if root is None or "uns/sedd/lacking" not in root:
-        return None
-    with contextlib.suppress(*READ_ERRORS):
-        return Lacking.read(read_element(root["uns/sedd/lacking"]))
-    return None
 
 
 def together(column: str, genes: Sequence[str], parts: Sequence[tuple[Lacking | None, Mapping[str, str]]]) -> Lacking | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ import h5py
 
 from sedd.errors import MissingFileError, NoSuchPartError, SeveralPartsError, UserError, WrongFileError, check_permitted
 from sedd.io.files import fingerprint, tree_fingerprint
+from sedd.io.format.lacking import Lacking
+from sedd.io.format.plain import read_element
 from sedd.io.format.untrusted import check_hdf5, check_zarr
 from sedd.io.input.anndata_file import AnnDataFile
 from sedd.io.input.base import Input, Naming
@@ -236,3 +239,13 @@ def input_fingerprint(path: str) -> str:
         text = " ".join(fingerprint(part) for part in parts_of(path).values())
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return fingerprint(path)
+
+
+def lacking_of(file: Input) -> Lacking | None:
+    """Return which genes the files lack that this one, or the store that it was, was made of; None if none, or if nothing can be read of it."""
+    root = getattr(file, "root", None)
+    if root is None or "uns/sedd/lacking" not in root:
+        return None
+    with contextlib.suppress(*READ_ERRORS):
+        return Lacking.read(read_element(root["uns/sedd/lacking"]))
+    return None
