@@ -227,6 +227,13 @@ def match_genes(
             f"{', '.join(paths)}: have no gene in common that each of them has, which is all that --join inner keeps. Pass --join outer, or "
             "leave an input out."
         )
+    if aloud and join == "inner" and wanted is None and (lost := set().union(*names).difference(genes)):
+        first = next(name for theirs in names for name in theirs if name in lost)
+        without = next(path for path, theirs in zip(paths, names, strict=True) if first not in theirs)
+        warn_user(
+            f"{', '.join(paths)}: {len(lost)} of their {len(lost) + len(genes)} genes are left out, as not all have them (first: {first!r}, which {without} "
+            "lacks). --join outer keeps them, unknown where they are lacking."
+        )
     if wanted is not None:
         there = set(genes)
         kept = wanted if join == "wanted" else list(dict.fromkeys(name for name in wanted if name in there))
