@@ -251,9 +251,10 @@ def _matrix(cells: Cells) -> sp.csr_matrix:
 def _as_trained_on(model: Pretrained, train: sp.csr_matrix) -> bool:
     """Whether genes are seen in as many cells of `train` as in those of the training; True where that cannot be told."""
     known = unpack_histogram(model.state["histogram"])
-    if model.binning.kind not in COUNT_KINDS or train.shape[0] != known[:1].sum():  # of many cells only some are here
+    counted_in = np.asarray(known.sum(axis=1)).ravel()  # fewer than all where a file lacks the gene
+    if model.binning.kind not in COUNT_KINDS or train.shape[0] != counted_in.max():  # of many cells only some are here
         return True
-    seen = train.shape[0] - known[:, [0]].toarray().ravel()
+    seen = counted_in - known[:, [0]].toarray().ravel()
     return bool((np.diff(train.tocsc().indptr) == seen).all())
 
 
