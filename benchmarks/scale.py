@@ -160,6 +160,7 @@ def main() -> None:
     if args.stage:
         print(json.dumps(STAGES[args.stage](args)))
         return
+    args.work.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, Any] = json.loads(args.output.read_text())["sizes"] if args.output.exists() else {}
     for cells in args.sizes:
         store = args.work / f"{cells}.zarr"
