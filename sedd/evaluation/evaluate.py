@@ -254,8 +254,7 @@ def _as_trained_on(model: Pretrained, train: sp.csr_matrix) -> bool:
     counted_in = np.asarray(known.sum(axis=1)).ravel()  # fewer than all where a file lacks the gene
     if model.binning.kind not in COUNT_KINDS or train.shape[0] != counted_in.max():  # of many cells only some are here
         return True
-    seen = counted_in - known[:, [0]].toarray().ravel()
-    return bool((np.diff(train.tocsc().indptr) == seen).all())
+    return bool((np.diff(train.tocsc().indptr) == counted_in - known[:, [0]].toarray().ravel()).all())
 
 
 def _seen(counts: sp.csr_matrix, train: sp.csr_matrix) -> int:
