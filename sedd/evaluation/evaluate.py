@@ -29,6 +29,7 @@ from sedd.inference.pretrained import Pretrained
 from sedd.inference.reading import reading_of
 from sedd.inference.sources import opened
 from sedd.io.files import write_json
+from sedd.io.format.histogram import rows_with
 from sedd.io.format.plain import column_called
 from sedd.io.outputs import only_writer_in
 from sedd.kernels.mask import exact_mask
@@ -156,8 +157,7 @@ def evaluate(
     model = Pretrained.load(model)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(opened(data, reading=reading_of(model, reading)))
-        rounding = bool(reading.get("round"))
-        own = begins_as_trained_on(source.obs.index, model.state)
+        own, rounding = begins_as_trained_on(source.obs.index, model.state), bool(reading.get("round"))
         part = cells or ("val" if own else "all")
         held_out = open_cells(model, source, part, layer, raw, rounding=rounding)
         if own:
@@ -254,7 +254,7 @@ def _as_trained_on(model: Pretrained, train: sp.csr_matrix) -> bool:
     counted_in = np.asarray(known.sum(axis=1)).ravel()  # fewer than all where a file lacks the gene
     if model.binning.kind not in COUNT_KINDS or train.shape[0] != counted_in.max():  # of many cells only some are here
         return True
-    return bool((np.diff(train.tocsc().indptr) == counted_in - known[:, [0]].toarray().ravel()).all())
+    return bool((np.diff(train.tocsc().indptr) == counted_in - rows_with(known, 0)).all())
 
 
 def _seen(counts: sp.csr_matrix, train: sp.csr_matrix) -> int:

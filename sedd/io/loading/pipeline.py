@@ -105,7 +105,7 @@ class Pipeline:
         self.threads, self.memory_budget = threads, memory_budget
         self._slabs = Slabs(keep=4 * threads + 4)
         self._readers = Threads(threads, "sedd-read")
-        self._helpers = Threads(threads - 1, "sedd-read-part")  # of reads that are shared, where there are fewer than threads
+        self._helpers = Threads(max(1, threads - 1), "sedd-read-part")  # of reads that are shared, where there are fewer than threads
         self._makers = Threads(threads, "sedd-make")
         self._cell_list: np.ndarray | None = None
 
