@@ -120,11 +120,10 @@ class Cells:
                 "not there any more: these genes are taken to be 0 in their cells."
             )
             return None
-        codes, table = lacking.codes(labels), np.concatenate([lacking.among(genes), np.zeros((1, len(genes)), bool)])
-        table &= ~self.missing
-        if not table[np.unique(codes)].any():
-            return None
+        codes, table = lacking.codes(labels), lacking.rows(genes) & ~self.missing
         some = int(table[np.unique(codes)].any(0).sum())
+        if not some:
+            return None
         warn_user(f"{self.name}: {some} of the model's genes are not in all of the files that its cells are from; where they are not, they are unknown, not zero.")
         return codes, table | self.missing
 

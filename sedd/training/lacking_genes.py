@@ -9,7 +9,7 @@ from torch import Tensor
 from sedd.errors import warn_user
 from sedd.io.format.lacking import Lacking
 from sedd.io.loading.batch import Batch
-from sedd.io.loading.selection import encode_label, label_text
+from sedd.io.loading.selection import encode_label
 from sedd.io.plan import CellList, Split
 from sedd.io.store import CellStore
 
@@ -35,10 +35,8 @@ class LackingGenes:
     def __init__(self, store: CellStore, lacking: Lacking, genes: list[str] | np.ndarray) -> None:
         self.column = lacking.column
         self._codes, labels = encode_label(store, self.column)
-        number = {label_text(name): k for k, name in enumerate(lacking.inputs)}
-        among = np.concatenate([lacking.among(genes), np.zeros((1, len(genes)), bool)])
-        # Row 0 is of cells without a label, as the loader has -1 for them.
-        self._table = among[[-1, *(number.get(label_text(label), -1) for label in labels)]]
+        # By the loader's codes of labels, plus 1: it has -1 for cells without a label.
+        self._table = lacking.rows(genes)[[-1, *lacking.codes(labels)]]
         self._on: dict[torch.device, Tensor] = {}
 
     def __bool__(self) -> bool:

@@ -58,8 +58,12 @@ class Lacking:
 
     def among(self, genes: Sequence[str] | np.ndarray) -> np.ndarray:
         """Which of these genes each input lacks, (inputs, genes) bool."""
+        return self.rows(genes)[:-1]
+
+    def rows(self, genes: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Which of these genes a cell lacks, by the number that `codes` gives it: (inputs + 1, genes) bool, the last row of one that lacks none."""
         at = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=object)))
-        return self.table[:, at] & (at >= 0)
+        return np.concatenate([self.table[:, at] & (at >= 0), np.zeros((1, at.size), bool)])
 
     def codes(self, labels: pd.Series | np.ndarray) -> np.ndarray:
         """Return the number of the input of each cell among `inputs`, (n_cells,) int64; -1 for one that lacks nothing."""

@@ -1,6 +1,6 @@
 """Byte ranges of files on an object store, many asked for at once: what a request costs there is its way, not its bytes.
 
-Those on S3 are asked for by obstore where it is installed: it takes a tenth of the processor time of s3fs for a request and holds no GIL in it.
+Those on S3 are asked for by obstore where it is installed: it takes a tenth of the processor time of s3fs for a request (by hand) and holds no GIL in it.
 All else goes through fsspec: other services, and what obstore cannot be told of how s3fs was told to reach S3.
 """
 

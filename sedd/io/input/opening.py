@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import h5py
@@ -75,7 +74,7 @@ def opened_as(path: str, settings: Mapping[str, Any]) -> Input:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_of(paths: Sequence[str]) -> Iterator[None]:
     """Say of an input that lacks what is chosen for all `paths`, or that needs a choice, that others need not be read like it."""
     try:
